@@ -1,0 +1,25 @@
+"""The fast path: torch tensors, the decisions of `kvcluster.reference`, bit for bit.
+
+Every function and class is defined by its namesake there. Labels, counts, centroids and caches are identical;
+attention outputs agree within the bound of `kvcluster.reference.agreement`. `kvcluster.fast.huggingface` puts the
+cache into transformers models.
+"""
+
+from .attention import attention
+from .cache import ClusteredCache
+from .clustered_attention import clustered_attention
+from .exact_similarity import similarity
+from .merging import Clustering, merge
+from .partition import alternating_partition
+from .soft_matching import chunked_soft_matching
+
+__all__ = [
+    "ClusteredCache",
+    "Clustering",
+    "alternating_partition",
+    "attention",
+    "chunked_soft_matching",
+    "clustered_attention",
+    "merge",
+    "similarity",
+]

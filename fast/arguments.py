@@ -1,0 +1,49 @@
+"""Checks of arguments, in the words of the reference: every error names the argument, the rule and the value."""
+
+import math
+
+import torch
+
+__all__ = ["check_array", "check_integer", "check_keep_ratio", "entries_of_chunk"]
+
+DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+
+
+def check_array(name: str, array: torch.Tensor) -> None:
+    """Refuse what is not a finite float16, bfloat16 or float32 tensor `(..., tokens, dim)`, dim >= 1."""
+    if not isinstance(array, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(array).__name__}")
+    if array.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {dtype_name(array)}")
+    if array.ndim < 2:
+        raise ValueError(f"{name} must have shape (..., tokens, dim), got {tuple(array.shape)}")
+    if array.shape[-1] < 1:
+        raise ValueError(f"{name} must have dim >= 1, got shape {tuple(array.shape)}")
+    if not bool(torch.isfinite(array).all()):
+        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(array)).sum())} NaN or infinite values")
+
+
+def dtype_name(array: torch.Tensor) -> str:
+    """`float64`, not `torch.float64`."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def check_integer(name: str, value: int, least: int) -> None:
+    """Refuse what is not an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_keep_ratio(keep_ratio: float) -> None:
+    """Refuse what is not a number in (0, 1]."""
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)):
+        raise TypeError(f"keep_ratio must be a number, got {keep_ratio!r}")
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+
+
+def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
+    """Entries that a chunk of `chunk_size` tokens becomes: `ceil(keep_ratio * chunk_size)`, the product in float64."""
+    return math.ceil(float(keep_ratio) * chunk_size)

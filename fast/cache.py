@@ -1,0 +1,120 @@
+"""The online cache on torch tensors."""
+
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from .arguments import check_array, check_integer, check_keep_ratio, dtype_name
+from .clustered_attention import clustered_attention
+from .merging import merge
+from .soft_matching import chunked_soft_matching
+
+__all__ = ["ClusteredCache"]
+
+
+class ClusteredCache:
+    """A key-value cache whose old tokens are centroids: sinks, centroids of whole chunks, recent tokens.
+
+    Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
+    device of what is appended. `nbytes` counts the memory that the tensors really hold.
+    """
+
+    def __init__(self, *, keep_ratio: float, chunk_size: int = 64, n_sink: int = 4, n_recent: int = 64) -> None:
+        check_keep_ratio(keep_ratio)
+        check_integer("chunk_size", chunk_size, least=1)
+        check_integer("n_sink", n_sink, least=0)
+        check_integer("n_recent", n_recent, least=0)
+        self.keep_ratio, self.chunk_size = keep_ratio, chunk_size
+        self.n_sink, self.n_recent = n_sink, n_recent
+        self.keys: Float[Tensor, "*lead entries dim"] | None = None
+        self.values: Float[Tensor, "*lead entries dim_value"] | None = None
+        self.counts: Int32[Tensor, "*lead entries"] | None = None
+        self.n_seen = 0
+        self._n_clustered = 0  # tokens of the body
+        self._n_body = 0  # entries of the body
+
+    @property
+    def n_stored(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.keys, self.values, self.counts)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+    def append(
+        self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the next tokens, then cluster every whole chunk that has left the recent window.
+
+        Returns keys, values and counts as they were just before this clustering, the new tokens last.
+        """
+        self._check(keys, values)
+        counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
+        if self.keys is None:
+            keys, values = keys.clone(), values.clone()  # what the caller does to its tensors later is its own business
+        else:
+            keys = torch.cat([self.keys, keys], dim=-2)  # (..., entries, dim)
+            values = torch.cat([self.values, values], dim=-2)
+            counts = torch.cat([self.counts, counts], dim=-1)
+        self.n_seen += keys.shape[-2] - self.n_stored
+        self.keys, self.values, self.counts = keys, values, counts
+        self._cluster_what_left_the_window()
+        return keys, values, counts
+
+    def attend(
+        self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
+    ) -> Float[Tensor, "*lead queries dim_value"]:
+        """Clustered attention of `query` (..., queries, dim) to all stored entries."""
+        if self.keys is None:
+            raise ValueError("attend needs at least one appended token, got an empty cache")
+        return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
+
+    def select(self, indices: Int64[Tensor, " batch"]) -> None:
+        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+        if self.keys is not None:
+            self.keys, self.values, self.counts = (
+                tensor.index_select(0, indices) for tensor in (self.keys, self.values, self.counts)
+            )
+
+    def _cluster_what_left_the_window(self) -> None:
+        recent = max(0, self.n_seen - self.n_sink - self._n_clustered)
+        leaving = max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
+        if leaving == 0:
+            return
+        start = self.n_sink + self._n_body
+        stop = start + leaving
+        clustering = chunked_soft_matching(
+            self.keys[..., start:stop, :], keep_ratio=self.keep_ratio, chunk_size=self.chunk_size
+        )
+        self.keys = replace_span(self.keys, start, stop, merge(self.keys[..., start:stop, :], clustering))
+        self.values = replace_span(self.values, start, stop, merge(self.values[..., start:stop, :], clustering))
+        counts = clustering.counts.int()
+        self.counts = torch.cat([self.counts[..., :start], counts, self.counts[..., stop:]], dim=-1)
+        self._n_clustered += leaving
+        self._n_body += counts.shape[-1]
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        check_array("keys", keys)
+        check_array("values", values)
+        shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
+        if values.shape[:-1] != keys.shape[:-1]:
+            raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
+        if values.dtype != keys.dtype:
+            raise ValueError(f"values must have the dtype of keys, got {dtype_name(values)} and {dtype_name(keys)}")
+        for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
+            if held is None:
+                continue
+            if new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]:
+                raise ValueError(
+                    f"{name} must fit what the cache holds, got {tuple(new.shape)} after {tuple(held.shape)}"
+                )
+            if new.dtype != held.dtype:
+                raise ValueError(f"{name} must have the dtype of the cache, {dtype_name(held)}, got {dtype_name(new)}")
+            if new.device != held.device:
+                raise ValueError(f"{name} must be on the device of the cache, {held.device}, got {new.device}")
+
+
+def replace_span(array: Tensor, start: int, stop: int, centroids: Tensor) -> Tensor:
+    """`array` with the entries from `start` to `stop` replaced by `centroids`, rounded to its dtype."""
+    return torch.cat([array[..., :start, :], centroids.to(array.dtype), array[..., stop:, :]], dim=-2)

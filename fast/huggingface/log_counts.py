@@ -1,0 +1,85 @@
+"""Log counts on their way to attention: forward hooks that add them to the mask of each layer."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["LogCountHooks", "check_model"]
+
+MODEL_TYPES = ("llama",)
+ATTENTION = ("sdpa", "eager")
+
+
+def check_model(model: nn.Module) -> Any:
+    """The config of `model`, if it is one that hooks can serve."""
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model must be of type {' or '.join(MODEL_TYPES)}, got {model_type}")
+    if config._attn_implementation not in ATTENTION:
+        raise ValueError(f"attention of model must be {' or '.join(ATTENTION)}, got {config._attn_implementation}")
+    return config
+
+
+class LogCountHooks:
+    """The hooks on one model, shared by all caches made for it and removed with the last of them."""
+
+    _of_model: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LogCountHooks]]" = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module) -> None:
+        handles = [model.base_model.register_forward_pre_hook(refuse_padding, with_kwargs=True)]
+        for module in model.modules():
+            if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups"):
+                handles.append(module.register_forward_pre_hook(add_log_counts, with_kwargs=True))
+        weakref.finalize(self, remove, handles)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LogCountHooks":
+        """The hooks on `model`, new ones if there are none."""
+        known = cls._of_model.get(model)
+        hooks = known() if known is not None else None
+        if hooks is None:
+            hooks = cls(model)
+            cls._of_model[model] = weakref.ref(hooks)
+        return hooks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LogCountHooks":
+        return self  # a copied cache serves the same model
+
+
+def remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def clustered_layers(kwargs: dict[str, Any]) -> Any:
+    """The layers of the `ClusteredCache` that the model was called with, if it was."""
+    from .cache import ClusteredCache
+
+    cache = kwargs.get("past_key_values")
+    return cache.layers if isinstance(cache, ClusteredCache) else None
+
+
+def refuse_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the base model: a padding token must not enter a cluster."""
+    mask = kwargs.get("attention_mask")
+    if clustered_layers(kwargs) is None or mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.all()):
+        raise ValueError("attention_mask must be (batch, tokens) and all ones with a ClusteredCache: padding is not supported")
+
+
+def add_log_counts(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of an attention layer: its mask, with the log counts of what its cache holds."""
+    layers = clustered_layers(kwargs)
+    if layers is None:
+        return None
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (batch, queries, features)
+    # PyTorch's attention takes a float32 mask beside 16-bit queries on the CPU only.
+    dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
+    mask = layers[module.layer_idx].mask_with_log_counts(
+        kwargs.get("attention_mask"), hidden.shape[1], module.num_key_value_groups, dtype
+    )
+    return args, {**kwargs, "attention_mask": mask}
