@@ -1,0 +1,25 @@
+"""The `kvcluster` command. Subcommands import what they need when they run: `--help` needs no torch."""
+
+from importlib.metadata import version
+
+import typer
+
+from .demo import demo
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def about(show_version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    """Cluster the key-value cache of long-context language models."""
+    if show_version:
+        typer.echo(f"kvcluster {version('kvcluster')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()

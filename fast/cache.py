@@ -30,7 +30,7 @@ class ClusteredCache:
         self.values: Float[Tensor, "*lead entries dim_value"] | None = None
         self.counts: Int32[Tensor, "*lead entries"] | None = None
         self.n_seen = 0
-        self._n_clustered = 0  # tokens of the body
+        self.n_clustered = 0
         self._n_body = 0  # entries of the body
 
     @property
@@ -78,7 +78,7 @@ class ClusteredCache:
             )
 
     def _cluster_what_left_the_window(self) -> None:
-        recent = max(0, self.n_seen - self.n_sink - self._n_clustered)
+        recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
         leaving = max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
         if leaving == 0:
             return
@@ -91,7 +91,7 @@ class ClusteredCache:
         self.values = replace_span(self.values, start, stop, merge(self.values[..., start:stop, :], clustering))
         counts = clustering.counts.int()
         self.counts = torch.cat([self.counts[..., :start], counts, self.counts[..., stop:]], dim=-1)
-        self._n_clustered += leaving
+        self.n_clustered += leaving
         self._n_body += counts.shape[-1]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:

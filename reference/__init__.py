@@ -11,8 +11,8 @@ Reading order, one idea more in each file:
 7. `cache`                all of it online, while tokens arrive
 8. `rotary`, `llama`      a whole Llama that generates from such a cache
 
-`arguments` holds the checks of inputs, `agreement` the error bound that other implementations of
-the attention functions are held to. Nothing here is optimised; `kvcluster.fast` is, and decides
+`arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of
+attention is held to. Nothing here is optimised; `kvcluster.fast` is, and decides
 the same.
 """
 

@@ -30,6 +30,7 @@ class ClusteredCache:
     keys, values : (..., n_stored, dim) and (..., n_stored, dim_value), in the dtype that was appended; None at first.
     counts : (..., n_stored), int32: tokens per entry; None at first.
     n_seen : tokens appended so far: the position of the next token.
+    n_clustered : of these, tokens in whole chunks that were clustered: positions `n_sink` to `n_sink + n_clustered - 1`.
     n_stored : entries held.
     nbytes : bytes of keys, values and counts.
 
@@ -63,7 +64,7 @@ class ClusteredCache:
         self.values: Float[np.ndarray, "*lead entries dim_value"] | None = None
         self.counts: Int32[np.ndarray, "*lead entries"] | None = None
         self.n_seen = 0
-        self._n_clustered = 0  # tokens of the body
+        self.n_clustered = 0
         self._n_body = 0  # entries of the body
 
     @property
@@ -120,7 +121,7 @@ class ClusteredCache:
         return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
 
     def _cluster_what_left_the_window(self) -> None:
-        recent = max(0, self.n_seen - self.n_sink - self._n_clustered)
+        recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
         leaving = max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
         if leaving == 0:
             return
@@ -133,7 +134,7 @@ class ClusteredCache:
         self.values = replace_span(self.values, start, stop, merge(self.values[..., start:stop, :], clustering))
         counts = clustering.counts.astype(np.int32)
         self.counts = np.concatenate([self.counts[..., :start], counts, self.counts[..., stop:]], axis=-1)
-        self._n_clustered += leaving
+        self.n_clustered += leaving
         self._n_body += clustering.counts.shape[-1]
 
     def _check(self, keys: np.ndarray, values: np.ndarray) -> None:

@@ -1,0 +1,139 @@
+"""The demo's figure: what was merged, how large the clusters are, what attention sees before and after."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kvcluster.reference.attention import scaled_logits, softmax
+from kvcluster.reference.clustered_attention import log_counts
+
+from .oracle import NextTokenAttention
+
+__all__ = ["draw"]
+
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"  # Okabe and Ito: told apart with any colour vision
+
+
+def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list[np.ndarray], words: list[str]) -> None:
+    """Save a PNG about the layer and head whose next token attends most to tokens that were clustered.
+
+    Parameters
+    ----------
+    path : where the PNG goes.
+    clustered : the clustered cache of the model.
+    attention : queries and keys of the next token.
+    labels : per layer (kv_heads, body tokens), the entry of each token of the body.
+    words : the text of each token of the context.
+    """
+    spans = [weights_by_span(clustered.layers[i].entries, attention, i) for i in range(len(labels))]
+    on_body = np.array([before[:, 1:-1].sum(axis=-1) for before, _ in spans])  # (layers, kv_heads)
+    layer, head = np.unravel_index(on_body.argmax(), on_body.shape)
+    before, after = (weights[head] for weights in spans[layer])
+    entries = clustered.layers[layer].entries
+
+    figure, axes = plt.subplots(3, 1, figsize=(13, 11), height_ratios=[1.3, 1, 1], layout="constrained")
+    figure.suptitle(
+        f"What clustering did to layer {layer + 1} of {len(labels)}, KV head {head + 1} of {len(labels[0])} "
+        "(the one whose next token looks most at old text)",
+        fontsize=13,
+    )
+    if entries.n_clustered:
+        chunk = int(before[1:-1].argmax())
+        draw_chunk(axes[0], entries, labels[layer][head], chunk, words)
+    else:
+        axes[0].set_title("Nothing is clustered yet: the context is shorter than sinks, one chunk and recent tokens")
+    draw_sizes(axes[1], entries, entries.counts[0, head].numpy())
+    draw_attention(axes[2], entries, before, after)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def weights_by_span(entries: Any, attention: NextTokenAttention, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of the next token to sinks, each chunk, and recent tokens, with the full and the clustered cache.
+
+    Returns
+    -------
+    before, after : (kv_heads, 1 + chunks + 1), float64, mean over the query heads of a KV head; both for the same query.
+    """
+    query, keys = attention.query_full[layer], attention.keys_full[layer]
+    before = softmax(scaled_logits(query, keys, None)).mean(axis=1)  # (kv_heads, tokens + 1)
+    stored = np.concatenate([entries.keys[0].numpy(), keys[:, -1:]], axis=1)
+    counts = np.pad(entries.counts[0].numpy(), [(0, 0), (0, 1)], constant_values=1)
+    after = softmax(scaled_logits(query, stored, None) + log_counts(counts)[:, None]).mean(axis=1)
+
+    chunks = entries.n_clustered // entries.chunk_size
+    kept = (entries.n_stored - entries.n_seen + entries.n_clustered) // max(chunks, 1)  # entries of a chunk
+    starts_before = entries.n_sink + entries.chunk_size * np.arange(chunks + 1)
+    starts_after = entries.n_sink + kept * np.arange(chunks + 1)
+    return tuple(
+        np.add.reduceat(weights, np.concatenate([[0], starts]), axis=-1)
+        for weights, starts in ((before, starts_before), (after, starts_after))
+    )
+
+
+def draw_chunk(axis: plt.Axes, entries: Any, labels: np.ndarray, chunk: int, words: list[str]) -> None:
+    """Arcs between the tokens of one chunk that share a centroid."""
+    size = entries.chunk_size
+    start = entries.n_sink + chunk * size
+    chunk_labels = labels[chunk * size : (chunk + 1) * size]
+    colours = plt.get_cmap("tab20").colors
+    n_shared = 0
+    for label in np.unique(chunk_labels):
+        members = np.flatnonzero(chunk_labels == label)
+        shared = len(members) > 1
+        colour = colours[n_shared % 20] if shared else GREY
+        n_shared += shared
+        axis.plot(members, np.zeros(len(members)), "o", color=colour, markersize=6 if shared else 4)
+        for left, right in zip(members[:-1], members[1:], strict=True):
+            angle = np.linspace(0, np.pi, 30)
+            radius = (right - left) / 2
+            axis.plot((left + right) / 2 - radius * np.cos(angle), radius * np.sin(angle), color=colour, linewidth=1.5)
+    axis.set_title(
+        f"One chunk: {size} tokens became {len(np.unique(chunk_labels))} entries. Arcs join tokens that now share one "
+        "centroid; grey tokens stayed alone."
+    )
+    axis.set_xticks(range(size), [repr(word)[1:-1] for word in words[start : start + size]], rotation=90, fontsize=7)
+    axis.set_xlim(-1, size)
+    axis.set_yticks([])
+    axis.set_xlabel(f"tokens of the text, positions {start:,} to {start + size - 1:,}")
+    axis.spines[["left", "right", "top"]].set_visible(False)
+
+
+def draw_sizes(axis: plt.Axes, entries: Any, counts: np.ndarray) -> None:
+    """Tokens per entry, in the order in which the cache stores them."""
+    for is_shown, colour, name in (
+        (counts > 1, ORANGE, "centroids of several tokens"),
+        (counts == 1, BLUE, "single tokens, kept exactly (sinks, recent, unmatched)"),
+    ):
+        (entry,) = np.nonzero(is_shown)
+        axis.bar(entry, counts[entry], width=1.0, color=colour, label=f"{len(entry):,} {name}")
+    axis.set_title(f"Cluster sizes: {entries.n_seen:,} tokens in {len(counts):,} entries")
+    axis.set_xlabel("entry of the cache, oldest first")
+    axis.set_ylabel("tokens in the entry")
+    axis.set_xlim(-0.5, len(counts) - 0.5)
+    axis.set_ylim(0, 1.3 * counts.max())  # room for the legend
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.legend(loc="upper right")
+
+
+def draw_attention(axis: plt.Axes, entries: Any, before: np.ndarray, after: np.ndarray) -> None:
+    """Attention weight of each chunk, before and after clustering."""
+    chunks = len(before) - 2
+    edges = entries.n_sink + entries.chunk_size * np.arange(chunks + 1)
+    axis.stairs(before[1:-1], edges, color=GREY, fill=True, alpha=0.6, label="full cache")
+    axis.stairs(after[1:-1], edges, color=ORANGE, linewidth=2, label="clustered cache, same query")
+    axis.set_yscale("log")
+    axis.set_title(
+        "Attention of the next token to each chunk, before and after. "
+        f"Outside the chunks: sinks {before[0]:.0%} then {after[0]:.0%}, recent {before[-1]:.0%} then {after[-1]:.0%}"
+    )
+    axis.set_xlabel("position in the text (tokens)")
+    axis.set_ylabel("share of attention (log scale)")
+    axis.set_xlim(0, entries.n_seen)
+    axis.set_ylim(top=5 * max(before.max(), after.max()))  # room for the legend
+    axis.legend(loc="upper left", ncols=2)

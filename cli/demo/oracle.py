@@ -1,0 +1,123 @@
+"""The reference looks over the fast path's shoulder: every assignment, every stored bit, every attention output."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch.overrides import TorchFunctionMode
+
+from kvcluster import fast, reference
+from kvcluster.reference.agreement import attention_agreement
+
+__all__ = ["NextTokenAttention", "Verdict", "check_against_reference", "next_token_attention"]
+
+
+@dataclass(frozen=True, eq=False)
+class NextTokenAttention:
+    """What attention was given and gave for the next token, one item a layer.
+
+    Attributes
+    ----------
+    query_full : (kv_heads, group, dim), with the full cache.
+    keys_full : (kv_heads, tokens + 1, dim), the full cache and the next token.
+    query, output : (kv_heads, group, dim), with the clustered cache.
+    new_keys, new_values : (kv_heads, 1, dim), of the next token, with the clustered cache.
+    """
+
+    query_full: list[np.ndarray]
+    keys_full: list[np.ndarray]
+    query: list[np.ndarray]
+    output: list[np.ndarray]
+    new_keys: list[np.ndarray]
+    new_values: list[np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The line of truth, whether it is good news, and the reference's labels per layer (kv_heads, body tokens)."""
+
+    line: str
+    agrees: bool
+    labels: list[np.ndarray]
+
+
+class Listen(TorchFunctionMode):
+    """Notes inputs and output of every call of PyTorch's attention while it is active, and changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((*args[:3], result))
+        return result
+
+
+def next_token_attention(model: Any, full: Any, clustered: Any, token: torch.Tensor) -> NextTokenAttention:
+    """Both caches take `token` (1, 1); what happened in every attention layer. The caches are left as they were."""
+    import copy
+
+    heard = {}
+    for name, cache in (("full", full), ("clustered", clustered)):
+        with Listen() as listen:
+            model(token, past_key_values=copy.deepcopy(cache))
+        kv_heads = listen.calls[0][1].shape[1]
+        heard[name] = [
+            [x.reshape(kv_heads, -1, x.shape[-1]).numpy() for x in call] for call in listen.calls
+        ]  # query, keys, values, output of each layer, (kv_heads, ..., dim)
+    return NextTokenAttention(
+        query_full=[call[0] for call in heard["full"]],
+        keys_full=[call[1] for call in heard["full"]],
+        query=[call[0] for call in heard["clustered"]],
+        output=[call[3] for call in heard["clustered"]],
+        new_keys=[call[1][:, -1:] for call in heard["clustered"]],
+        new_values=[call[2][:, -1:] for call in heard["clustered"]],
+    )
+
+
+def check_against_reference(full: Any, clustered: Any, attention: NextTokenAttention, progress: Progress) -> Verdict:
+    """Cluster every layer's keys again in NumPy and compare: assignments, stored bits, attention outputs."""
+    compared = differing = differing_bytes = 0
+    error, bound, within = 0.0, 0.0, True
+    labels = []
+    layers = progress.track(list(zip(full.layers, clustered.layers, strict=True)), description="Check by the reference")
+    for index, (full_layer, clustered_layer) in enumerate(layers):
+        keys, values = full_layer.keys[0], full_layer.values[0]  # (kv_heads, tokens, dim)
+        entries = clustered_layer.entries
+        parameters = {"keep_ratio": entries.keep_ratio, "chunk_size": entries.chunk_size}
+        cache = reference.ClusteredCache(**parameters, n_sink=entries.n_sink, n_recent=entries.n_recent)
+        cache.append(keys.numpy(), values.numpy())
+
+        body = keys[:, entries.n_sink : entries.n_sink + cache.n_clustered]  # whole chunks
+        ours = fast.chunked_soft_matching(body, **parameters).labels.numpy()
+        labels.append(reference.chunked_soft_matching(body.numpy(), **parameters).labels)
+        compared += labels[-1].size
+        differing += int((ours != labels[-1]).sum())
+        for held, expected in (
+            (entries.keys, cache.keys),
+            (entries.values, cache.values),
+            (entries.counts, cache.counts),
+        ):
+            differing_bytes += int((held[0].numpy().view(np.uint8) != expected.view(np.uint8)).sum())
+
+        keys_now, values_now, counts_now = cache.append(attention.new_keys[index], attention.new_values[index])
+        agreement = attention_agreement(
+            attention.output[index], attention.query[index], keys_now, values_now, counts_now
+        )
+        within &= agreement.holds
+        worst = (agreement.error / agreement.bound).argmax()
+        if agreement.error[worst] / agreement.bound[worst] >= (error / bound if bound else 0):
+            error, bound = float(agreement.error[worst]), float(agreement.bound[worst])
+
+    agrees = within and differing == differing_bytes == 0
+    heads = len(labels[0])
+    line = (
+        f"Reference: {len(labels)} layers x {heads} heads x {labels[0].shape[-1]:,} clustered tokens compared, "
+        f"{differing} assignments and {differing_bytes} stored bytes differ; attention error at worst {error:.1e} "
+        f"where {bound:.1e} is allowed. {'They agree.' if agrees else 'THEY DISAGREE.'}"
+    )
+    return Verdict(line, agrees, labels)
