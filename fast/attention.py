@@ -1,6 +1,5 @@
 """Full attention on torch tensors."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,7 +35,11 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor |
 
 def check_attention(query: Tensor, keys: Tensor, values: Tensor) -> None:
     """Refuse tensors that do not fit each other."""
-    for name, array in (("query", query), ("keys", keys), ("values", values)):
+    arrays = {"query": query, "keys": keys, "values": values}
+    devices = {str(array.device) for array in arrays.values() if isinstance(array, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"query, keys and values must be on one device, got {', '.join(sorted(devices))}")
+    for name, array in arrays.items():
         check_array(name, array)
     shapes = [tuple(array.shape) for array in (query, keys, values)]
     if keys.shape[-2] == 0:
@@ -46,10 +49,4 @@ def check_attention(query: Tensor, keys: Tensor, values: Tensor) -> None:
             f"values must have the leading axes and tokens of keys, got values {shapes[2]} and keys {shapes[1]}"
         )
     if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
-        raise ValueError(
-            f"query must have the leading axes and dim of keys, got query {shapes[0]}, keys {shapes[1]}"
-        )
-    if not query.device == keys.device == values.device:
-        raise ValueError(
-            f"query, keys and values must be on one device, got {query.device}, {keys.device}, {values.device}"
-        )
+        raise ValueError(f"query must have the leading axes and dim of keys, got query {shapes[0]}, keys {shapes[1]}")

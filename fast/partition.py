@@ -10,7 +10,7 @@ __all__ = ["alternating_partition"]
 
 
 def alternating_partition(size: int) -> tuple[Int64[Tensor, " sources"], Int64[Tensor, " destinations"]]:
-    """Entries 0, 2, 4, ... as sources and 1, 3, 5, ... as destinations (`kvcluster.reference.alternating_partition`)."""
+    """Entries 0, 2, ... as sources and 1, 3, ... as destinations (`kvcluster.reference.alternating_partition`)."""
     check_integer("size", size, least=0)
     entries = torch.arange(size)
     return entries[0::2], entries[1::2]

@@ -22,7 +22,7 @@ from .clustered_attention import clustered_attention, log_counts
 
 __all__ = ["AttentionAgreement", "attention_agreement"]
 
-N_ORDERS = 4
+N_ORDERS = 8
 # Spacing of each dtype at 1; NumPy's finfo does not know bfloat16.
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
@@ -78,11 +78,14 @@ def attention_agreement(
     if not np.isfinite(output).all():
         raise ValueError("output must be finite, got NaN or infinity")
     errors = [largest_difference(baseline, oracle) for baseline in baselines(query, keys, values, counts, scale)]
-    largest = np.abs(oracle).max(axis=(-2, -1))
     return AttentionAgreement(
-        error=largest_difference(output, oracle),
-        bound=2 * (np.max(errors, axis=0) + EPS[query.dtype.name] * largest),
+        error=largest_difference(output, oracle), bound=error_bound(errors, oracle, EPS[query.dtype.name])
     )
+
+
+def error_bound(baseline_errors: list[np.ndarray], oracle: np.ndarray, eps: float) -> np.ndarray:
+    """`2 * (worst baseline error + eps * max|oracle|)` per leading index, (...,)."""
+    return 2 * (np.max(baseline_errors, axis=0) + eps * np.abs(oracle).max(axis=(-2, -1)))
 
 
 def baselines(
@@ -95,7 +98,11 @@ def baselines(
         if order > 0:
             features, entries = rng.permutation(features), rng.permutation(entries)
         yield plain_attention(
-            query[..., features], keys[..., entries, :][..., features], values[..., entries, :], counts[..., entries], scale
+            query[..., features],
+            keys[..., entries, :][..., features],
+            values[..., entries, :],
+            counts[..., entries],
+            scale,
         )
 
 

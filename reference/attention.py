@@ -78,4 +78,6 @@ def check_attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> 
             f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
         )
     if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
-        raise ValueError(f"query must have the leading axes and dim of keys, got query {query.shape}, keys {keys.shape}")
+        raise ValueError(
+            f"query must have the leading axes and dim of keys, got query {query.shape}, keys {keys.shape}"
+        )

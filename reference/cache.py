@@ -30,7 +30,7 @@ class ClusteredCache:
     keys, values : (..., n_stored, dim) and (..., n_stored, dim_value), in the dtype that was appended; None at first.
     counts : (..., n_stored), int32: tokens per entry; None at first.
     n_seen : tokens appended so far: the position of the next token.
-    n_clustered : of these, tokens in whole chunks that were clustered: positions `n_sink` to `n_sink + n_clustered - 1`.
+    n_clustered : of these, the tokens of clustered chunks: positions `n_sink` to `n_sink + n_clustered - 1`.
     n_stored : entries held.
     nbytes : bytes of keys, values and counts.
 

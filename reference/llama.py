@@ -42,9 +42,14 @@ class LlamaConfig:
 
         Raises
         ------
-        ValueError : another model type; biases; an activation other than SiLU; a rope variant not in `rope_frequencies`.
+        ValueError : another model type; biases; an activation other than SiLU; an unknown rope variant.
         """
-        for name, rule in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        for name, rule in (
+            ("model_type", "llama"),
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("mlp_bias", False),
+        ):
             if config.get(name, rule) != rule:
                 raise ValueError(f"{name} must be {rule!r}, got {config[name]!r}")
         heads = config["num_attention_heads"]
@@ -109,7 +114,9 @@ class Llama:
         }
         missing, unknown = expected - set(weights), set(weights) - expected - {"lm_head.weight"}
         if missing or unknown:
-            raise ValueError(f"weights must be those of a Llama, got missing {sorted(missing)}, unknown {sorted(unknown)}")
+            raise ValueError(
+                f"weights must be those of a Llama, got missing {sorted(missing)}, unknown {sorted(unknown)}"
+            )
 
     def full_caches(self) -> list[FullCache]:
         """An empty `FullCache` for each layer."""
@@ -133,9 +140,7 @@ class Llama:
         output = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
         return hidden @ output.T.astype(np.float64)  # (tokens, vocabulary)
 
-    def generate(
-        self, tokens: Sequence[int], n_new: int, caches: Sequence[FullCache | ClusteredCache]
-    ) -> list[int]:
+    def generate(self, tokens: Sequence[int], n_new: int, caches: Sequence[FullCache | ClusteredCache]) -> list[int]:
         """`n_new` tokens after `tokens`, always the most likely one (of ties the smallest id)."""
         check_integer("n_new", n_new, least=0)
         new: list[int] = []
@@ -183,7 +188,9 @@ LAYER_WEIGHTS = (
 )
 
 
-def rms_norm(x: Float[np.ndarray, "tokens hidden"], weight: np.ndarray, eps: float) -> Float64[np.ndarray, "tokens hidden"]:
+def rms_norm(
+    x: Float[np.ndarray, "tokens hidden"], weight: np.ndarray, eps: float
+) -> Float64[np.ndarray, "tokens hidden"]:
     """Each row divided by its root mean square, times `weight`."""
     return weight * x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
 

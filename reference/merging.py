@@ -1,4 +1,4 @@
-"""Merging: each cluster of tokens becomes one centroid. Decided once (a `Clustering`), applied to keys and values alike."""
+"""Merging: each cluster of tokens becomes one centroid. Decided once (a `Clustering`), applied to keys and values."""
 
 from dataclasses import dataclass
 

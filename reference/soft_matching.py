@@ -87,9 +87,7 @@ def match_chunk(keys: Float[np.ndarray, "chunk dim"], target: int) -> Int64[np.n
     return labels
 
 
-def match_round(
-    centroids: Float[np.ndarray, "size dim"], n_merged: int
-) -> Int64[np.ndarray, " size"]:
+def match_round(centroids: Float[np.ndarray, "size dim"], n_merged: int) -> Int64[np.ndarray, " size"]:
     """New entry of each old entry after the `n_merged` best matches have merged."""
     sources, destinations = alternating_partition(len(centroids))
     similarities = similarity(centroids[sources], centroids[destinations])  # (sources, destinations)

@@ -1,5 +1,6 @@
 """The demo's figure: what was merged, how large the clusters are, what attention sees before and after."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-
 from kvcluster.reference.attention import scaled_logits, softmax
 from kvcluster.reference.clustered_attention import log_counts
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from .oracle import NextTokenAttention
 
@@ -25,7 +27,7 @@ def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list
     Parameters
     ----------
     path : where the PNG goes.
-    clustered : the clustered cache of the model.
+    clustered : the clustered cache of the model; at least one chunk is clustered.
     attention : queries and keys of the next token.
     labels : per layer (kv_heads, body tokens), the entry of each token of the body.
     words : the text of each token of the context.
@@ -42,11 +44,7 @@ def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list
         "(the one whose next token looks most at old text)",
         fontsize=13,
     )
-    if entries.n_clustered:
-        chunk = int(before[1:-1].argmax())
-        draw_chunk(axes[0], entries, labels[layer][head], chunk, words)
-    else:
-        axes[0].set_title("Nothing is clustered yet: the context is shorter than sinks, one chunk and recent tokens")
+    draw_chunk(axes[0], entries, labels[layer][head], int(before[1:-1].argmax()), words)
     draw_sizes(axes[1], entries, entries.counts[0, head].numpy())
     draw_attention(axes[2], entries, before, after)
     figure.savefig(path, dpi=110)
@@ -58,7 +56,7 @@ def weights_by_span(entries: Any, attention: NextTokenAttention, layer: int) -> 
 
     Returns
     -------
-    before, after : (kv_heads, 1 + chunks + 1), float64, mean over the query heads of a KV head; both for the same query.
+    before, after : (kv_heads, 1 + chunks + 1), float64, for the same query; mean over the query heads of a KV head.
     """
     query, keys = attention.query_full[layer], attention.keys_full[layer]
     before = softmax(scaled_logits(query, keys, None)).mean(axis=1)  # (kv_heads, tokens + 1)
@@ -67,29 +65,31 @@ def weights_by_span(entries: Any, attention: NextTokenAttention, layer: int) -> 
     after = softmax(scaled_logits(query, stored, None) + log_counts(counts)[:, None]).mean(axis=1)
 
     chunks = entries.n_clustered // entries.chunk_size
-    kept = (entries.n_stored - entries.n_seen + entries.n_clustered) // max(chunks, 1)  # entries of a chunk
+    kept = (entries.n_stored - entries.n_seen + entries.n_clustered) // chunks  # entries of a chunk
     starts_before = entries.n_sink + entries.chunk_size * np.arange(chunks + 1)
     starts_after = entries.n_sink + kept * np.arange(chunks + 1)
-    return tuple(
-        np.add.reduceat(weights, np.concatenate([[0], starts]), axis=-1)
-        for weights, starts in ((before, starts_before), (after, starts_after))
-    )
+    return sum_spans(before, starts_before), sum_spans(after, starts_after)
 
 
-def draw_chunk(axis: plt.Axes, entries: Any, labels: np.ndarray, chunk: int, words: list[str]) -> None:
+def sum_spans(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums over the last axis: up to the first of `starts`, from each start to the next, from the last to the end."""
+    return np.add.reduceat(weights, np.concatenate([[0], starts]), axis=-1)
+
+
+def draw_chunk(axis: Axes, entries: Any, labels: np.ndarray, chunk: int, words: list[str]) -> None:
     """Arcs between the tokens of one chunk that share a centroid."""
     size = entries.chunk_size
     start = entries.n_sink + chunk * size
     chunk_labels = labels[chunk * size : (chunk + 1) * size]
-    colours = plt.get_cmap("tab20").colors
+    colours = matplotlib.colormaps["tab20"]
     n_shared = 0
     for label in np.unique(chunk_labels):
         members = np.flatnonzero(chunk_labels == label)
         shared = len(members) > 1
-        colour = colours[n_shared % 20] if shared else GREY
+        colour = colours(n_shared % 20) if shared else GREY
         n_shared += shared
         axis.plot(members, np.zeros(len(members)), "o", color=colour, markersize=6 if shared else 4)
-        for left, right in zip(members[:-1], members[1:], strict=True):
+        for left, right in itertools.pairwise(members):
             angle = np.linspace(0, np.pi, 30)
             radius = (right - left) / 2
             axis.plot((left + right) / 2 - radius * np.cos(angle), radius * np.sin(angle), color=colour, linewidth=1.5)
@@ -104,7 +104,7 @@ def draw_chunk(axis: plt.Axes, entries: Any, labels: np.ndarray, chunk: int, wor
     axis.spines[["left", "right", "top"]].set_visible(False)
 
 
-def draw_sizes(axis: plt.Axes, entries: Any, counts: np.ndarray) -> None:
+def draw_sizes(axis: Axes, entries: Any, counts: np.ndarray) -> None:
     """Tokens per entry, in the order in which the cache stores them."""
     for is_shown, colour, name in (
         (counts > 1, ORANGE, "centroids of several tokens"),
@@ -117,11 +117,11 @@ def draw_sizes(axis: plt.Axes, entries: Any, counts: np.ndarray) -> None:
     axis.set_ylabel("tokens in the entry")
     axis.set_xlim(-0.5, len(counts) - 0.5)
     axis.set_ylim(0, 1.3 * counts.max())  # room for the legend
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(loc="upper right")
 
 
-def draw_attention(axis: plt.Axes, entries: Any, before: np.ndarray, after: np.ndarray) -> None:
+def draw_attention(axis: Axes, entries: Any, before: np.ndarray, after: np.ndarray) -> None:
     """Attention weight of each chunk, before and after clustering."""
     chunks = len(before) - 2
     edges = entries.n_sink + entries.chunk_size * np.arange(chunks + 1)

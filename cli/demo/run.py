@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.reference.arguments import check_integer, check_keep_ratio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import DynamicCache
-
-from kvcluster.fast.huggingface import ClusteredCache
-from kvcluster.reference.arguments import check_integer, check_keep_ratio
 
 from .figure import draw
 from .inputs import UnusableInputError, load_model, load_tokens
@@ -56,7 +55,7 @@ def run_demo(
     try:
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
-        check_integer("tokens", n_context, least=1)
+        check_integer("tokens", n_context, least=64)
     except ValueError as error:
         raise UnusableInputError(str(error)) from error
     with console.status("Loading the model (the first time, SmolLM2 is converted: about 25 s)"):
@@ -89,7 +88,13 @@ def run_demo(
 
     console.print(table(results, tokenizer, n_context))
     console.print(verdict.line, style="green" if verdict.agrees else "bold red", highlight=False)
-    draw(figure_path, clustered, attention, verdict.labels, [tokenizer.decode([token]) for token in context[0].tolist()])
+    if verdict.labels[0].size == 0:
+        console.print(
+            "No figure: the context is shorter than sinks, one chunk and recent tokens, so nothing was clustered"
+        )
+        return verdict.agrees
+    words = [tokenizer.decode([token]) for token in context[0].tolist()]
+    draw(figure_path, clustered, attention, verdict.labels, words)
     console.print(f"Figure: {figure_path}", highlight=False, soft_wrap=True)
     return verdict.agrees
 

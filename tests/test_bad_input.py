@@ -1,0 +1,101 @@
+"""Bad input: one clear error that names argument, rule and value, in both backends the same."""
+
+import numpy as np
+import pytest
+import torch
+from inputs import DTYPES, to_torch
+from kvcluster import fast, reference
+
+GOOD = np.ones((2, 6, 4), dtype=np.float32)
+WITH_NAN = np.where(np.arange(4) == 2, np.nan, GOOD).astype(np.float32)
+WITH_INFINITY = np.where(np.arange(4) == 2, np.inf, GOOD).astype(np.float32)
+COUNTS = np.ones((2, 6), dtype=np.int64)
+LABELS = np.zeros((2, 6), dtype=np.int64)
+
+CASES = {
+    "float64": ("chunked_soft_matching", (GOOD.astype(np.float64),), {"keep_ratio": 0.5}),
+    "integers": ("chunked_soft_matching", (GOOD.astype(np.int32),), {"keep_ratio": 0.5}),
+    "NaN": ("chunked_soft_matching", (WITH_NAN,), {"keep_ratio": 0.5}),
+    "infinity": ("chunked_soft_matching", (WITH_INFINITY,), {"keep_ratio": 0.5}),
+    "one axis": ("chunked_soft_matching", (GOOD[0, 0],), {"keep_ratio": 0.5}),
+    "dim 0": ("chunked_soft_matching", (GOOD[..., :0],), {"keep_ratio": 0.5}),
+    "keep_ratio 0": ("chunked_soft_matching", (GOOD,), {"keep_ratio": 0}),
+    "keep_ratio above 1": ("chunked_soft_matching", (GOOD,), {"keep_ratio": 1.5}),
+    "keep_ratio NaN": ("chunked_soft_matching", (GOOD,), {"keep_ratio": float("nan")}),
+    "keep_ratio no number": ("chunked_soft_matching", (GOOD,), {"keep_ratio": "half"}),
+    "chunk_size 0": ("chunked_soft_matching", (GOOD,), {"keep_ratio": 0.5, "chunk_size": 0}),
+    "chunk_size no integer": ("chunked_soft_matching", (GOOD,), {"keep_ratio": 0.5, "chunk_size": 2.5}),
+    "partition of -1": ("alternating_partition", (-1,), {}),
+    "similarity NaN": ("similarity", (GOOD, WITH_NAN), {}),
+    "similarity dims": ("similarity", (GOOD, GOOD[..., :3]), {}),
+    "similarity heads": ("similarity", (GOOD, GOOD[:1]), {}),
+    "attention no tokens": ("attention", (GOOD, GOOD[:, :0], GOOD[:, :0]), {}),
+    "attention values": ("attention", (GOOD, GOOD, GOOD[:, :5]), {}),
+    "attention query dim": ("attention", (GOOD[..., :3], GOOD, GOOD), {}),
+    "attention query NaN": ("attention", (WITH_NAN, GOOD, GOOD), {}),
+    "attention float64": ("attention", (GOOD, GOOD, GOOD.astype(np.float64)), {}),
+    "counts shape": ("clustered_attention", (GOOD, GOOD, GOOD, COUNTS[:, :5]), {}),
+    "counts floats": ("clustered_attention", (GOOD, GOOD, GOOD, COUNTS.astype(np.float32)), {}),
+    "counts negative": ("clustered_attention", (GOOD, GOOD, GOOD, -COUNTS), {}),
+    "counts all 0": ("clustered_attention", (GOOD, GOOD, GOOD, 0 * COUNTS), {}),
+    "cache keep_ratio": ("ClusteredCache", (), {"keep_ratio": -1}),
+    "cache chunk_size": ("ClusteredCache", (), {"keep_ratio": 0.5, "chunk_size": -1}),
+    "cache n_sink": ("ClusteredCache", (), {"keep_ratio": 0.5, "n_sink": -1}),
+    "cache n_recent": ("ClusteredCache", (), {"keep_ratio": 0.5, "n_recent": -1}),
+}
+MERGES = {
+    "labels of other tokens": (GOOD[:, :5], LABELS, COUNTS),
+    "counts of other heads": (GOOD, LABELS, COUNTS[:1]),
+    "an entry without tokens": (GOOD, LABELS, 0 * COUNTS),
+    "merge NaN": (WITH_NAN, LABELS, COUNTS),
+}
+
+
+def message(function, *arguments, **parameters):
+    with pytest.raises((ValueError, TypeError)) as error:
+        function(*arguments, **parameters)
+    return error.type, str(error.value)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_backends_refuse_with_the_same_words(case):
+    name, arguments, parameters = CASES[case]
+    tensors = [to_torch(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    refused = message(getattr(reference, name), *arguments, **parameters)
+    assert refused == message(getattr(fast, name), *tensors, **parameters)
+    assert "must" in refused[1]
+    assert "got" in refused[1]
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_both_backends_refuse_a_wrong_clustering_with_the_same_words(case):
+    array, labels, counts = MERGES[case]
+    refused = message(reference.merge, array, reference.Clustering(labels, counts))
+    tensors = fast.Clustering(to_torch(labels), to_torch(counts))
+    assert refused == message(fast.merge, to_torch(array), tensors)
+
+
+def test_the_other_frameworks_arrays_are_refused():
+    with pytest.raises(TypeError, match="keys must be a NumPy array, got Tensor"):
+        reference.chunked_soft_matching(to_torch(GOOD), keep_ratio=0.5)
+    with pytest.raises(TypeError, match="keys must be a torch tensor, got ndarray"):
+        fast.chunked_soft_matching(GOOD, keep_ratio=0.5)
+    with pytest.raises(TypeError, match="counts must be a NumPy array, got list"):
+        reference.clustered_attention(GOOD, GOOD, GOOD, [1, 2])
+    with pytest.raises(TypeError, match="counts must be a torch tensor, got list"):
+        fast.clustered_attention(*[to_torch(GOOD)] * 3, [1, 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_input_gives_an_empty_clustering(dtype):
+    keys = GOOD[:, :0].astype(DTYPES[dtype])
+    for backend, array in ((reference, keys), (fast, to_torch(keys))):
+        clustering = backend.chunked_soft_matching(array, keep_ratio=0.5)
+        assert tuple(clustering.labels.shape) == tuple(clustering.counts.shape) == (2, 0)
+        assert tuple(backend.merge(array, clustering).shape) == (2, 0, 4)
+
+
+def test_tensors_on_different_devices_are_refused():
+    elsewhere = torch.ones(2, 6, 4, device="meta")
+    with pytest.raises(ValueError, match="must be on one device"):
+        fast.attention(to_torch(GOOD), elsewhere, to_torch(GOOD))

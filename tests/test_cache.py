@@ -1,0 +1,171 @@
+"""The online cache: the same bytes however the tokens arrive, and in NumPy and torch."""
+
+import itertools
+
+import numpy as np
+import pytest
+from agreement import assert_same_bits, attention_agrees, equal_in_float64
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import DTYPES, KINDS, make_keys, to_numpy, to_torch
+from kvcluster import fast, reference
+
+PARAMETERS = {"keep_ratio": 0.3, "chunk_size": 10, "n_sink": 3, "n_recent": 7}
+
+
+def tokens_of(seed, n_tokens, *, dtype="f32", kind="normal"):
+    keys = make_keys(kind, (2, n_tokens, 8), DTYPES[dtype], seed)
+    return keys, make_keys("normal", (2, n_tokens, 6), DTYPES[dtype], seed + 1)
+
+
+def filled(keys, values, cuts=(), **parameters):
+    """A reference cache that was given the tokens in pieces, cut at `cuts`."""
+    cache = reference.ClusteredCache(**{**PARAMETERS, **parameters})
+    for start, stop in itertools.pairwise([0, *sorted(cuts), keys.shape[-2]]):
+        cache.append(keys[..., start:stop, :], values[..., start:stop, :])
+    return cache
+
+
+def assert_same_cache(fast_cache, cache):
+    for name in ("keys", "values", "counts"):
+        assert_same_bits(getattr(fast_cache, name), getattr(cache, name))
+    for name in ("n_seen", "n_stored", "n_clustered", "nbytes"):
+        assert getattr(fast_cache, name) == getattr(cache, name), name
+
+
+@given(
+    n_tokens=st.integers(1, 120),
+    cuts=st.lists(st.integers(0, 120), max_size=6),
+    keep_ratio=st.sampled_from([1, 0.5, 0.25, 0.2, 0.01]),
+    chunk_size=st.sampled_from([1, 2, 10, 16]),
+    n_sink=st.integers(0, 5),
+    n_recent=st.integers(0, 20),
+    dtype=st.sampled_from(list(DTYPES)),
+    kind=st.sampled_from(KINDS),
+)
+def test_any_split_gives_the_same_bytes_in_numpy_and_torch(
+    n_tokens, cuts, keep_ratio, chunk_size, n_sink, n_recent, dtype, kind
+):
+    parameters = {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
+    keys, values = tokens_of(n_tokens, n_tokens, dtype=dtype, kind=kind)
+    cuts = [min(cut, n_tokens) for cut in cuts]
+    whole = filled(keys, values, **parameters)
+    by_token = fast.ClusteredCache(**parameters)
+    for token in range(n_tokens):
+        by_token.append(to_torch(keys[:, token : token + 1]), to_torch(values[:, token : token + 1]))
+    assert_same_cache(by_token, whole)
+    split = filled(keys, values, cuts, **parameters)
+    assert split.keys.tobytes() == whole.keys.tobytes()
+    assert split.values.tobytes() == whole.values.tobytes()
+    assert np.array_equal(split.counts, whole.counts)
+
+
+def test_path_independence_wrong_twin_chunks_from_the_end_is_told_apart():
+    """A cache whose chunks began one token later would hold other bytes."""
+    keys, values = tokens_of(0, 100)
+    assert filled(keys, values).keys.tobytes() != filled(keys, values, n_sink=4).keys.tobytes()
+
+
+@given(n_tokens=st.integers(1, 200))
+def test_sinks_and_recent_tokens_stay_exact_and_every_token_counts(n_tokens):
+    keys, values = tokens_of(3, n_tokens)
+    cache = filled(keys, values)
+    n_recent = n_tokens - cache.n_clustered - min(3, n_tokens)
+    assert cache.n_seen == n_tokens
+    assert np.array_equal(cache.keys[:, :3], keys[:, :3])
+    assert np.array_equal(cache.values[:, :3], values[:, :3])
+    if n_recent:
+        assert np.array_equal(cache.keys[:, -n_recent:], keys[:, -n_recent:])
+        assert np.array_equal(cache.values[:, -n_recent:], values[:, -n_recent:])
+    assert n_tokens <= 10 or 7 <= n_recent < 17
+    assert (cache.counts.sum(axis=-1) == n_tokens).all()
+
+
+def test_the_body_is_chunked_soft_matching_of_its_tokens():
+    keys, values = tokens_of(4, 100, dtype="bf16")
+    cache = filled(keys, values)
+    body = slice(3, 3 + cache.n_clustered)
+    clustering = reference.chunked_soft_matching(keys[:, body], keep_ratio=0.3, chunk_size=10)
+    entries = slice(3, 3 + clustering.counts.shape[-1])
+    for held, tokens in ((cache.keys, keys), (cache.values, values)):
+        centroids = reference.merge(tokens[:, body], clustering).astype(keys.dtype)
+        assert held[:, entries].tobytes() == centroids.tobytes()
+
+
+def test_keep_ratio_one_is_full_attention():
+    keys, values = tokens_of(5, 100)
+    query = make_keys("normal", (2, 3, 8), DTYPES["f32"], seed=6)
+    full = reference.attention(query, keys, values)
+    assert equal_in_float64(filled(keys, values, keep_ratio=1).attend(query), full)
+    assert not equal_in_float64(filled(keys, values).attend(query), full)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attend_is_clustered_attention_to_the_entries(dtype):
+    keys, values = tokens_of(7, 300, dtype=dtype)
+    query = to_torch(make_keys("normal", (2, 3, 8), DTYPES[dtype], seed=8))
+    cache = fast.ClusteredCache(**PARAMETERS)
+    cache.append(to_torch(keys), to_torch(values))
+    held = cache.keys, cache.values, cache.counts
+    assert attention_agrees(cache.attend(query), query, *held)
+    assert not attention_agrees(fast.attention(query, *held[:2]), query, *held)
+
+
+def test_append_returns_what_new_tokens_may_attend_to():
+    keys, values = tokens_of(9, 60)
+    cache = filled(keys[:, :40], values[:, :40])
+    held = cache.keys
+    seen_keys, seen_values, counts = cache.append(keys[:, 40:], values[:, 40:])
+    assert np.array_equal(seen_keys, np.concatenate([held, keys[:, 40:]], axis=1))
+    assert seen_values.shape[1] == counts.shape[1] == held.shape[1] + 20
+    assert cache.n_stored < seen_keys.shape[1]
+
+
+@pytest.mark.parametrize("backend", [reference, fast], ids=["reference", "fast"])
+def test_a_refused_append_leaves_the_cache_as_it_was(backend):
+    convert = to_torch if backend is fast else np.copy
+    back = to_numpy if backend is fast else np.asarray
+    keys, values = tokens_of(10, 50)
+    cache = backend.ClusteredCache(**PARAMETERS)
+    cache.append(convert(keys), convert(values))
+    before = back(cache.keys).tobytes(), cache.n_seen, cache.n_stored, cache.nbytes
+    bad = values.copy()
+    bad[0, 0, 0] = np.nan
+    for new_keys, new_values, message in (
+        (keys, bad, "values must be finite"),
+        (keys[:1], values[:1], "keys must fit what the cache holds"),
+        (keys[..., :4], values, "keys must fit what the cache holds"),
+        (keys, values[..., :4], "values must fit what the cache holds"),
+        (keys, values[:, :7], "values must have the leading axes and tokens of keys"),
+        (keys, values.astype(np.float16), "values must have the dtype of keys"),
+        (keys.astype(np.float16), values.astype(np.float16), "keys must have the dtype of the cache, float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.append(convert(new_keys), convert(new_values))
+    assert before == (back(cache.keys).tobytes(), cache.n_seen, cache.n_stored, cache.nbytes)
+
+
+@pytest.mark.parametrize("backend", [reference, fast], ids=["reference", "fast"])
+def test_the_cache_does_not_share_memory_with_what_it_was_given(backend):
+    convert = to_torch if backend is fast else np.copy
+    keys, values = (convert(array) for array in tokens_of(11, 5))
+    cache = backend.ClusteredCache(**PARAMETERS)
+    cache.append(keys, values)
+    keys[:] = 0
+    assert (cache.keys != 0).any()
+
+
+def test_the_fast_cache_holds_no_memory_but_its_entries():
+    """No view keeps a larger tensor alive: nbytes asks the storages."""
+    keys, values = tokens_of(12, 1000)
+    cache = fast.ClusteredCache(**PARAMETERS)
+    cache.append(to_torch(keys)[:, :999], to_torch(values)[:, :999])
+    assert cache.nbytes == 2 * cache.n_stored * (8 * 4 + 6 * 4 + 4)
+
+
+def test_an_empty_cache_answers():
+    for backend in (reference, fast):
+        cache = backend.ClusteredCache(keep_ratio=0.5)
+        assert (cache.n_seen, cache.n_stored, cache.nbytes) == (0, 0, 0)
+        with pytest.raises(ValueError, match="attend needs at least one appended token"):
+            cache.attend(None)

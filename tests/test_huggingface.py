@@ -1,0 +1,235 @@
+"""The transformers cache: what generate makes of it, layer by layer, and what it leaves behind (nothing)."""
+
+import copy
+import gc
+
+import numpy as np
+import pytest
+import torch
+from agreement import assert_same_bits, logits_agree
+from kvcluster import reference
+from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.reference.llama import Llama
+from models import greedy, random_tokens, tiny_llama
+
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+
+
+def hooks_on(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_keep_ratio_one_is_stock_generate(kv_heads, attention):
+    model = tiny_llama(kv_heads=kv_heads, attention=attention)
+    tokens = random_tokens(100, batch=2)
+    cache = ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": 1})
+    assert torch.equal(greedy(model, tokens, past_key_values=cache), greedy(model, tokens))
+    assert cache.n_seen == cache.n_stored == 123
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_generated_tokens_are_those_of_the_numpy_llama(kv_heads, attention):
+    """End to end: a clustered cache in transformers and one in the reference lead to the same text."""
+    model = tiny_llama(kv_heads=kv_heads, attention=attention)
+    tokens = random_tokens(100, batch=2)
+    ours = greedy(model, tokens, n_new=40, past_key_values=ClusteredCache.for_model(model, **PARAMETERS))
+    llama = Llama({name: weight.numpy() for name, weight in model.state_dict().items()}, model.config.to_dict())
+    for row in range(2):
+        caches = [reference.ClusteredCache(**PARAMETERS) for _ in range(3)]
+        assert llama.generate(tokens[row].tolist(), 40, caches) == ours[row].tolist()
+    assert not torch.equal(ours, greedy(model, tokens, n_new=40))  # clustering made a difference
+
+
+def test_every_layer_holds_what_the_reference_makes_of_its_keys():
+    """The keys of a full cache, clustered by the reference, give the bits of the clustered cache."""
+    model = tiny_llama()
+    tokens = random_tokens(150, batch=2)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    with torch.inference_mode():
+        full = model(tokens, use_cache=True).past_key_values
+        model(tokens, past_key_values=cache)
+    for full_layer, layer in zip(full.layers, cache.layers, strict=True):
+        expected = reference.ClusteredCache(**PARAMETERS)
+        expected.append(full_layer.keys.numpy(), full_layer.values.numpy())
+        for name in ("keys", "values", "counts"):
+            assert_same_bits(getattr(layer.entries, name), getattr(expected, name))
+
+
+def logits_after(model, cache, tokens):
+    with torch.inference_mode():
+        return model(tokens, past_key_values=cache).logits[0].numpy()
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+def test_log_counts_and_positions_reach_attention(queries, monkeypatch):
+    """The next logits agree with the NumPy Llama's on the same entries; without log counts or positions they do not."""
+    model = tiny_llama()
+    prompt, following = random_tokens(150).split([150 - queries, queries], dim=1)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    logits_after(model, cache, prompt)
+    llama = Llama({name: weight.numpy() for name, weight in model.state_dict().items()}, model.config.to_dict())
+    reference_caches = []
+    for layer in cache.layers:
+        made = reference.ClusteredCache(**PARAMETERS)
+        made.keys, made.values, made.counts = (
+            getattr(layer.entries, name)[0].numpy() for name in ("keys", "values", "counts")
+        )
+        made.n_seen, made.n_clustered, made._n_body = (
+            getattr(layer.entries, name) for name in ("n_seen", "n_clustered", "_n_body")
+        )
+        reference_caches.append(made)
+    oracle = llama.forward(following[0].tolist(), reference_caches)
+    subject = logits_after(model, copy.deepcopy(cache), following)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    eager_cache = ClusteredCache.for_model(eager, **PARAMETERS)
+    logits_after(eager, eager_cache, prompt)
+    baseline = logits_after(eager, eager_cache, following)
+    assert logits_agree(subject, baseline, oracle)
+
+    shifted = copy.deepcopy(cache)
+    for layer in shifted.layers:
+        layer.entries.n_seen += 1
+    assert not logits_agree(logits_after(model, shifted, following), baseline, oracle)
+    monkeypatch.setattr("kvcluster.fast.huggingface.cache.log_counts", lambda counts: torch.zeros(counts.shape))
+    assert not logits_agree(logits_after(model, copy.deepcopy(cache), following), baseline, oracle)
+
+
+def test_nothing_stays_on_the_model():
+    model = tiny_llama()
+    tokens = random_tokens(100)
+    stock = greedy(model, tokens)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    other = ClusteredCache.for_model(model, **PARAMETERS)
+    copied = copy.deepcopy(cache)
+    assert hooks_on(model) == 4  # shared: one on each of 3 layers, one on the model
+    assert torch.equal(greedy(model, tokens), stock)  # a stock cache is left alone
+    del cache, other
+    gc.collect()
+    assert hooks_on(model) == 4
+    del copied
+    gc.collect()
+    assert hooks_on(model) == 0
+
+
+def test_a_copied_model_adds_log_counts_once():
+    """Copying a model copies its hooks; a cache made for the copy brings its own."""
+    model = tiny_llama()
+    tokens = random_tokens(100)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    copied = copy.deepcopy(model)
+    cache_of_copy = ClusteredCache.for_model(copied, **PARAMETERS)
+    assert hooks_on(copied) == 2 * hooks_on(model)
+    ours = greedy(copied, tokens, past_key_values=cache_of_copy)
+    assert torch.equal(ours, greedy(model, tokens, past_key_values=cache))
+
+
+def test_a_cache_on_a_model_it_was_not_made_for_is_refused():
+    """Its log counts would not reach attention, which nobody would notice."""
+    model, stranger = tiny_llama(), tiny_llama()
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    logits_after(model, cache, random_tokens(100))
+    with pytest.raises(RuntimeError, match="attention would miss the log counts"):
+        logits_after(stranger, cache, random_tokens(1))
+
+
+def test_padding_is_refused_before_anything_is_lost():
+    model = tiny_llama()
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="padding is not supported"):
+        model(random_tokens(20, batch=2), attention_mask=mask, past_key_values=cache)
+    assert cache.n_seen == 0
+
+
+def test_beams_carry_their_caches_along():
+    """With keep_ratio 1 beam search gives stock's result: rows are reordered with their counts."""
+    model = tiny_llama()
+    tokens = random_tokens(60, batch=2)
+    stock = greedy(model, tokens, num_beams=3)
+    kept = ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": 1})
+    assert torch.equal(greedy(model, tokens, num_beams=3, past_key_values=kept), stock)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    logits_after(model, cache, tokens)
+    rows = torch.tensor([1, 1, 0])
+    before = [(layer.keys, layer.values, layer.entries.counts) for layer in cache.layers]
+    cache.reorder_cache(rows)
+    for layer, (keys, values, counts) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys[rows])
+        assert torch.equal(layer.values, values[rows])
+        assert torch.equal(layer.entries.counts, counts[rows])
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[0].keys.shape[0] == 6
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.layers[0].keys.shape[0] == 1
+
+
+def test_crop_says_that_it_cannot_and_reset_empties():
+    model = tiny_llama()
+    tokens = random_tokens(60)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    logits_after(model, cache, tokens)
+    with pytest.raises(NotImplementedError, match="tokens that were merged cannot be taken out again"):
+        cache.crop(-1)
+    assert cache.n_seen == 60
+    cache.reset()
+    assert (cache.n_seen, cache.n_stored, cache.nbytes) == (0, 0, 0)
+    fresh = ClusteredCache.for_model(model, **PARAMETERS)
+    assert np.array_equal(logits_after(model, cache, tokens), logits_after(model, fresh, tokens))
+
+
+def test_generate_goes_on_from_a_cache():
+    """A second turn feeds only the new tokens, at their positions."""
+    model = tiny_llama()
+    tokens = random_tokens(120)
+    cache = ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": 1})
+    first = greedy(model, tokens, past_key_values=cache)
+    longer = torch.cat([tokens, first, random_tokens(10, seed=1)], dim=1)
+    assert torch.equal(greedy(model, longer, past_key_values=cache), greedy(model, longer))
+
+
+def test_bytes_are_those_of_the_tensors_held():
+    model = tiny_llama()
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    logits_after(model, cache, random_tokens(500))
+    assert cache.nbytes == 3 * 2 * cache.n_stored * (16 * 4 + 16 * 4 + 4)
+    assert cache.n_stored / cache.n_seen < 0.3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"keep_ratio": 0}, r"keep_ratio must be in \(0, 1\], got 0"),
+        ({"keep_ratio": 0.5, "chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"keep_ratio": 0.5, "n_sink": -1}, "n_sink must be at least 0, got -1"),
+        ({"keep_ratio": 0.5, "n_recent": -1}, "n_recent must be at least 0, got -1"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        ClusteredCache.for_model(tiny_llama(), **parameters)
+
+
+def test_unsupported_models_are_refused():
+    with pytest.raises(ValueError, match="model must be of type llama, got Linear"):
+        ClusteredCache.for_model(torch.nn.Linear(1, 1), keep_ratio=0.5)
+    model = tiny_llama()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attention of model must be sdpa or eager, got flex_attention"):
+        ClusteredCache.for_model(model, keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_generate(dtype):
+    model = tiny_llama().to(dtype)
+    tokens = random_tokens(100)
+    kept = ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": 1})
+    assert torch.equal(greedy(model, tokens, past_key_values=kept), greedy(model, tokens))
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    greedy(model, tokens, past_key_values=cache)
+    assert cache.layers[0].keys.dtype == dtype
+    assert cache.n_stored < cache.n_seen
