@@ -26,10 +26,10 @@ demo: install
 	$(BIN)/kvcluster demo
 
 check: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The package's folders lie at the top, mypy wants them under their import names.
 lint: install

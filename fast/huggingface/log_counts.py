@@ -58,7 +58,7 @@ def remove(handles: list[Any]) -> None:
 
 def clustered_layers(kwargs: dict[str, Any]) -> Any:
     """The layers of the cache that the model was called with, if it is one with log counts."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     return cache.layers if getattr(cache, "has_log_counts", False) else None
 
 
