@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .arguments import check_array, check_integer, check_keep_ratio, dtype_name
+from .arguments import check_array, check_integer, check_keep_ratio, dtype_name, entries_of_chunk
+from .chunk_compression import compress_chunks
 from .clustered_attention import clustered_attention
-from .merging import merge
-from .soft_matching import chunked_soft_matching
+from .soft_matching import split_chunks
 
 __all__ = ["ClusteredCache"]
 
@@ -84,15 +84,16 @@ class ClusteredCache:
             return
         start = self.n_sink + self._n_body
         stop = start + leaving
-        clustering = chunked_soft_matching(
-            self.keys[..., start:stop, :], keep_ratio=self.keep_ratio, chunk_size=self.chunk_size
+        made = compress_chunks(
+            split_chunks(self.keys[..., start:stop, :], self.chunk_size),
+            split_chunks(self.values[..., start:stop, :], self.chunk_size),
+            entries_of_chunk(self.keep_ratio, self.chunk_size),
         )
-        self.keys = replace_span(self.keys, start, stop, merge(self.keys[..., start:stop, :], clustering))
-        self.values = replace_span(self.values, start, stop, merge(self.values[..., start:stop, :], clustering))
-        counts = clustering.counts.int()
-        self.counts = torch.cat([self.counts[..., :start], counts, self.counts[..., stop:]], dim=-1)
+        self.keys = replace_span(self.keys, start, stop, made.keys)
+        self.values = replace_span(self.values, start, stop, made.values)
+        self.counts = replace_span(self.counts.unsqueeze(-1), start, stop, made.counts.unsqueeze(-1)).squeeze(-1)
         self.n_clustered += leaving
-        self._n_body += counts.shape[-1]
+        self._n_body = self.n_stored - self.n_seen + self.n_clustered
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         check_array("keys", keys)
@@ -115,6 +116,7 @@ class ClusteredCache:
                 raise ValueError(f"{name} must be on the device of the cache, {held.device}, got {new.device}")
 
 
-def replace_span(array: Tensor, start: int, stop: int, centroids: Tensor) -> Tensor:
-    """`array` with the entries from `start` to `stop` replaced by `centroids`, rounded to its dtype."""
-    return torch.cat([array[..., :start, :], centroids.to(array.dtype), array[..., stop:, :]], dim=-2)
+def replace_span(array: Tensor, start: int, stop: int, chunks: Tensor) -> Tensor:
+    """`array` (..., tokens, dim) with the tokens from `start` to `stop` replaced by `chunks`, rounded to its dtype."""
+    before, after = array[..., :start, :], array[..., stop:, :]
+    return torch.cat([before, chunks.to(array.dtype).reshape(*array.shape[:-2], -1, array.shape[-1]), after], dim=-2)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from .arguments import check_array
+from .exact_mean import ordered_mean
 
 __all__ = ["Clustering", "merge"]
 
@@ -38,20 +38,3 @@ def merge(array: Float[Tensor, "*lead tokens dim"], clustering: Clustering) -> F
     if bool((counts < 1).any()):
         raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
     return ordered_mean(array, labels, counts)
-
-
-def ordered_mean(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """`merge` without the checks."""
-    entries, dim = counts.shape[-1], array.shape[-1]
-    tokens = array.reshape(-1, dim)  # (problems * tokens, dim)
-    offsets = torch.arange(counts.shape[:-1].numel(), device=labels.device) * entries  # first entry of each problem
-    labels = (labels.reshape(len(offsets), -1) + offsets[:, None]).reshape(-1)
-    counts = counts.reshape(-1)  # (problems * entries,)
-    members = labels.argsort(stable=True)  # tokens, cluster after cluster, ascending inside each
-    first = counts.cumsum(0) - counts  # where each cluster begins in `members`
-    sums = tokens[members[first]].double()
-    for rank in range(1, int(counts.max()) if len(counts) else 0):
-        larger = (counts > rank).nonzero().squeeze(-1)  # clusters that have a member of this rank
-        sums[larger] += tokens[members[first[larger] + rank]].double()
-    means = (sums / counts.unsqueeze(-1)).float()
-    return means.reshape(*array.shape[:-2], entries, dim)

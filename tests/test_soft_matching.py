@@ -1,5 +1,7 @@
 """Partition, matching and merging: by hand, by their identities, and fast against reference to the last bit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
 from kvcluster import fast, reference
+from kvcluster.fast import chunk_compression
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 64])
@@ -116,7 +119,7 @@ def test_strided_and_split_work_give_the_same_bits(monkeypatch):
     keys = make_keys("smooth", (2, 3, 256, 32), DTYPES["f16"], seed=9)
     expected = reference.chunked_soft_matching(keys, keep_ratio=0.25)
     strided = to_torch(keys.transpose(0, 2, 1, 3)).transpose(1, 2)
-    monkeypatch.setattr(fast.soft_matching, "WORKING_BYTES", 1)
+    monkeypatch.setattr(chunk_compression, "WORKING_BYTES", 1)
     assert_same_bits(fast.chunked_soft_matching(strided, keep_ratio=0.25).labels, expected.labels)
 
 
@@ -125,33 +128,39 @@ def swapped_partition(size):
     return (entries[1::2], entries[0::2]) if size % 2 == 0 else (entries[0::2], entries[1::2])
 
 
-def float32_similarity(a, b):
-    normalize = torch.nn.functional.normalize
-    return (normalize(a.float(), dim=-1) @ normalize(b.float(), dim=-1).mT).double()
+def float32_matches(sources, destinations):
+    """The filter alone, believed."""
+    filtered = fast.exact_similarity.certified_matches(sources, destinations)
+    unit = [torch.nn.functional.normalize(keys, dim=-1) for keys in (sources, destinations)]
+    return dataclasses.replace(filtered, destination=(unit[0] @ unit[1].mT).argmax(dim=-1))
 
 
-def last_of_ties(a, b):
-    """Adds to later destinations what only a tie can feel."""
-    exact = fast.exact_similarity.canonical_similarity(a, b)
-    return exact + torch.arange(exact.shape[-1]) * 1e-13
+def last_of_ties(sources, destinations):
+    filtered = fast.exact_similarity.certified_matches(sources, destinations.flip(1))
+    return dataclasses.replace(filtered, destination=destinations.shape[1] - 1 - filtered.destination)
+
+
+def best_by_cosine_alone(matches, sources, destinations, n_top):
+    return matches.cosine.argsort(dim=-1, descending=True, stable=True)[:, :n_top]
 
 
 @pytest.mark.parametrize(
     ("name", "twin", "kind"),
     [
         ("alternating_partition", swapped_partition, "normal"),
-        ("canonical_similarity", float32_similarity, "near_ties"),
-        ("canonical_similarity", last_of_ties, "signs"),
+        ("certified_matches", float32_matches, "near_ties"),
+        ("certified_matches", last_of_ties, "signs"),
+        ("certified_top", best_by_cosine_alone, "near_ties"),
     ],
-    ids=["source and destination swapped", "float32 similarity", "ties to the largest"],
+    ids=["source and destination swapped", "float32 matches", "ties to the largest", "float32 cut"],
 )
 def test_wrong_twins_of_matching_are_told_apart(monkeypatch, name, twin, kind):
-    """Where only the last bits differ it takes many chunks until a decision turns round."""
-    keys = make_keys(kind, (64, 640, 64), DTYPES["f32"], seed=10)
-    expected = reference.chunked_soft_matching(keys, keep_ratio=0.25).labels
-    monkeypatch.setattr(fast.soft_matching, name, twin)
+    keys = make_keys(kind, (640, 64), DTYPES["f32"], seed=10)
+    expected = reference.chunked_soft_matching(keys, keep_ratio=0.2).labels
+    assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.2).labels, expected)
+    monkeypatch.setattr(chunk_compression, name, twin)
     with pytest.raises(AssertionError):
-        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.25).labels, expected)
+        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.2).labels, expected)
 
 
 def test_members_are_added_in_ascending_order():
