@@ -4,13 +4,25 @@ import math
 
 import torch
 
-__all__ = ["check_array", "check_integer", "check_keep_ratio", "entries_of_chunk"]
+__all__ = ["check_array", "check_finite", "check_integer", "check_keep_ratio", "check_shape", "entries_of_chunk"]
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 
 def check_array(name: str, array: torch.Tensor) -> None:
     """Refuse what is not a finite float16, bfloat16 or float32 tensor `(..., tokens, dim)`, dim >= 1."""
+    check_shape(name, array)
+    check_finite(name, array)
+
+
+def check_finite(name: str, array: torch.Tensor) -> None:
+    """Refuse NaN and infinities."""
+    if not bool(torch.isfinite(array).all()):
+        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(array)).sum())} NaN or infinite values")
+
+
+def check_shape(name: str, array: torch.Tensor) -> None:
+    """Refuse all else that `check_array` refuses."""
     if not isinstance(array, torch.Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(array).__name__}")
     if array.dtype not in DTYPES:
@@ -19,8 +31,6 @@ def check_array(name: str, array: torch.Tensor) -> None:
         raise ValueError(f"{name} must have shape (..., tokens, dim), got {tuple(array.shape)}")
     if array.shape[-1] < 1:
         raise ValueError(f"{name} must have dim >= 1, got shape {tuple(array.shape)}")
-    if not bool(torch.isfinite(array).all()):
-        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(array)).sum())} NaN or infinite values")
 
 
 def dtype_name(array: torch.Tensor) -> str:

@@ -5,9 +5,9 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from .arguments import check_array, check_integer, check_keep_ratio, dtype_name, entries_of_chunk
-from .chunk_compression import compress_chunks
+from .backends import Backend
+from .chunk_compression import compress
 from .clustered_attention import clustered_attention
-from .soft_matching import split_chunks
 
 __all__ = ["ClusteredCache"]
 
@@ -16,16 +16,25 @@ class ClusteredCache:
     """A key-value cache whose old tokens are centroids: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
-    device of what is appended. `nbytes` counts the memory that the tensors really hold.
+    device of what is appended. `nbytes` counts the memory that the tensors really hold. `backend`
+    as in `choose_backend`.
     """
 
-    def __init__(self, *, keep_ratio: float, chunk_size: int = 64, n_sink: int = 4, n_recent: int = 64) -> None:
+    def __init__(
+        self,
+        *,
+        keep_ratio: float,
+        chunk_size: int = 64,
+        n_sink: int = 4,
+        n_recent: int = 64,
+        backend: Backend = "auto",
+    ) -> None:
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
         self.keep_ratio, self.chunk_size = keep_ratio, chunk_size
-        self.n_sink, self.n_recent = n_sink, n_recent
+        self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
         self.keys: Float[Tensor, "*lead entries dim"] | None = None
         self.values: Float[Tensor, "*lead entries dim_value"] | None = None
         self.counts: Int32[Tensor, "*lead entries"] | None = None
@@ -84,10 +93,12 @@ class ClusteredCache:
             return
         start = self.n_sink + self._n_body
         stop = start + leaving
-        made = compress_chunks(
-            split_chunks(self.keys[..., start:stop, :], self.chunk_size),
-            split_chunks(self.values[..., start:stop, :], self.chunk_size),
-            entries_of_chunk(self.keep_ratio, self.chunk_size),
+        made = compress(
+            self.keys[..., start:stop, :],
+            self.values[..., start:stop, :],
+            chunk_size=self.chunk_size,
+            target=entries_of_chunk(self.keep_ratio, self.chunk_size),
+            backend=self.backend,
         )
         self.keys = replace_span(self.keys, start, stop, made.keys)
         self.values = replace_span(self.values, start, stop, made.values)

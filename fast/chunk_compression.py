@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from .backends import Backend, choose_backend
 from .exact_mean import certified_mean, sums_are_exact
 from .exact_similarity import certified_matches, certified_top
 from .partition import alternating_partition
 
-__all__ = ["CompressedChunks", "compress_chunks"]
+__all__ = ["CompressedChunks", "compress", "count_members", "renumber"]
 
 # Chunks are worked on together up to this many bytes in float64, so that they stay in the processor's cache.
 WORKING_BYTES = 4 * 2**20
@@ -38,30 +39,45 @@ class CompressedChunks:
     n_scored_rows: int
 
 
-def compress_chunks(
-    keys: Float[Tensor, "chunks chunk dim"], values: Float[Tensor, "chunks chunk dim_value"] | None, target: int
+def compress(
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"] | None,
+    *,
+    chunk_size: int,
+    target: int,
+    backend: Backend = "auto",
 ) -> CompressedChunks:
     """Each chunk in `target` clusters by chunked soft matching of its keys; centroids of keys and of values, if any.
 
-    The bits are those of `chunked_soft_matching` and `merge` of the reference. Works on a few MiB at a time.
+    The tokens are whole chunks; the chunks of all leading indices come one after the other in the result, whose bits
+    are those of `chunked_soft_matching` and `merge` of the reference.
     """
-    chunks, size, dim = keys.shape
-    together = max(1, WORKING_BYTES // (size * max(dim, size) * torch.float64.itemsize))
-    starts = range(0, max(1, chunks), together)
+    arrays = [array for array in (keys, values) if array is not None]
+    if choose_backend(backend, *arrays) == "triton":
+        from .kernels.compress import compress as compress_by_kernels
+
+        four_axes = [array if array.ndim == 4 else array.reshape(1, -1, *array.shape[-2:]) for array in arrays]
+        return compress_by_kernels(four_axes[0], four_axes[1] if len(arrays) == 2 else None, chunk_size, target)
+
+    dim = keys.shape[-1]
+    chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in arrays]  # (chunks, chunk, dim)
+    together = max(1, WORKING_BYTES // (chunk_size * max(dim, chunk_size) * torch.float64.itemsize))
     parts = [
-        compress_together(keys[i : i + together], None if values is None else values[i : i + together], target)
-        for i in starts
+        compress_together(*(array[first : first + together] for array in chunks), target=target)
+        for first in range(0, max(1, len(chunks[0])), together)
     ]
     return CompressedChunks(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("labels", "counts", "keys")),
-        values=None if values is None else torch.cat([part.values for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        counts=torch.cat([part.counts for part in parts]),
+        keys=torch.cat([part.keys for part in parts]),
+        values=None if values is None else torch.cat([part.values for part in parts if part.values is not None]),
         n_rows=sum(part.n_rows for part in parts),
         n_scored_rows=sum(part.n_scored_rows for part in parts),
     )
 
 
-def compress_together(keys: Tensor, values: Tensor | None, target: int) -> CompressedChunks:
-    """`compress_chunks` of so few chunks that all of them fit the working memory."""
+def compress_together(keys: Tensor, values: Tensor | None = None, *, target: int) -> CompressedChunks:
+    """`compress` by torch of so few chunks (chunks, chunk, dim) that all of them fit the working memory."""
     chunks, size, _ = keys.shape
     labels = torch.arange(size, device=keys.device).expand(chunks, size)
     counts = torch.ones_like(labels)
@@ -69,11 +85,13 @@ def compress_together(keys: Tensor, values: Tensor | None, target: int) -> Compr
     n_rows = n_scored_rows = 0
     while size > target:
         n_merged = min(size // 2, size - target)
-        entry_of_entry, is_scored = match_round(centroids, n_merged)
-        n_rows += is_scored.numel()
-        n_scored_rows += int(is_scored.sum())
+        sources, destinations = (centroids[:, part.to(keys.device)] for part in alternating_partition(size))
+        matches = certified_matches(sources, destinations)
+        merged = certified_top(matches, sources, destinations, n_merged)  # (chunks, n_merged)
+        labels = renumber(matches.destination, merged, size, n_merged).gather(-1, labels)
+        n_rows += matches.is_scored.numel()
+        n_scored_rows += int(matches.is_scored.sum())
         size -= n_merged
-        labels = entry_of_entry.gather(-1, labels)
         counts = count_members(labels, size)
         centroids = certified_mean(keys64, is_exact, labels, counts)
     if values is not None:
@@ -81,18 +99,26 @@ def compress_together(keys: Tensor, values: Tensor | None, target: int) -> Compr
     return CompressedChunks(labels, counts, centroids, values, n_rows, n_scored_rows)
 
 
-def match_round(centroids: Float32[Tensor, "chunks size dim"], n_merged: int) -> tuple[Tensor, Tensor]:
-    """New entry of each old entry (chunks, size) after the `n_merged` best matches, and which sources were scored."""
-    chunks, size, _ = centroids.shape
-    sources, destinations = (part.to(centroids.device) for part in alternating_partition(size))
-    source_keys, destination_keys = centroids[:, sources], centroids[:, destinations]
-    matches = certified_matches(source_keys, destination_keys)
-    merged = certified_top(matches, source_keys, destination_keys, n_merged)  # (chunks, n_merged)
+def renumber(
+    destination: Int64[Tensor, "chunks sources"], best_first: Tensor | None, size: int, n_merged: int
+) -> Int64[Tensor, "chunks size"]:
+    """New entry of each old entry after a round.
 
-    entries = torch.arange(size, device=centroids.device).expand(chunks, size)
-    cluster_of_entry = entries.scatter(-1, sources[merged], destinations[matches.destination.gather(-1, merged)])
+    Parameters
+    ----------
+    destination : of each source, as an index of the destinations.
+    best_first : (chunks, at least n_merged), int64: the sources that merge come first; None where all of them merge.
+    """
+    sources, destinations = (part.to(destination.device) for part in alternating_partition(size))
+    if best_first is None:
+        merged, joined = sources.expand(len(destination), -1), destinations[destination]
+    else:
+        best_first = best_first[:, :n_merged]
+        merged, joined = sources[best_first], destinations[destination.gather(-1, best_first)]
+    entries = torch.arange(size, device=destination.device).expand(len(destination), size)
+    cluster_of_entry = entries.scatter(-1, merged, joined)
     stays = cluster_of_entry == entries  # destinations, and sources that did not merge
-    return (stays.cumsum(-1) - 1).gather(-1, cluster_of_entry), matches.is_scored  # numbered again, in their old order
+    return (stays.cumsum(-1) - 1).gather(-1, cluster_of_entry)  # numbered again, in their old order
 
 
 def count_members(labels: Int64[Tensor, "chunks chunk"], entries: int) -> Int64[Tensor, "chunks entries"]:

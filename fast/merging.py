@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_array
-from .exact_mean import ordered_mean
+from . import operators
+from .arguments import check_shape
+from .backends import Backend, choose_backend
 
 __all__ = ["Clustering", "merge"]
 
@@ -19,13 +20,15 @@ class Clustering:
     counts: Int64[Tensor, "*lead entries"]
 
 
-def merge(array: Float[Tensor, "*lead tokens dim"], clustering: Clustering) -> Float32[Tensor, "*lead entries dim"]:
+def merge(
+    array: Float[Tensor, "*lead tokens dim"], clustering: Clustering, *, backend: Backend = "auto"
+) -> Float32[Tensor, "*lead entries dim"]:
     """The mean of each cluster's tokens, (..., entries, dim) in float32.
 
-    Defined, with its errors, by `kvcluster.reference.merge`; the same bits. Works in as many steps as the largest
-    cluster has members, each over all clusters of all problems at once, without atomic additions.
+    Defined, with its errors, by `kvcluster.reference.merge`; the same bits. `backend` as in `choose_backend`. Works in
+    as many steps as the largest cluster has members, without atomic additions.
     """
-    check_array("array", array)
+    check_shape("array", array)
     labels, counts = clustering.labels, clustering.counts
     if labels.shape != array.shape[:-1]:
         raise ValueError(
@@ -35,6 +38,5 @@ def merge(array: Float[Tensor, "*lead tokens dim"], clustering: Clustering) -> F
         raise ValueError(
             f"counts must have the leading axes of labels, got {tuple(counts.shape)} and {tuple(labels.shape)}"
         )
-    if bool((counts < 1).any()):
-        raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
-    return ordered_mean(array, labels, counts)
+    choose_backend(backend, array)
+    return operators.merge(array, labels, counts, backend)

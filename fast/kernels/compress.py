@@ -1,0 +1,39 @@
+"""Compression of all chunks by kernels: a few launches a round, and the host waits for none of them."""
+
+import torch
+from torch import Tensor
+
+from ..chunk_compression import CompressedChunks, count_members, renumber
+from .match import match
+from .merge import merge
+
+__all__ = ["compress"]
+
+
+def compress(keys: Tensor, values: Tensor | None, chunk_size: int, target: int) -> CompressedChunks:
+    """`kvcluster.fast.chunk_compression.compress` of (batch, heads, chunks * chunk_size, dim) tensors, any strides."""
+    batch, heads, tokens, _ = keys.shape
+    chunks = batch * heads * (tokens // chunk_size)
+    labels = torch.arange(chunk_size, device=keys.device).repeat(chunks, 1)
+    counts, centroids, size = torch.ones_like(labels), None, chunk_size
+    n_scored = torch.zeros((), dtype=torch.int64, device=keys.device)
+    n_rows = 0
+    while size > target:
+        n_sources, n_merged = (size + 1) // 2, min(size // 2, size - target)
+        entries = keys if centroids is None else centroids.reshape(batch, heads, -1, keys.shape[-1])
+        destination, similarity, is_scored = match(entries, size, is_cut=n_merged < n_sources)
+        best_first = similarity.neg().argsort(dim=-1, stable=True) if n_merged < n_sources else None
+        labels = renumber(destination, best_first, size, n_merged).gather(-1, labels)
+        n_rows += is_scored.numel()
+        n_scored += is_scored.sum()
+        size -= n_merged
+        counts = count_members(labels, size)
+        centroids = merge(keys, labels, counts)
+    return CompressedChunks(
+        labels=labels,
+        counts=counts,
+        keys=merge(keys, labels, counts) if centroids is None else centroids,
+        values=None if values is None else merge(values, labels, counts),
+        n_rows=n_rows,
+        n_scored_rows=int(n_scored),
+    )

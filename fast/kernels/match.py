@@ -1,0 +1,167 @@
+"""Best destination of each source of each chunk: filter, certificate, canonical scores for what stays open."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..exact_similarity import SAFE_NORM, margin
+from .canonical import canonical_similarity
+
+__all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "match", "match_kernel"]
+
+BLOCK_ROWS = 16  # sources of a program
+BLOCK_COLUMNS = 32  # destinations that are filtered together
+BLOCK_SCORED = 16  # destinations that are scored canonically together
+# What one addition in float32 may lose. Tensor cores add products of 16-bit numbers less carefully than IEEE 754 asks.
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-21, torch.bfloat16: 2.0**-21}
+LOWEST_NORM = tl.constexpr(SAFE_NORM[0])
+HIGHEST_NORM = tl.constexpr(SAFE_NORM[1])
+
+
+def match(keys: Tensor, size: int, *, is_cut: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Matches of each chunk of `size` entries.
+
+    Parameters
+    ----------
+    keys : (batch, heads, chunks * size, dim), any strides; float16, bfloat16 or float32; dim at most 256.
+    is_cut : whether the similarities are wanted too, because not all sources will merge.
+
+    Returns
+    -------
+    destination : (batch * heads * chunks, sources), int64: as `Matches.destination`.
+    similarity : the same shape, float64: canonical similarity to it; not written where `is_cut` is False.
+    is_scored : the same shape, bool: whether the filter left the match open.
+    """
+    batch, heads, tokens, dim = keys.shape
+    chunks = tokens // size
+    shape = (batch * heads * chunks, (size + 1) // 2)
+    destination = torch.empty(shape, dtype=torch.int64, device=keys.device)
+    similarity = torch.empty(shape if is_cut else (0,), dtype=torch.float64, device=keys.device)
+    is_scored = torch.empty(shape, dtype=torch.bool, device=keys.device)
+    block_dim = max(16, triton.next_power_of_2(dim))
+    match_kernel[(shape[0], triton.cdiv(shape[1], BLOCK_ROWS))](
+        keys,
+        destination,
+        similarity,
+        is_scored,
+        heads,
+        chunks,
+        *keys.stride(),
+        lead=margin(dim, UNIT[keys.dtype]),
+        SIZE=size,
+        DIM=dim,
+        BLOCK_DIM=block_dim,
+        STEPS=block_dim.bit_length() - 1,
+        ROWS=BLOCK_ROWS,
+        COLUMNS=BLOCK_COLUMNS,
+        SCORED=BLOCK_SCORED,
+        IS_CUT=is_cut,
+        WIDEN=triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16,  # whose products it gets wrong
+        num_warps=8,
+    )
+    return destination, similarity, is_scored
+
+
+@triton.jit
+def load_rows(base, entry, is_there, stride_token, stride_dim, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Keys of the entries `entry` (rows,), zeros where there are none: (rows, BLOCK_DIM)."""
+    feature = tl.arange(0, BLOCK_DIM)
+    pointers = base + entry[:, None] * stride_token + feature[None, :] * stride_dim
+    return tl.load(pointers, mask=is_there[:, None] & (feature < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def inverse_norm(keys):
+    """1 / length of each row of `keys` in float32, 0 where that is not safe, and whether it is."""
+    keys32 = keys.to(tl.float32)
+    norm = tl.sqrt(tl.sum(keys32 * keys32, axis=1))
+    is_safe = (norm > LOWEST_NORM) & (norm < HIGHEST_NORM)
+    return tl.where(is_safe, 1 / tl.where(is_safe, norm, 1.0), 0.0), is_safe
+
+
+@triton.jit
+def match_kernel(
+    keys,
+    destination_out,
+    similarity_out,
+    is_scored_out,
+    heads,
+    chunks,
+    stride_batch,
+    stride_head,
+    stride_token,
+    stride_dim,
+    lead,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCORED: tl.constexpr,
+    IS_CUT: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One program: ROWS sources of one chunk. Sources are the entries 0, 2, ..., destinations 1, 3, ... of the chunk."""
+    N_SOURCES: tl.constexpr = (SIZE + 1) // 2
+    N_DESTINATIONS: tl.constexpr = SIZE // 2
+    problem = tl.program_id(0)
+    chunk = problem % chunks
+    head = problem // chunks
+    base = keys + (head // heads).to(tl.int64) * stride_batch + (head % heads).to(tl.int64) * stride_head
+    base += (chunk * SIZE).to(tl.int64) * stride_token
+    row = tl.arange(0, ROWS)
+    source = tl.program_id(1) * ROWS + row
+    is_source = source < N_SOURCES
+    a = load_rows(base, 2 * source, is_source, stride_token, stride_dim, DIM, BLOCK_DIM)
+    a_inverse, is_safe = inverse_norm(a)
+
+    # The filter: best cosine, its destination, and the best of all others. Cosines are at least -1, up to rounding.
+    best = tl.full((ROWS,), -4.0, tl.float32)
+    second = tl.full((ROWS,), -4.0, tl.float32)
+    destination = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, N_DESTINATIONS, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        is_destination = column < N_DESTINATIONS
+        b = load_rows(base, 2 * column + 1, is_destination, stride_token, stride_dim, DIM, BLOCK_DIM)
+        b_inverse, is_safe_column = inverse_norm(b)
+        is_safe &= tl.min((is_safe_column | ~is_destination).to(tl.int32), axis=0) > 0
+        if WIDEN:
+            products = tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), input_precision="ieee")
+        else:
+            products = tl.dot(a, tl.trans(b), input_precision="ieee")
+        cosines = products * a_inverse[:, None] * b_inverse[None, :]
+        cosines = tl.where(is_destination[None, :], cosines, -4.0)  # (ROWS, COLUMNS)
+        block_best, block_argmax = tl.max(cosines, axis=1, return_indices=True)
+        others = tl.where(tl.arange(0, COLUMNS)[None, :] == block_argmax[:, None], -4.0, cosines)
+        second = tl.maximum(tl.maximum(second, tl.max(others, axis=1)), tl.minimum(best, block_best))
+        destination = tl.where(block_best > best, first + block_argmax, destination)
+        best = tl.maximum(best, block_best)
+
+    is_open = is_source & (~is_safe | (best - lead <= second))
+    if tl.max(is_open.to(tl.int32), axis=0) > 0:
+        for one in range(ROWS):
+            if tl.max((is_open & (row == one)).to(tl.int32), axis=0) > 0:
+                entry = 2 * (tl.program_id(1) * ROWS + one) + tl.zeros((SCORED,), tl.int32)
+                a64 = load_rows(base, entry, entry >= 0, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)
+                highest = tl.full((1,), -4.0, tl.float64)
+                winner = tl.zeros((1,), tl.int32)
+                for first in range(0, N_DESTINATIONS, SCORED):
+                    column = first + tl.arange(0, SCORED)
+                    is_destination = column < N_DESTINATIONS
+                    b = load_rows(base, 2 * column + 1, is_destination, stride_token, stride_dim, DIM, BLOCK_DIM)
+                    scores = canonical_similarity(a64, b.to(tl.float64), SCORED, BLOCK_DIM, STEPS)
+                    scores = tl.where(is_destination, scores, -4.0)[None, :]  # (1, SCORED)
+                    top, top_column = tl.max(scores, axis=1, return_indices=True)  # of ties the first
+                    winner = tl.where(top > highest, first + top_column, winner)
+                    highest = tl.maximum(highest, top)
+                destination = tl.where(row == one, winner, destination)
+
+    offset = problem.to(tl.int64) * N_SOURCES + source
+    tl.store(destination_out + offset, destination.to(tl.int64), mask=is_source)
+    tl.store(is_scored_out + offset, is_open, mask=is_source)
+    if IS_CUT:
+        b = load_rows(base, 2 * destination + 1, is_source, stride_token, stride_dim, DIM, BLOCK_DIM)
+        similarity = canonical_similarity(a.to(tl.float64), b.to(tl.float64), ROWS, BLOCK_DIM, STEPS)
+        tl.store(similarity_out + offset, similarity, mask=is_source)

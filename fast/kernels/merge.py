@@ -1,0 +1,87 @@
+"""Means of clusters: members added in ascending token order in float64, rounded once; no atomic additions."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["BLOCK_ENTRIES", "merge", "merge_kernel"]
+
+BLOCK_ENTRIES = 8  # entries of a program
+
+
+def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """Mean of each cluster.
+
+    Parameters
+    ----------
+    array : (batch, heads, tokens, dim), any strides; float16, bfloat16 or float32; dim at most 256.
+    labels : (problems, tokens of a problem), int64; batch * heads problems, or that many times the chunks of each.
+    counts : (problems, entries), int64.
+
+    Returns
+    -------
+    (problems, entries, dim), float32.
+    """
+    _, heads, tokens, dim = array.shape
+    problems, entries = counts.shape
+    span = labels.shape[1]  # tokens of a problem
+    members = labels.argsort(dim=1, stable=True)  # cluster after cluster, ascending inside each
+    members += torch.arange(problems, device=labels.device)[:, None] * span
+    first = (counts.cumsum(1) - counts) + torch.arange(problems, device=labels.device)[:, None] * span
+    means = torch.empty(problems, entries, dim, dtype=torch.float32, device=array.device)
+    block_dim = triton.next_power_of_2(dim)
+    merge_kernel[(triton.cdiv(problems * entries, BLOCK_ENTRIES),)](
+        array,
+        members,
+        first.contiguous(),
+        counts.contiguous(),
+        means,
+        problems * entries,
+        heads,
+        tokens,
+        *array.stride(),
+        DIM=dim,
+        BLOCK_DIM=block_dim,
+        ENTRIES=BLOCK_ENTRIES,
+        num_warps=4,
+    )
+    return means
+
+
+@triton.jit
+def merge_kernel(
+    array,
+    members,
+    first_member,
+    counts,
+    means,
+    n_entries,
+    heads,
+    tokens,
+    stride_batch,
+    stride_head,
+    stride_token,
+    stride_dim,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """One program: ENTRIES clusters, in as many steps as the largest of them has members."""
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    is_entry = entry < n_entries
+    count = tl.load(counts + entry, mask=is_entry, other=0)
+    first = tl.load(first_member + entry, mask=is_entry, other=0)
+    feature = tl.arange(0, BLOCK_DIM)
+    is_feature = feature < DIM
+    sums = tl.full((ENTRIES, BLOCK_DIM), -0.0, tl.float64)  # only -0.0 + x is x for every x
+    for rank in range(0, tl.max(count, axis=0)):
+        is_member = rank < count
+        token = tl.load(members + first + rank, mask=is_member, other=0)  # counted over all problems
+        head = token // tokens
+        offset = head // heads * stride_batch + head % heads * stride_head + token % tokens * stride_token
+        pointers = array + offset[:, None] + feature[None, :] * stride_dim
+        tokens64 = tl.load(pointers, mask=is_member[:, None] & is_feature[None, :], other=0.0).to(tl.float64)
+        sums = tl.where(is_member[:, None], sums + tokens64, sums)
+    mean = (sums / count.to(tl.float64)[:, None]).to(tl.float32)
+    tl.store(means + entry[:, None] * DIM + feature[None, :], mean, mask=is_entry[:, None] & is_feature[None, :])
