@@ -5,11 +5,13 @@ from importlib.metadata import version
 import typer
 
 from .demo import demo
+from .kernels import kernels
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command()(kernels)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,7 @@
 """Checks of arguments, in the words of the reference: every error names the argument, the rule and the value."""
 
 import math
+from numbers import Integral, Real
 
 import torch
 
@@ -40,7 +41,7 @@ def dtype_name(array: torch.Tensor) -> str:
 
 def check_integer(name: str, value: int, least: int) -> None:
     """Refuse what is not an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -48,7 +49,7 @@ def check_integer(name: str, value: int, least: int) -> None:
 
 def check_keep_ratio(keep_ratio: float) -> None:
     """Refuse what is not a number in (0, 1]."""
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)):
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real):
         raise TypeError(f"keep_ratio must be a number, got {keep_ratio!r}")
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
@@ -56,4 +57,4 @@ def check_keep_ratio(keep_ratio: float) -> None:
 
 def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
     """Entries that a chunk of `chunk_size` tokens becomes: `ceil(keep_ratio * chunk_size)`, the product in float64."""
-    return math.ceil(float(keep_ratio) * chunk_size)
+    return math.ceil(float(keep_ratio) * int(chunk_size))

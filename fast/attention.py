@@ -1,5 +1,6 @@
 """Full attention on torch tensors."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,10 +28,11 @@ def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor |
     """Attention in float32 with `bias` (..., 1, entries) added to the logits."""
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    logits = scale * (query.float() @ keys.float().mT)  # (..., queries, entries)
-    if bias is not None:
-        logits = logits + bias
-    return (logits.softmax(dim=-1) @ values.float()).to(query.dtype)  # (..., queries, dim_value)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = scale * (query.float() @ keys.float().mT)  # (..., queries, entries)
+        if bias is not None:
+            logits = logits + bias
+        return (logits.softmax(dim=-1) @ values.float()).to(query.dtype)  # (..., queries, dim_value)
 
 
 def check_attention(query: Tensor, keys: Tensor, values: Tensor) -> None:

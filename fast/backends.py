@@ -11,7 +11,7 @@ Backend = Literal["auto", "torch", "triton"]
 MAX_DIM = 256  # of the kernels
 
 
-def choose_backend(backend: Backend, *arrays: Tensor) -> Literal["torch", "triton"]:
+def choose_backend(backend: str, *arrays: Tensor) -> Literal["torch", "triton"]:
     """`backend` itself, or for `auto` triton where all `arrays` lie on CUDA and the kernels take them, else torch.
 
     Raises

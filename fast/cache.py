@@ -59,6 +59,7 @@ class ClusteredCache:
         Returns keys, values and counts as they were just before this clustering, the new tokens last.
         """
         self._check(keys, values)
+        keys, values = keys.detach(), values.detach()  # no graph may hold on to them
         counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
         if self.keys is None:
             keys, values = keys.clone(), values.clone()  # what the caller does to its tensors later is its own business
@@ -93,18 +94,25 @@ class ClusteredCache:
             return
         start = self.n_sink + self._n_body
         stop = start + leaving
+        target = entries_of_chunk(self.keep_ratio, self.chunk_size)
         made = compress(
             self.keys[..., start:stop, :],
             self.values[..., start:stop, :],
             chunk_size=self.chunk_size,
-            target=entries_of_chunk(self.keep_ratio, self.chunk_size),
+            target=target,
             backend=self.backend,
         )
-        self.keys = replace_span(self.keys, start, stop, made.keys)
-        self.values = replace_span(self.values, start, stop, made.values)
-        self.counts = replace_span(self.counts.unsqueeze(-1), start, stop, made.counts.unsqueeze(-1)).squeeze(-1)
+        n_entries = leaving // self.chunk_size * target
+
+        def replaced(array: Tensor, chunks: Tensor) -> Tensor:
+            """`array` with the tokens from start to stop replaced by `chunks`, rounded to its dtype."""
+            centroids = chunks.to(array.dtype).reshape(*array.shape[:-2], n_entries, array.shape[-1])
+            return torch.cat([array[..., :start, :], centroids, array[..., stop:, :]], dim=-2)
+
+        self.keys, self.values = replaced(self.keys, made.keys), replaced(self.values, made.values)
+        self.counts = replaced(self.counts.unsqueeze(-1), made.counts.unsqueeze(-1)).squeeze(-1)
         self.n_clustered += leaving
-        self._n_body = self.n_stored - self.n_seen + self.n_clustered
+        self._n_body += n_entries
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         check_array("keys", keys)
@@ -112,8 +120,6 @@ class ClusteredCache:
         shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
         if values.shape[:-1] != keys.shape[:-1]:
             raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
-        if values.dtype != keys.dtype:
-            raise ValueError(f"values must have the dtype of keys, got {dtype_name(values)} and {dtype_name(keys)}")
         for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
             if held is None:
                 continue
@@ -125,9 +131,3 @@ class ClusteredCache:
                 raise ValueError(f"{name} must have the dtype of the cache, {dtype_name(held)}, got {dtype_name(new)}")
             if new.device != held.device:
                 raise ValueError(f"{name} must be on the device of the cache, {held.device}, got {new.device}")
-
-
-def replace_span(array: Tensor, start: int, stop: int, chunks: Tensor) -> Tensor:
-    """`array` (..., tokens, dim) with the tokens from `start` to `stop` replaced by `chunks`, rounded to its dtype."""
-    before, after = array[..., :start, :], array[..., stop:, :]
-    return torch.cat([before, chunks.to(array.dtype).reshape(*array.shape[:-2], -1, array.shape[-1]), after], dim=-2)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .backends import Backend, choose_backend
+from .backends import choose_backend
 from .exact_mean import certified_mean, sums_are_exact
 from .exact_similarity import certified_matches, certified_top
 from .partition import alternating_partition
@@ -45,7 +45,7 @@ def compress(
     *,
     chunk_size: int,
     target: int,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> CompressedChunks:
     """Each chunk in `target` clusters by chunked soft matching of its keys; centroids of keys and of values, if any.
 
@@ -56,7 +56,8 @@ def compress(
     if choose_backend(backend, *arrays) == "triton":
         from .kernels.compress import compress as compress_by_kernels
 
-        four_axes = [array if array.ndim == 4 else array.reshape(1, -1, *array.shape[-2:]) for array in arrays]
+        problems = keys.shape[:-2].numel()
+        four_axes = [x if x.ndim == 4 else x.reshape(1, problems, *x.shape[-2:]) for x in arrays]
         return compress_by_kernels(four_axes[0], four_axes[1] if len(arrays) == 2 else None, chunk_size, target)
 
     dim = keys.shape[-1]

@@ -22,7 +22,7 @@ def ordered_mean(
     entries, dim = counts.shape[-1], array.shape[-1]
     tokens = array.reshape(-1, dim)  # (problems * tokens, dim)
     offsets = torch.arange(counts.shape[:-1].numel(), device=labels.device) * entries  # first entry of each problem
-    labels = (labels.reshape(len(offsets), -1) + offsets[:, None]).reshape(-1)
+    labels = (labels.reshape(len(offsets), labels.shape[-1]) + offsets[:, None]).reshape(-1)
     counts = counts.reshape(-1)  # (problems * entries,)
     members = labels.argsort(stable=True)  # tokens, cluster after cluster, ascending inside each
     first = counts.cumsum(0) - counts  # where each cluster begins in `members`

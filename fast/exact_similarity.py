@@ -20,6 +20,7 @@ __all__ = ["Matches", "certified_matches", "certified_top", "similarity"]
 WORKING_BYTES = 2 * 2**20
 # Outside of this range the squared norm could underflow or overflow in float32: such keys get canonical scores.
 SAFE_NORM = (2.0**-40, 2.0**40)
+MAX_DIM = 8192  # as far as claim E4 is proved
 
 
 def similarity(a: Float[Tensor, "*lead m dim"], b: Float[Tensor, "*lead n dim"]) -> Float64[Tensor, "*lead m n"]:
@@ -86,7 +87,8 @@ def certified_matches(
     lead = margin(sources.shape[-1], matmul_unit(sources.device))
     unit_sources, is_safe_source = normalized(sources)
     unit_destinations, is_safe_destination = normalized(destinations)
-    cosines = unit_sources @ unit_destinations.mT  # (chunks, sources, destinations)
+    with torch.autocast(sources.device.type, enabled=False):  # it would multiply in fewer bits than `lead` allows for
+        cosines = unit_sources @ unit_destinations.mT  # (chunks, sources, destinations)
     cosine, destination = cosines.max(dim=-1)
     is_candidate = cosines >= (cosine - lead).unsqueeze(-1)
     is_unsafe = ~(is_safe_source.all(dim=-1) & is_safe_destination.all(dim=-1))  # (chunks,)
@@ -141,7 +143,7 @@ def normalized(keys: Float[Tensor, "chunks entries dim"]) -> tuple[Tensor, Tenso
     """Keys of length 1 in float32, and whether float32 was safe for them; else zeros."""
     keys = keys.float()
     norm = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
-    is_safe = (norm > SAFE_NORM[0]) & (norm < SAFE_NORM[1])
+    is_safe = (norm > SAFE_NORM[0]) & (norm < SAFE_NORM[1]) & (keys.shape[-1] <= MAX_DIM)
     return keys * torch.where(is_safe, 1 / norm, 0.0), is_safe.squeeze(-1)
 
 

@@ -25,8 +25,8 @@ def merge(
 ) -> Float32[Tensor, "*lead entries dim"]:
     """The mean of each cluster's tokens, (..., entries, dim) in float32.
 
-    Defined, with its errors, by `kvcluster.reference.merge`; the same bits. `backend` as in `choose_backend`. Works in
-    as many steps as the largest cluster has members, without atomic additions.
+    Defined, with its errors, by `kvcluster.reference.merge`; the same bits. `backend` as in `choose_backend`. Not
+    differentiable. Works in as many steps as the largest cluster has members, without atomic additions.
     """
     check_shape("array", array)
     labels, counts = clustering.labels, clustering.counts

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import check_finite
 from .backends import choose_backend
-from .chunk_compression import CompressedChunks, compress
+from .chunk_compression import CompressedChunks, compress, count_members
 from .exact_mean import ordered_mean
 
 __all__ = ["chunked_soft_matching", "merge"]
@@ -40,14 +40,14 @@ def _(keys: Tensor, target: int, chunk_size: int, backend: str) -> tuple[Tensor,
 def merge(array: Tensor, labels: Tensor, counts: Tensor, backend: str) -> Tensor:
     """Centroids (..., entries, dim), float32."""
     check_finite("array", array)
-    if bool((counts < 1).any()):
-        raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
+    check_clustering(labels, counts)
     if choose_backend(backend, array) == "torch":
         return ordered_mean(array, labels, counts)
     from .kernels.merge import merge as merge_by_kernel
 
-    four_axes = array if array.ndim == 4 else array.reshape(1, -1, *array.shape[-2:])
-    means = merge_by_kernel(four_axes, labels.reshape(-1, labels.shape[-1]), counts.reshape(-1, counts.shape[-1]))
+    problems = array.shape[:-2].numel()
+    four_axes = array if array.ndim == 4 else array.reshape(1, problems, *array.shape[-2:])
+    means = merge_by_kernel(four_axes, *(x.reshape(problems, x.shape[-1]) for x in (labels, counts)))
     return means.reshape(*counts.shape, array.shape[-1])
 
 
@@ -56,8 +56,21 @@ def _(array: Tensor, labels: Tensor, counts: Tensor, backend: str) -> Tensor:
     return array.new_empty((*counts.shape, array.shape[-1]), dtype=torch.float32)
 
 
+def check_clustering(labels: Tensor, counts: Tensor) -> None:
+    """Refuse counts that are not the numbers of the labels, and entries without tokens."""
+    entries = counts.shape[-1]
+    if labels.numel() and not bool(((labels >= 0) & (labels < entries)).all()):
+        raise ValueError(f"labels must be from 0 to {entries - 1}, got {int(labels.min())} to {int(labels.max())}")
+    problems = labels.shape[:-1].numel()
+    members = count_members(labels.reshape(problems, labels.shape[-1]), entries)
+    if not torch.equal(members, counts.reshape(problems, entries)):
+        raise ValueError("counts must be the number of tokens of each label, got other numbers")
+    if bool((counts < 1).any()):
+        raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
+
+
 def clustering_of_chunks(made: CompressedChunks, lead: list[int], body: int, rest: int) -> tuple[Tensor, Tensor]:
-    """Labels and counts of problems of shape `lead`: `body` tokens in whole chunks, then `rest` tokens left as they are."""
+    """Labels and counts of problems of shape `lead`: `body` tokens in whole chunks, then `rest` tokens as they are."""
     chunk_size, target = made.labels.shape[-1], made.counts.shape[-1]
     chunks = body // chunk_size  # of each problem
     first = torch.arange(chunks, device=made.labels.device)[:, None] * target  # first entry of each chunk

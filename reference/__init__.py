@@ -5,8 +5,8 @@ Reading order, one idea more in each file:
 1. `attention`            what a KV cache is for
 2. `similarity`           how alike two keys are, the same bits on every machine
 3. `partition`            who may merge with whom
-4. `soft_matching`        which tokens of a chunk share a cluster (arXiv:2506.11418)
-5. `merging`              a cluster becomes one centroid
+4. `merging`              a cluster becomes one centroid
+5. `soft_matching`        which tokens of a chunk share a cluster (arXiv:2506.11418)
 6. `clustered_attention`  attention to centroids, corrected by log counts
 7. `cache`                all of it online, while tokens arrive
 8. `rotary`, `llama`      a whole Llama that generates from such a cache

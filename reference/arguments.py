@@ -1,6 +1,7 @@
 """Checks of arguments: every error names the argument, the rule and the value that broke it."""
 
 import math
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def check_array(name: str, array: np.ndarray) -> None:
 
 def check_integer(name: str, value: int, least: int) -> None:
     """Refuse what is not an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -34,7 +35,7 @@ def check_integer(name: str, value: int, least: int) -> None:
 
 def check_keep_ratio(keep_ratio: float) -> None:
     """Refuse what is not a number in (0, 1]."""
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float, np.number)):
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real):
         raise TypeError(f"keep_ratio must be a number, got {keep_ratio!r}")
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")

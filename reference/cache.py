@@ -88,7 +88,8 @@ class ClusteredCache:
         Returns
         -------
         keys, values, counts : the entries just before this clustering, the new tokens last. A model lets the new
-            tokens attend to these, so a prompt given at once is attended to exactly.
+            tokens attend to these, so a prompt given at once is attended to exactly. To be read only: they may be
+            the cache's own arrays.
 
         Raises
         ------
@@ -125,6 +126,8 @@ class ClusteredCache:
         leaving = max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
         if leaving == 0:
             return
+        # stored entries:  sinks | body | leaving | recent
+        #                              start     stop
         start = self.n_sink + self._n_body
         stop = start + leaving
         clustering = chunked_soft_matching(
@@ -144,8 +147,6 @@ class ClusteredCache:
             raise ValueError(
                 f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
             )
-        if values.dtype != keys.dtype:
-            raise ValueError(f"values must have the dtype of keys, got {values.dtype.name} and {keys.dtype.name}")
         for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
             if held is not None and (new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]):
                 raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {held.shape}")

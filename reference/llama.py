@@ -27,7 +27,6 @@ __all__ = ["FullCache", "Llama", "LlamaConfig"]
 class LlamaConfig:
     """The numbers that shape a Llama, under the names of transformers' `config.json`."""
 
-    hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -49,13 +48,13 @@ class LlamaConfig:
             ("hidden_act", "silu"),
             ("attention_bias", False),
             ("mlp_bias", False),
+            ("partial_rotary_factor", 1.0),
         ):
             if config.get(name, rule) != rule:
                 raise ValueError(f"{name} must be {rule!r}, got {config[name]!r}")
         heads = config["num_attention_heads"]
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         made = cls(
-            hidden_size=config["hidden_size"],
             num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
@@ -113,6 +112,7 @@ class Llama:
             for name in LAYER_WEIGHTS
         }
         missing, unknown = expected - set(weights), set(weights) - expected - {"lm_head.weight"}
+        unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # old files carry them
         if missing or unknown:
             raise ValueError(
                 f"weights must be those of a Llama, got missing {sorted(missing)}, unknown {sorted(unknown)}"
@@ -129,8 +129,17 @@ class Llama:
 
         The new tokens attend to the entries that the cache holds and, causally, to each other as they are; only then
         are they clustered. So a prompt given at once is attended to exactly, whatever the cache does later.
+
+        Raises
+        ------
+        ValueError : no tokens, a token that is not in the vocabulary, another number of caches than layers.
         """
         check_integer("number of tokens", len(tokens), least=1)
+        vocabulary = len(self.weights["model.embed_tokens.weight"])
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise ValueError(f"tokens must be from 0 to {vocabulary - 1}, got {min(tokens)} to {max(tokens)}")
+        if len(caches) != self.config.num_hidden_layers:
+            raise ValueError(f"caches must be one a layer, {self.config.num_hidden_layers}, got {len(caches)}")
         positions = caches[0].n_seen + np.arange(len(tokens))
         hidden = self.weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64)  # (tokens, hidden)
         for layer, cache in enumerate(caches):

@@ -40,7 +40,7 @@ def merge(
 
     Raises
     ------
-    ValueError : wrong dtype, NaN or infinity, a clustering of other tokens, an entry without tokens.
+    ValueError : wrong dtype, NaN or infinity; labels and counts that do not belong together or to `array`.
 
     Notes
     -----
@@ -66,10 +66,22 @@ def merge(
         raise ValueError(f"labels must have the shape of array without dim, got {labels.shape} and {array.shape}")
     if counts.shape[:-1] != labels.shape[:-1]:
         raise ValueError(f"counts must have the leading axes of labels, got {counts.shape} and {labels.shape}")
-    if (counts < 1).any():
-        raise ValueError(f"counts must be at least 1, got {counts.min()}")
+    check_clustering(labels, counts)
     sums = np.full((*counts.shape, array.shape[-1]), -0.0)  # -0.0, not 0.0: only -0.0 + x is x for every x
     for problem in np.ndindex(*labels.shape[:-1]):
         for token, label in enumerate(labels[problem]):
             sums[problem][label] += array[problem][token].astype(np.float64)
     return (sums / counts[..., None]).astype(np.float32)  # (..., entries, dim)
+
+
+def check_clustering(labels: np.ndarray, counts: np.ndarray) -> None:
+    """Refuse counts that are not the numbers of the labels, and entries without tokens."""
+    entries = counts.shape[-1]
+    if labels.size and not 0 <= labels.min() <= labels.max() < entries:
+        raise ValueError(f"labels must be from 0 to {entries - 1}, got {labels.min()} to {labels.max()}")
+    for problem in np.ndindex(*labels.shape[:-1]):
+        members = np.bincount(labels[problem], minlength=entries)
+        if not np.array_equal(members, counts[problem]):
+            raise ValueError("counts must be the number of tokens of each label, got other numbers")
+    if (counts < 1).any():
+        raise ValueError(f"counts must be at least 1, got {counts.min()}")

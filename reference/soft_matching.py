@@ -76,7 +76,10 @@ def chunked_soft_matching(
 
 
 def match_chunk(keys: Float[np.ndarray, "chunk dim"], target: int) -> Int64[np.ndarray, " chunk"]:
-    """Labels of one chunk: rounds of matching until `target` entries are left."""
+    """Labels of one chunk: rounds of matching until `target` entries are left.
+
+    The centroids of a round are means of the original tokens, not of the round before.
+    """
     labels = np.arange(len(keys))
     size = len(keys)
     while size > target:
@@ -88,7 +91,14 @@ def match_chunk(keys: Float[np.ndarray, "chunk dim"], target: int) -> Int64[np.n
 
 
 def match_round(centroids: Float[np.ndarray, "size dim"], n_merged: int) -> Int64[np.ndarray, " size"]:
-    """New entry of each old entry after the `n_merged` best matches have merged."""
+    """New entry of each old entry after the `n_merged` best matches have merged.
+
+    Of five entries, 0, 2 and 4 look for a destination among 1 and 3. Entry 2 finds 3, exactly; 0 finds 1 and 4 finds
+    3, less well. One merge: 2 joins 3. The entries that stay, 0, 1, 3 and 4, are numbered again, and 2 goes with 3:
+
+    >>> match_round(np.array([[3, 1], [1, 0], [0, 1], [0, 2], [1, 3]], dtype=np.float32), n_merged=1)
+    array([0, 1, 2, 2, 3])
+    """
     sources, destinations = alternating_partition(len(centroids))
     similarities = similarity(centroids[sources], centroids[destinations])  # (sources, destinations)
     destination_of_source = destinations[similarities.argmax(axis=-1)]  # argmax: of ties, the first

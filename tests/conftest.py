@@ -1,13 +1,48 @@
-"""Every test runs on one thread: two pytest workers share two cores, and results do not depend on the machine."""
+"""Every test runs on one thread: two pytest workers share two cores, and results do not depend on the machine.
 
+Without a CUDA device the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
+"""
+
+import functools
+import inspect
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("kvcluster", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("kvcluster")
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Triton's interpreter is slow per program, not per number: a whole chunk in one, and its lookups remembered."""
+    if torch.cuda.is_available():
+        return
+    from kvcluster.fast.kernels import match, merge, score
+
+    for module, name in (
+        (match, "BLOCK_ROWS"),
+        (match, "BLOCK_COLUMNS"),
+        (score, "BLOCK_SOURCES"),
+    ):
+        monkeypatch.setattr(module, name, 128)
+    monkeypatch.setattr(match, "BLOCK_SCORED", 128)
+    monkeypatch.setattr(merge, "BLOCK_ENTRIES", 4096)
+    monkeypatch.setattr(inspect, "getmembers", functools.cache(inspect.getmembers))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many kernel tests really ran, and how many rows the fuzz compared."""
+    passed = terminalreporter.stats.get("passed", [])
+    kernels = sum("kernels" in report.nodeid or "[triton" in report.nodeid for report in passed)
+    rows = sum(value for report in passed for name, value in report.user_properties if name == "rows")
+    where = "on CUDA" if torch.cuda.is_available() else "in Triton's interpreter, none on a GPU"
+    terminalreporter.write_line(f"Kernel tests that ran: {kernels}, {where}. Fuzzed rows compared: {rows:,}")

@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f32": np.dtype(np.float32)}
@@ -31,6 +32,12 @@ def make_keys(kind: str, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> 
     else:
         keys = np.cumsum(normal, axis=-2)  # neighbours are alike, as in a model
     return keys.astype(dtype)
+
+
+def skip_what_the_interpreter_misreads(kind: str, dtype: np.dtype) -> None:
+    """Triton's interpreter turns subnormal bfloat16 numbers into others; the compiled kernels are not concerned."""
+    if kind == "tiny" and dtype == DTYPES["bf16"] and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter reads subnormal bfloat16 numbers wrongly")
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:

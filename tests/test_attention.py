@@ -97,7 +97,7 @@ def test_fast_attention_wrong_twins_are_out_of_bound(dtype):
     query, keys, values, counts = map(to_torch, problem(3, dtype=dtype))
     twins = {
         "log counts dropped": fast.attention(query, keys, values),
-        "log2 for log": fast.clustered_attention(query, keys, values, counts**2),
+        "twice the log counts": fast.clustered_attention(query, keys, values, counts**2),
         "last entry missed": fast.clustered_attention(query, keys[:, :-1], values[:, :-1], counts[:, :-1]),
         "scale forgotten": fast.clustered_attention(query, keys, values, counts, scale=1.0),
     }

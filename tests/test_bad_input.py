@@ -38,6 +38,8 @@ CASES = {
     "counts floats": ("clustered_attention", (GOOD, GOOD, GOOD, COUNTS.astype(np.float32)), {}),
     "counts negative": ("clustered_attention", (GOOD, GOOD, GOOD, -COUNTS), {}),
     "counts all 0": ("clustered_attention", (GOOD, GOOD, GOOD, 0 * COUNTS), {}),
+    "keep_ratio complex": ("chunked_soft_matching", (GOOD,), {"keep_ratio": np.complex64(0.5)}),
+    "chunk_size bool": ("chunked_soft_matching", (GOOD,), {"keep_ratio": 0.5, "chunk_size": True}),
     "cache keep_ratio": ("ClusteredCache", (), {"keep_ratio": -1}),
     "cache chunk_size": ("ClusteredCache", (), {"keep_ratio": 0.5, "chunk_size": -1}),
     "cache n_sink": ("ClusteredCache", (), {"keep_ratio": 0.5, "n_sink": -1}),
@@ -47,6 +49,9 @@ MERGES = {
     "labels of other tokens": (GOOD[:, :5], LABELS, COUNTS),
     "counts of other heads": (GOOD, LABELS, COUNTS[:1]),
     "an entry without tokens": (GOOD, LABELS, 0 * COUNTS),
+    "labels beyond the entries": (GOOD, LABELS + 6, COUNTS),
+    "negative labels": (GOOD, LABELS - 1, COUNTS),
+    "counts of other labels": (GOOD, LABELS, COUNTS),
     "merge NaN": (WITH_NAN, LABELS, COUNTS),
 }
 
@@ -90,9 +95,29 @@ def test_the_other_frameworks_arrays_are_refused():
 def test_empty_input_gives_an_empty_clustering(dtype):
     keys = GOOD[:, :0].astype(DTYPES[dtype])
     for backend, array in ((reference, keys), (fast, to_torch(keys))):
+        no_problem = backend.chunked_soft_matching(array[:0], keep_ratio=0.5)
+        assert tuple(no_problem.labels.shape) == (0, 0)
         clustering = backend.chunked_soft_matching(array, keep_ratio=0.5)
         assert tuple(clustering.labels.shape) == tuple(clustering.counts.shape) == (2, 0)
         assert tuple(backend.merge(array, clustering).shape) == (2, 0, 4)
+
+
+@pytest.mark.parametrize("backend", [reference, fast], ids=["reference", "fast"])
+def test_an_empty_batch_is_no_error(backend):
+    convert = to_torch if backend is fast else np.asarray
+    keys = convert(np.ones((0, 64, 4), dtype=np.float32))
+    clustering = backend.chunked_soft_matching(keys, keep_ratio=0.5)
+    assert tuple(backend.merge(keys, clustering).shape) == (0, 32, 4)
+    cache = backend.ClusteredCache(keep_ratio=0.5, n_recent=0, n_sink=0)
+    cache.append(keys, keys)
+    assert cache.n_stored == 32
+
+
+@pytest.mark.parametrize("backend", [reference, fast], ids=["reference", "fast"])
+def test_numpy_numbers_are_numbers(backend):
+    keys = GOOD if backend is reference else to_torch(GOOD)
+    clustering = backend.chunked_soft_matching(keys, keep_ratio=np.float32(0.5), chunk_size=np.int64(2))
+    assert tuple(clustering.counts.shape) == (2, 3)
 
 
 def test_tensors_on_different_devices_are_refused():

@@ -110,6 +110,7 @@ def test_configs_old_and_new_are_read():
     [
         ({"model_type": "gpt2"}, "model_type must be 'llama', got 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default', 'linear' or 'llama3', got 'yarn'"),
     ],
@@ -117,6 +118,13 @@ def test_configs_old_and_new_are_read():
 def test_unsupported_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         LlamaConfig.from_dict(tiny_llama().config.to_dict() | change)
+
+
+def test_old_checkpoints_carry_frequencies_that_are_ignored():
+    model = tiny_llama()
+    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, dtype=np.float32)
+    Llama(weights, model.config.to_dict())
 
 
 def test_weights_of_another_model_are_refused():
@@ -131,6 +139,14 @@ def test_no_tokens_are_refused():
     llama = in_numpy(tiny_llama())
     with pytest.raises(ValueError, match="number of tokens must be at least 1, got 0"):
         llama.forward([], llama.full_caches())
+
+
+def test_other_tokens_and_caches_than_the_models_are_refused():
+    llama = in_numpy(tiny_llama())
+    with pytest.raises(ValueError, match="tokens must be from 0 to 96, got -1 to 3"):
+        llama.forward([3, -1], llama.full_caches())
+    with pytest.raises(ValueError, match="caches must be one a layer, 3, got 1"):
+        llama.forward([3], llama.full_caches()[:1])
 
 
 def test_frequencies_of_the_default_rope_by_hand():

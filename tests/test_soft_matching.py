@@ -123,6 +123,18 @@ def test_strided_and_split_work_give_the_same_bits(monkeypatch):
     assert_same_bits(fast.chunked_soft_matching(strided, keep_ratio=0.25).labels, expected.labels)
 
 
+def test_autocast_and_imprecise_products_change_no_bit():
+    keys = make_keys("smooth", (2, 640, 64), DTYPES["f32"], seed=12)
+    expected = reference.chunked_soft_matching(keys, keep_ratio=0.25)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.25).labels, expected.labels)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.25).labels, expected.labels)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def swapped_partition(size):
     entries = torch.arange(size)
     return (entries[1::2], entries[0::2]) if size % 2 == 0 else (entries[0::2], entries[1::2])

@@ -23,7 +23,9 @@ class ClusteredCache(Cache):
     A prompt given at once is attended to exactly and clustered afterwards; later tokens attend to what is stored.
     Positions stay those of the tokens seen. The log counts reach attention as an additive mask, put in by forward
     hooks on the model that exist as long as a cache made for it does and that leave calls with other caches alone.
-    Batches must have no padding; beams may be reordered; `crop` (assisted decoding) is refused.
+    Batches must have no padding; beams may be reordered; `crop` (assisted decoding) is refused. Several new tokens
+    after clustering need a float mask (batch, heads, new tokens, entries + new tokens) per layer: feed long texts at
+    once, or in pieces of some hundred tokens.
     """
 
     has_log_counts = True
@@ -134,11 +136,10 @@ class ClusteredLayer(CacheLayerMixin):
             return mask
         bias = torch.nn.functional.pad(log_counts(self.entries.counts), (0, queries)).to(dtype)  # (batch, kv_heads, n)
         bias = bias.repeat_interleave(group, dim=1).unsqueeze(-2)  # (batch, heads, 1, entries + queries)
-        if mask is None and queries == 1:
-            return bias
         if mask is None:
-            visible = torch.ones(queries, bias.shape[-1], dtype=torch.bool, device=bias.device)
-            mask = visible.tril(bias.shape[-1] - queries)
+            if queries > 1:
+                raise RuntimeError("several new tokens need a causal mask beside a clustered cache, got none")
+            return bias
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, torch.finfo(dtype).min)
         return mask + bias

@@ -1,5 +1,6 @@
 """Log counts on their way to attention: forward hooks that add them to the mask of each layer."""
 
+import inspect
 import weakref
 from typing import Any, ClassVar
 
@@ -24,14 +25,17 @@ def check_model(model: Any) -> Any:
 
 
 class LogCountHooks:
-    """The hooks on one model, shared by all caches made for it and removed with the last of them."""
+    """The hooks on one model, shared by all caches made for it and removed with the last of them.
+
+    A copy made of the model meanwhile keeps copied hooks; they too leave calls with other caches alone.
+    """
 
     _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["LogCountHooks"]]] = (
         weakref.WeakKeyDictionary()
     )
 
     def __init__(self, model: Any) -> None:
-        handles = [model.base_model.register_forward_pre_hook(refuse_padding, with_kwargs=True)]
+        handles = [model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)]
         for module in model.modules():
             if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups"):
                 handles.append(module.register_forward_pre_hook(add_log_counts, with_kwargs=True))
@@ -56,21 +60,30 @@ def remove(handles: list[Any]) -> None:
         handle.remove()
 
 
-def clustered_layers(kwargs: dict[str, Any]) -> Any:
+def clustered_layers(arguments: dict[str, Any]) -> Any:
     """The layers of the cache that the model was called with, if it is one with log counts."""
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = arguments.get("past_key_values")
     return cache.layers if getattr(cache, "has_log_counts", False) else None
 
 
-def refuse_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the base model: a padding token must not enter a cluster."""
-    mask = kwargs.get("attention_mask")
-    if clustered_layers(kwargs) is None or mask is None:
+def check_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the base model: no padding may enter a cluster, and the layers must be in step."""
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    layers, mask = clustered_layers(arguments | arguments.get("kwargs", {})), arguments.get("attention_mask")
+    if layers is None:
         return
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not bool(mask.all()):
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool(mask.all())):
         raise ValueError(
             "attention_mask must be (batch, tokens) and all ones with a ClusteredCache: padding is not supported"
         )
+    seen = sorted({layer.get_seq_length() for layer in layers})
+    if len(seen) > 1:
+        raise RuntimeError(
+            f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}: "
+            "an earlier call failed halfway; call reset() and start again"
+        )
+    for layer in layers:
+        layer.is_mask_ready = False
 
 
 def add_log_counts(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -18,7 +18,7 @@ def halving_sum(terms, ROWS: tl.constexpr, DIM: tl.constexpr, STEPS: tl.constexp
 
 @triton.jit
 def canonical_similarity(a, b, ROWS: tl.constexpr, DIM: tl.constexpr, STEPS: tl.constexpr):
-    """Signed squared cosine of each row of `a` with the same row of `b`, (ROWS, DIM) both, float64, padded with zeros."""
+    """Signed squared cosine of each row of `a` with the same row of `b`, (ROWS, DIM) both, float64, zero-padded."""
     dot = halving_sum(a * b, ROWS, DIM, STEPS)
     norms = halving_sum(a * a, ROWS, DIM, STEPS) * halving_sum(b * b, ROWS, DIM, STEPS)  # both squared
     return tl.where(norms == 0, 0.0, dot * tl.abs(dot) / tl.where(norms == 0, 1.0, norms))

@@ -1,4 +1,4 @@
-"""Compression of all chunks by kernels: a few launches a round, and the host waits for none of them."""
+"""Compression of all chunks by kernels: a few launches a round; the host waits once, at the end."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from ..chunk_compression import CompressedChunks, count_members, renumber
 from .match import match
 from .merge import merge
+from .score import score
 
 __all__ = ["compress"]
 
@@ -21,8 +22,10 @@ def compress(keys: Tensor, values: Tensor | None, chunk_size: int, target: int) 
     while size > target:
         n_sources, n_merged = (size + 1) // 2, min(size // 2, size - target)
         entries = keys if centroids is None else centroids.reshape(batch, heads, -1, keys.shape[-1])
-        destination, similarity, is_scored = match(entries, size, is_cut=n_merged < n_sources)
-        best_first = similarity.neg().argsort(dim=-1, stable=True) if n_merged < n_sources else None
+        destination, is_scored = match(entries, size)
+        best_first = None  # all merge
+        if n_merged < n_sources:
+            best_first = score(entries, size, destination).neg().argsort(dim=-1, stable=True)
         labels = renumber(destination, best_first, size, n_merged).gather(-1, labels)
         n_rows += is_scored.numel()
         n_scored += is_scored.sum()

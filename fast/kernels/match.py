@@ -7,43 +7,43 @@ from torch import Tensor
 
 from ..exact_similarity import SAFE_NORM, margin
 from .canonical import canonical_similarity
+from .rows import chunk_base, load_rows
 
-__all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "match", "match_kernel"]
+__all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "BLOCK_SCORED", "N_WARPS", "match", "match_kernel"]
 
 BLOCK_ROWS = 16  # sources of a program
 BLOCK_COLUMNS = 32  # destinations that are filtered together
-BLOCK_SCORED = 16  # destinations that are scored canonically together
+BLOCK_SCORED = 4  # destinations that are scored canonically together; more of them would spill registers
+N_WARPS = {"cuda": 8, "hip": 4}  # with others, registers spill
 # What one addition in float32 may lose. Tensor cores add products of 16-bit numbers less carefully than IEEE 754 asks.
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-21, torch.bfloat16: 2.0**-21}
 LOWEST_NORM = tl.constexpr(SAFE_NORM[0])
 HIGHEST_NORM = tl.constexpr(SAFE_NORM[1])
 
 
-def match(keys: Tensor, size: int, *, is_cut: bool) -> tuple[Tensor, Tensor, Tensor]:
+def match(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Matches of each chunk of `size` entries.
 
     Parameters
     ----------
     keys : (batch, heads, chunks * size, dim), any strides; float16, bfloat16 or float32; dim at most 256.
-    is_cut : whether the similarities are wanted too, because not all sources will merge.
 
     Returns
     -------
     destination : (batch * heads * chunks, sources), int64: as `Matches.destination`.
-    similarity : the same shape, float64: canonical similarity to it; not written where `is_cut` is False.
     is_scored : the same shape, bool: whether the filter left the match open.
     """
     batch, heads, tokens, dim = keys.shape
     chunks = tokens // size
     shape = (batch * heads * chunks, (size + 1) // 2)
     destination = torch.empty(shape, dtype=torch.int64, device=keys.device)
-    similarity = torch.empty(shape if is_cut else (0,), dtype=torch.float64, device=keys.device)
     is_scored = torch.empty(shape, dtype=torch.bool, device=keys.device)
+    if destination.numel() == 0:
+        return destination, is_scored
     block_dim = max(16, triton.next_power_of_2(dim))
     match_kernel[(shape[0], triton.cdiv(shape[1], BLOCK_ROWS))](
         keys,
         destination,
-        similarity,
         is_scored,
         heads,
         chunks,
@@ -56,19 +56,10 @@ def match(keys: Tensor, size: int, *, is_cut: bool) -> tuple[Tensor, Tensor, Ten
         ROWS=BLOCK_ROWS,
         COLUMNS=BLOCK_COLUMNS,
         SCORED=BLOCK_SCORED,
-        IS_CUT=is_cut,
         WIDEN=triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16,  # whose products it gets wrong
-        num_warps=8,
+        num_warps=N_WARPS["hip" if torch.version.hip else "cuda"],
     )
-    return destination, similarity, is_scored
-
-
-@triton.jit
-def load_rows(base, entry, is_there, stride_token, stride_dim, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Keys of the entries `entry` (rows,), zeros where there are none: (rows, BLOCK_DIM)."""
-    feature = tl.arange(0, BLOCK_DIM)
-    pointers = base + entry[:, None] * stride_token + feature[None, :] * stride_dim
-    return tl.load(pointers, mask=is_there[:, None] & (feature < DIM)[None, :], other=0.0)
+    return destination, is_scored
 
 
 @triton.jit
@@ -84,7 +75,6 @@ def inverse_norm(keys):
 def match_kernel(
     keys,
     destination_out,
-    similarity_out,
     is_scored_out,
     heads,
     chunks,
@@ -100,17 +90,12 @@ def match_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SCORED: tl.constexpr,
-    IS_CUT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One program: ROWS sources of one chunk. Sources are the entries 0, 2, ..., destinations 1, 3, ... of the chunk."""
+    """One program: ROWS sources of one chunk. Sources are the entries 0, 2, ..., destinations 1, 3, ... of it."""
     N_SOURCES: tl.constexpr = (SIZE + 1) // 2
     N_DESTINATIONS: tl.constexpr = SIZE // 2
-    problem = tl.program_id(0)
-    chunk = problem % chunks
-    head = problem // chunks
-    base = keys + (head // heads).to(tl.int64) * stride_batch + (head % heads).to(tl.int64) * stride_head
-    base += (chunk * SIZE).to(tl.int64) * stride_token
+    base = chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, SIZE)
     row = tl.arange(0, ROWS)
     source = tl.program_id(1) * ROWS + row
     is_source = source < N_SOURCES
@@ -158,10 +143,6 @@ def match_kernel(
                     highest = tl.maximum(highest, top)
                 destination = tl.where(row == one, winner, destination)
 
-    offset = problem.to(tl.int64) * N_SOURCES + source
+    offset = tl.program_id(0).to(tl.int64) * N_SOURCES + source
     tl.store(destination_out + offset, destination.to(tl.int64), mask=is_source)
     tl.store(is_scored_out + offset, is_open, mask=is_source)
-    if IS_CUT:
-        b = load_rows(base, 2 * destination + 1, is_source, stride_token, stride_dim, DIM, BLOCK_DIM)
-        similarity = canonical_similarity(a.to(tl.float64), b.to(tl.float64), ROWS, BLOCK_DIM, STEPS)
-        tl.store(similarity_out + offset, similarity, mask=is_source)

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK_ENTRIES", "merge", "merge_kernel"]
+__all__ = ["BLOCK_ENTRIES", "N_WARPS", "merge", "merge_kernel"]
 
 BLOCK_ENTRIES = 8  # entries of a program
+N_WARPS = 4
 
 
 def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
@@ -30,7 +31,8 @@ def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     members += torch.arange(problems, device=labels.device)[:, None] * span
     first = (counts.cumsum(1) - counts) + torch.arange(problems, device=labels.device)[:, None] * span
     means = torch.empty(problems, entries, dim, dtype=torch.float32, device=array.device)
-    block_dim = triton.next_power_of_2(dim)
+    if means.numel() == 0:
+        return means
     merge_kernel[(triton.cdiv(problems * entries, BLOCK_ENTRIES),)](
         array,
         members,
@@ -42,9 +44,9 @@ def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         tokens,
         *array.stride(),
         DIM=dim,
-        BLOCK_DIM=block_dim,
+        BLOCK_DIM=triton.next_power_of_2(dim),
         ENTRIES=BLOCK_ENTRIES,
-        num_warps=4,
+        num_warps=N_WARPS,
     )
     return means
 
@@ -74,7 +76,8 @@ def merge_kernel(
     first = tl.load(first_member + entry, mask=is_entry, other=0)
     feature = tl.arange(0, BLOCK_DIM)
     is_feature = feature < DIM
-    sums = tl.full((ENTRIES, BLOCK_DIM), -0.0, tl.float64)  # only -0.0 + x is x for every x
+    # -0.0, for only -0.0 + x is x for every x; a product, because Triton writes the constant -0.0 as 0.0.
+    sums = tl.zeros((ENTRIES, BLOCK_DIM), tl.float64) * -1.0
     for rank in range(0, tl.max(count, axis=0)):
         is_member = rank < count
         token = tl.load(members + first + rank, mask=is_member, other=0)  # counted over all problems

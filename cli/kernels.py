@@ -1,0 +1,47 @@
+"""`kvcluster kernels`: what the compiler makes of the Triton kernels, for GPUs that need not be there."""
+
+import os
+
+import typer
+
+__all__ = ["kernels"]
+
+
+def kernels() -> None:
+    """Compile every Triton kernel ahead of time and print registers, spills, shared memory and predicted times."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        from kvcluster.fast.kernels.ahead_of_time import TARGETS, compile_all
+    except ModuleNotFoundError as error:
+        typer.echo(f"kvcluster kernels: {error.name} is not installed: pip install 'kvcluster[fast]'", err=True)
+        raise typer.Exit(2) from error
+
+    console = Console()
+    table = Table(title="Triton kernels, compiled ahead of time; none has run on a GPU here")
+    for column in ("kernel", "dtype", "target"):
+        table.add_column(column)
+    numbers = ("registers", "spilled bytes", "shared bytes", "tensor-core products", "16-byte loads", "MB moved")
+    for column in (*numbers, "predicted µs"):
+        table.add_column(column, justify="right")
+    for made in track(compile_all(), description="Compile", total=9 * len(TARGETS)):
+        table.add_row(
+            made.kernel,
+            made.dtype,
+            made.target,
+            str(made.registers),
+            str(made.spills),
+            f"{made.shared:,}",
+            str(made.tensor_core_products),
+            str(made.wide_loads),
+            f"{made.bytes_moved / 1e6:.0f}",
+            f"{1e6 * made.predicted_seconds:.0f}",
+        )
+    console.print(table)
+    console.print(
+        "Predicted: bytes that 8 heads x 32,768 tokens x 128 dims in chunks of 64 must move in one round, over the "
+        "published bandwidth of A100 80 GB, H100 SXM, B200 and MI300X. Not measured."
+    )

@@ -1,0 +1,152 @@
+"""Compile every kernel for GPUs that are not there, and read the compiler's report on registers and instructions."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel
+from .match import N_WARPS as match_warps
+from .merge import BLOCK_ENTRIES, merge_kernel
+from .merge import N_WARPS as merge_warps
+from .score import BLOCK_SOURCES, score_kernel
+from .score import N_WARPS as score_warps
+
+__all__ = ["TARGETS", "Compiled", "compile_all"]
+
+# Published memory bandwidth in bytes per second: A100 80 GB SXM, H100 SXM, B200, MI300X.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 2.039e12),
+    "sm_90": (GPUTarget("cuda", 90, 32), 3.35e12),
+    "sm_100": (GPUTarget("cuda", 100, 32), 8.0e12),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 5.3e12),
+}
+TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# The problem whose bytes are counted.
+HEADS, TOKENS, CHUNK_SIZE = 8, 32_768, 64
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, compiled for one dtype and target.
+
+    Attributes
+    ----------
+    registers, spills, shared : registers of a thread; bytes that did not fit them; bytes of shared memory of a block.
+    tensor_core_products, wide_loads : such instructions in the code (16-byte loads).
+    bytes_moved : what the kernel must read and write for one round on 8 heads x 32,768 tokens in chunks of 64.
+    predicted_seconds : `bytes_moved` over the published bandwidth of the target. A prediction, not a measurement.
+    """
+
+    kernel: str
+    dtype: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    tensor_core_products: int
+    wide_loads: int
+    bytes_moved: int
+    predicted_seconds: float
+
+
+def compile_all(targets: tuple[str, ...] = tuple(TARGETS), dim: int = 128) -> Iterator[Compiled]:
+    """Every kernel in every dtype for every target at a power of two `dim`; takes a second or two each.
+
+    Raises
+    ------
+    RuntimeError : Triton's interpreter is switched on, which replaces the compiler.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset, got 1")
+    for target in targets:
+        for dtype in TYPES:
+            for kernel, code, n_warps in sources(dtype, TARGETS[target][0].backend, dim):
+                yield compile_one(kernel, code, n_warps, dtype, target, dim)
+
+
+def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource, int]]:
+    """Name, code and warps of each kernel at chunk size 64, as a contiguous tensor calls it."""
+    strides = dict.fromkeys(("stride_batch", "stride_head", "stride_token"), "i32")
+    chunk = {"keys": TYPES[dtype], "heads": "i32", "chunks": "i32"} | strides
+    shape = {"stride_dim": 1, "DIM": dim, "BLOCK_DIM": dim}
+    in_chunk = shape | {"SIZE": CHUNK_SIZE, "STEPS": dim.bit_length() - 1}
+    types = chunk | {"destination_out": "*i64", "is_scored_out": "*i1", "lead": "fp32"}
+    blocks = {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_COLUMNS, "SCORED": BLOCK_SCORED, "WIDEN": False}
+    yield "match", source(match_kernel, types, in_chunk | blocks), match_warps[backend]
+    types = chunk | {"destination_in": "*i64", "similarity_out": "*fp64"}
+    yield "score", source(score_kernel, types, in_chunk | {"ROWS": BLOCK_SOURCES}), score_warps
+    types = {"array": TYPES[dtype], "members": "*i64", "first_member": "*i64", "counts": "*i64", "means": "*fp32"}
+    types |= dict.fromkeys(("n_entries", "heads", "tokens"), "i32") | strides
+    yield "merge", source(merge_kernel, types, shape | {"ENTRIES": BLOCK_ENTRIES}), merge_warps
+
+
+def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+    """What the launcher's just-in-time compiler would see: pointers and strides are multiples of 16."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [
+        i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name.startswith("stride_")
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_one(kernel: str, code: ASTSource, n_warps: int, dtype: str, target: str, dim: int) -> Compiled:
+    gpu, bandwidth = TARGETS[target]
+    compiled = triton.compile(code, target=gpu, options={"num_warps": n_warps})
+    resources = cuda_resources if gpu.backend == "cuda" else amd_resources
+    registers, spills, products, wide_loads = resources(compiled.asm)
+    n_bytes = bytes_moved(kernel, dtype, dim)
+    return Compiled(
+        kernel=kernel,
+        dtype=dtype,
+        target=target,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        tensor_core_products=products,
+        wide_loads=wide_loads,
+        bytes_moved=n_bytes,
+        predicted_seconds=n_bytes / bandwidth,
+    )
+
+
+def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
+    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids."""
+    keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
+    entries = HEADS * TOKENS // 2  # after the first round; as many sources
+    if kernel != "merge":
+        return keys + entries * (9 if kernel == "match" else 16)
+    return keys + HEADS * TOKENS * 8 + entries * (16 + dim * 4)
+
+
+def cuda_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Registers, spilled bytes, tensor-core products and 16-byte loads, from the assembler's own report."""
+    ptx = code["ptx"]
+    architecture = re.search(r"\.target\s+(\w+)", ptx).group(1)
+    tool = triton.knobs.nvidia.ptxas_blackwell if architecture.startswith("sm_1") else triton.knobs.nvidia.ptxas
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [tool.path, "-v", f"--gpu-name={architecture}", file, "-o", f"{folder}/kernel.cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
+    products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
+    return registers, spills, products, len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx))
+
+
+def amd_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:
+    """The same from AMD's assembly."""
+    text = code["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
+    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
+    return registers, spills, text.count("v_mfma"), len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
