@@ -1,6 +1,7 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
+# make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo check test lint clean
+.PHONY: install demo check test lint gpu clean
 
 install: .venv/.installed
 
@@ -37,10 +38,15 @@ test: lint
 # The package's folders lie at the top, mypy wants them under their import names.
 lint: install
 	mkdir -p .cache/typed/kvcluster
-	for folder in reference fast cli; do ln -sfn $(CURDIR)/$$folder .cache/typed/kvcluster/$$folder; done
+	for folder in reference fast cli theory; do ln -sfn $(CURDIR)/$$folder .cache/typed/kvcluster/$$folder; done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	MYPYPATH=.cache/typed $(BIN)/mypy --cache-dir .cache/mypy -p kvcluster.reference -p kvcluster.fast -p kvcluster.cli
+	MYPYPATH=.cache/typed $(BIN)/mypy --cache-dir .cache/mypy -p kvcluster.reference -p kvcluster.fast -p kvcluster.cli -p kvcluster.theory
+
+# On a CUDA machine that has torch, triton and numpy; asks no network and uses none of .venv.
+gpu:
+	$(PYTHON) -m pip install --no-deps --no-build-isolation .
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv .cache build *.egg-info

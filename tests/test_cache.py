@@ -60,10 +60,24 @@ def test_any_split_gives_the_same_bytes_in_numpy_and_torch(
     assert np.array_equal(split.counts, whole.counts)
 
 
-def test_path_independence_wrong_twin_chunks_from_the_end_is_told_apart():
-    """A cache whose chunks began one token later would hold other bytes."""
-    keys, values = tokens_of(0, 100)
-    assert filled(keys, values).keys.tobytes() != filled(keys, values, n_sink=4).keys.tobytes()
+def test_path_independence_wrong_twin_chunks_from_the_end_is_told_apart(monkeypatch):
+    """A cache that took its chunks from just before the recent tokens would hold what depends on the split."""
+    right = reference.ClusteredCache._cluster_what_left_the_window
+
+    def from_the_end(cache):
+        unclustered = cache.n_seen - cache.n_sink - cache.n_clustered
+        leaving = max(0, unclustered - cache.n_recent) // cache.chunk_size * cache.chunk_size
+        cache._n_body = cache.n_stored - leaving - cache.n_recent - cache.n_sink
+        right(cache)
+
+    keys, values = tokens_of(0, 105)  # 95 tokens between sinks and recent ones: no whole number of chunks
+    by_token = range(1, 105)
+    assert filled(keys, values).keys.tobytes() == filled(keys, values, by_token).keys.tobytes()
+    monkeypatch.setattr(reference.ClusteredCache, "_cluster_what_left_the_window", from_the_end)
+    whole, split = filled(keys, values), filled(keys, values, by_token)
+    assert whole.n_stored == split.n_stored
+    for name in ("keys", "values"):
+        assert getattr(whole, name).tobytes() != getattr(split, name).tobytes(), name
 
 
 @given(n_tokens=st.integers(1, 200))
@@ -137,7 +151,7 @@ def test_a_refused_append_leaves_the_cache_as_it_was(backend):
         (keys[..., :4], values, "keys must fit what the cache holds"),
         (keys, values[..., :4], "values must fit what the cache holds"),
         (keys, values[:, :7], "values must have the leading axes and tokens of keys"),
-        (keys, values.astype(np.float16), "values must have the dtype of keys"),
+        (keys, values.astype(np.float16), "values must have the dtype of the cache, float32"),
         (keys.astype(np.float16), values.astype(np.float16), "keys must have the dtype of the cache, float32"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,10 +1,14 @@
 """`kvcluster demo` as a user meets it: on a tiny local Llama, and when something is wrong."""
 
+import json
+
 import pytest
 import torch
 from kvcluster.cli import app
 from kvcluster.cli.demo import oracle
-from models import save_llama
+from kvcluster.cli.demo import run as demo_run
+from models import random_tokens, save_llama, tiny_llama
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 
@@ -58,6 +62,63 @@ def test_the_demo_fails_when_the_fast_path_errs(llama, text, tmp_path, monkeypat
     assert "THEY DISAGREE" in result.output
 
 
+def test_the_demo_fails_when_one_stored_bit_is_wrong(llama, text, tmp_path, monkeypatch):
+    right = demo_run.check_against_reference
+
+    def with_one_bit_flipped(full, clustered, attention, progress):
+        clustered.layers[1].entries.values.view(torch.int32)[0, 1, 50, 3] ^= 1
+        return right(full, clustered, attention, progress)
+
+    monkeypatch.setattr(demo_run, "check_against_reference", with_one_bit_flipped)
+    result = run("--model", llama, "--text", text, "--tokens", 400, "--figure", tmp_path / "figure.png")
+    assert result.exit_code == 1
+    assert "0 assignments and 1 stored bytes differ" in " ".join(result.output.split())
+    assert "THEY DISAGREE" in result.output
+
+
+def test_the_demo_fails_when_attention_misses_the_log_counts(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcluster.fast.huggingface.cache.log_counts", lambda counts: torch.zeros(counts.shape))
+    result = run("--model", llama, "--text", text, "--tokens", 400, "--figure", tmp_path / "figure.png")
+    assert result.exit_code == 1
+    assert "0 assignments and 0 stored bytes differ" in " ".join(result.output.split())
+    assert "THEY DISAGREE" in result.output
+
+
+def measured(keep_ratio):
+    """Full and clustered cache of 400 random tokens, measured."""
+    context, following = random_tokens(400 + demo_run.N_NEXT).split([400, demo_run.N_NEXT], dim=1)
+    with Progress(disable=True) as progress, torch.inference_mode():
+        return demo_run.measure(
+            tiny_llama(), context, following, keep_ratio=keep_ratio, chunk_size=64, progress=progress
+        )
+
+
+def test_what_is_measured_is_each_cache_itself():
+    full, clustered = measured(0.25)
+    assert clustered.entries < full.entries == 400
+    assert clustered.nbytes < full.nbytes
+    assert clustered.perplexity != full.perplexity
+    assert clustered.continuation != full.continuation
+    assert len(clustered.continuation) == len(full.continuation) == 1 + len(full.seconds)
+    assert full.cache.get_seq_length() == clustered.cache.n_seen == 400  # both as they were
+
+
+def test_keep_ratio_one_measures_the_full_cache_twice():
+    full, clustered = measured(1)
+    assert clustered.entries == full.entries
+    assert clustered.perplexity == full.perplexity
+    assert clustered.continuation == full.continuation
+
+
+def test_clustering_goes_on_while_perplexity_is_measured(monkeypatch):
+    """Fed all at once, the tokens would attend to each other as they are."""
+    stepwise = measured(0.25)
+    monkeypatch.setattr(demo_run, "N_FED", demo_run.N_NEXT)
+    at_once = measured(0.25)
+    changes = [abs(a.perplexity / b.perplexity - 1) for a, b in zip(stepwise, at_once, strict=True)]
+    assert changes[1] > changes[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -65,11 +126,14 @@ def test_the_demo_fails_when_the_fast_path_errs(llama, text, tmp_path, monkeypat
         (["--keep-ratio", "1.5"], "keep_ratio must be in (0, 1], got 1.5"),
         (["--chunk-size", "0"], "chunk_size must be at least 1, got 0"),
         (["--tokens", "5"], "tokens must be at least 64, got 5"),
-        (["--tokens", "900"], "text must have at least 1412 tokens, got 1000"),
+        (["--tokens", "500"], "text must have at least 1012 tokens, got 1000"),
         (["--tokens", "488"], None),
         (["--text", "nowhere.txt"], "text must be a readable UTF-8 file, got nowhere.txt"),
         (["--model", "nowhere"], "model must be a folder with a config.json, got nowhere"),
         (["--figure", "nowhere/figure.png"], "figure must lie in an existing folder, got nowhere/figure.png"),
+        (["--figure", "figure.xyz"], "svgz .tif .tiff .webp, got figure.xyz"),
+        (["--figure", "figure"], "figure must end in one of .avif .eps"),
+        (["--figure", "."], "figure must be a file, got the folder ."),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_two(llama, text, tmp_path, arguments, message):
@@ -85,12 +149,64 @@ def test_bad_input_is_one_clear_line_and_exit_code_two(llama, text, tmp_path, ar
     assert result.stderr.count("\n") == 1
 
 
-def test_a_context_longer_than_the_model_knows_is_refused(llama, tmp_path):
-    text = tmp_path / "long.txt"
-    text.write_text("w1 " * 2000)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--keep-ratio", "0"],
+        ["--chunk-size", "0"],
+        ["--tokens", "5"],
+        ["--figure", "figure.xyz"],
+        ["--text", "nowhere.txt"],
+    ],
+)
+def test_what_is_cheap_to_check_is_checked_before_the_model_is_loaded(monkeypatch, arguments):
+    monkeypatch.setattr(demo_run, "load_model", lambda folder: pytest.fail("the model was loaded"))
+    assert run(*arguments).exit_code == 2
+
+
+def test_a_context_longer_than_the_model_knows_is_refused(llama, text):
     result = run("--model", llama, "--text", text, "--tokens", 600)
     assert result.exit_code == 2
     assert "tokens must be at most 512 for this model, got 600" in result.stderr
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def damage(folder, kind):
+    """Make the model in `folder` unusable."""
+    weights = folder / "model.safetensors"
+    if kind == "garbage":
+        weights.write_bytes(b"no weights")
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "other shapes":
+        change_config(folder, intermediate_size=80)
+    elif kind == "short":
+        change_config(folder, max_position_embeddings=500)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("garbage", "model must have the weights that its config.json asks for, got"),
+        ("truncated", "model must have the weights that its config.json asks for, got"),
+        ("other shapes", "model must have the weights that its config.json asks for, got"),
+        ("no weights", "no file named model.safetensors"),
+        ("short", "model must know at least 576 positions (max_position_embeddings), got one that knows 500"),
+    ],
+)
+def test_an_unusable_model_is_one_clear_line_and_exit_code_two(tmp_path, text, kind, message):
+    damage(save_llama(tmp_path), kind)
+    result = run("--model", tmp_path, "--text", text)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("kvcluster demo: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_text_that_is_not_utf8_is_refused(llama, tmp_path):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits, logits_agree
+from inputs import to_numpy
 from kvcluster import reference
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.llama import Llama
 from models import greedy, random_tokens, tiny_llama
+from transformers import DynamicCache
 
 PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 
@@ -63,6 +65,24 @@ def logits_after(model, cache, tokens):
         return model(tokens, past_key_values=cache).logits[0].numpy()
 
 
+def stock_logits(cache, following):
+    """Stock transformers on what `cache` holds: plain layer caches, positions told, log counts in a mask made here."""
+    model = tiny_llama(attention="eager")
+    queries, stored = following.shape[1], cache.n_stored
+    stock = DynamicCache(config=model.config)
+    hidden = model.model.embed_tokens(following)
+    positions = cache.n_seen + torch.arange(queries)[None]
+    rotary = model.model.rotary_emb(hidden, position_ids=positions)
+    for index, layer in enumerate(model.model.layers):
+        entries = cache.layers[index].entries
+        stock.update(entries.keys, entries.values, index)
+        counts = entries.counts.repeat_interleave(2, dim=1).float()  # (batch, heads, entries)
+        mask = torch.full((1, 4, queries, stored + queries), -torch.inf).triu(stored + 1)
+        mask[..., :stored] = counts.log()[:, :, None]
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=stock)
+    return model.lm_head(model.model.norm(hidden))[0].numpy()
+
+
 @pytest.mark.parametrize("queries", [1, 7])
 def test_log_counts_and_positions_reach_attention(queries, monkeypatch):
     """The next logits agree with the NumPy Llama's on the same entries; without log counts or positions they do not."""
@@ -83,11 +103,8 @@ def test_log_counts_and_positions_reach_attention(queries, monkeypatch):
         reference_caches.append(made)
     oracle = llama.forward(following[0].tolist(), reference_caches)
     subject = logits_after(model, copy.deepcopy(cache), following)
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    eager_cache = ClusteredCache.for_model(eager, **PARAMETERS)
-    logits_after(eager, eager_cache, prompt)
-    baseline = logits_after(eager, eager_cache, following)
+    with torch.inference_mode():
+        baseline = stock_logits(cache, following)
     assert logits_agree(subject, baseline, oracle)
 
     shifted = copy.deepcopy(cache)
@@ -144,6 +161,47 @@ def test_padding_is_refused_before_anything_is_lost():
     with pytest.raises(ValueError, match="padding is not supported"):
         model(random_tokens(20, batch=2), attention_mask=mask, past_key_values=cache)
     assert cache.n_seen == 0
+
+
+def test_padding_is_refused_however_the_mask_is_passed():
+    model = tiny_llama()
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    mask = torch.ones(1, 20, dtype=torch.long)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="padding is not supported"):
+        model.model(random_tokens(20), mask, None, cache)
+
+
+def test_a_call_that_failed_halfway_is_not_continued():
+    model = tiny_llama()
+    tokens = random_tokens(100)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    logits_after(model, cache, tokens)
+    weight = model.model.layers[1].self_attn.k_proj.weight.data
+    right = weight.clone()
+    weight[:] = torch.nan
+    with pytest.raises(ValueError, match="keys must be finite"):
+        logits_after(model, cache, tokens[:, :1])
+    weight[:] = right
+    with pytest.raises(RuntimeError, match="the layers of the cache must have seen the same tokens, got 100 to 101"):
+        logits_after(model, cache, tokens[:, :1])
+    cache.reset()
+    logits_after(model, cache, tokens)
+
+
+def test_autocast_changes_no_decision():
+    """Inside autocast a matrix product would be less exact than the filter claims."""
+    model = tiny_llama().to(torch.bfloat16)
+    tokens = random_tokens(400)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        full = model(tokens, use_cache=True).past_key_values
+        model(tokens, past_key_values=cache)
+    for full_layer, layer in zip(full.layers, cache.layers, strict=True):
+        expected = reference.ClusteredCache(**PARAMETERS)
+        expected.append(to_numpy(full_layer.keys), to_numpy(full_layer.values))
+        for name in ("keys", "values", "counts"):
+            assert_same_bits(getattr(layer.entries, name), getattr(expected, name))
 
 
 def test_beams_carry_their_caches_along():

@@ -47,7 +47,7 @@ def check_products(dtype: type = np.float32) -> Check:
     rng = np.random.default_rng(1)
     info = np.finfo(dtype)
     extremes = [info.smallest_subnormal, info.smallest_normal, info.max, -info.max, np.nextafter(dtype(1), dtype(2))]
-    random = np.frombuffer(rng.bytes(4000 * info.bits // 8), dtype=dtype)
+    random: np.ndarray = np.frombuffer(rng.bytes(4000 * info.bits // 8), dtype=dtype)
     numbers = np.concatenate([np.array(extremes, dtype=dtype), random[np.isfinite(random)]]).astype(np.float64)
     a, b, c = numbers, rng.permutation(numbers), rng.permutation(numbers)
     a[:25], b[:25] = np.repeat(numbers[:5], 5), np.tile(numbers[:5], 5)  # each extreme with each
@@ -148,9 +148,9 @@ def check_order_of_similarity(similarity: Callable = reference.similarity) -> Ch
 
 def exact_cosine(a: np.ndarray, b: np.ndarray) -> Decimal:
     """To 60 digits, from rational sums."""
-    a, b = ([Fraction(float(x)) for x in row] for row in (a, b))
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    square = dot * dot / (sum(x * x for x in a) * sum(y * y for y in b))
+    left, right = ([Fraction(float(x)) for x in row] for row in (a, b))
+    dot = sum(x * y for x, y in zip(left, right, strict=True))
+    square = Fraction(dot * dot) / (sum(x * x for x in left) * sum(y * y for y in right))
     root = DIGITS.sqrt(DIGITS.divide(Decimal(square.numerator), Decimal(square.denominator)))
     return -root if dot < 0 else root
 
@@ -161,8 +161,8 @@ def delta(dim: int) -> float:
 
 
 def filter_as_coded(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    (a, _), (b, _) = (exact_similarity.normalized(torch.from_numpy(keys)) for keys in (a, b))
-    return (a @ b.mT).numpy()
+    (left, _), (right, _) = (exact_similarity.normalized(torch.from_numpy(keys)) for keys in (a, b))
+    return (left @ right.mT).numpy()
 
 
 def filter_in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,21 +12,33 @@ import numpy as np
 from kvcluster.reference.attention import scaled_logits, softmax
 from kvcluster.reference.clustered_attention import log_counts
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
 
 from .oracle import NextTokenAttention
 
-__all__ = ["draw"]
+__all__ = ["check_figure_path", "draw"]
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"  # Okabe and Ito: told apart with any colour vision
 
 
+def check_figure_path(path: Path) -> None:
+    """Raise ValueError unless a figure may be saved as `path`."""
+    if not path.parent.is_dir():
+        raise ValueError(f"figure must lie in an existing folder, got {path}")
+    if path.is_dir():
+        raise ValueError(f"figure must be a file, got the folder {path}")
+    suffixes = sorted(f".{name}" for name in FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"figure must end in one of {' '.join(suffixes)}, got {path}")
+
+
 def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list[np.ndarray], words: list[str]) -> None:
-    """Save a PNG about the layer and head whose next token attends most to tokens that were clustered.
+    """Save a figure about the layer and head whose next token attends most to tokens that were clustered.
 
     Parameters
     ----------
-    path : where the PNG goes.
+    path : where the figure goes; its suffix says the format.
     clustered : the clustered cache of the model; at least one chunk is clustered.
     attention : queries and keys of the next token.
     labels : per layer (kv_heads, body tokens), the entry of each token of the body.

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from kvcluster.fast.huggingface.smollm2 import load_llama, smollm2_folder
+from safetensors import SafetensorError
 
-__all__ = ["UnusableInputError", "load_model", "load_tokens"]
+__all__ = ["UnusableInputError", "load_model", "load_tokens", "read_text"]
 
 
 class UnusableInputError(Exception):
@@ -20,14 +21,25 @@ def load_model(folder: Path | None) -> tuple[Any, Any]:
         return load_llama(smollm2_folder() if folder is None else folder)
     except (OSError, ValueError) as error:
         raise UnusableInputError(" ".join(str(error).split())) from error
+    except (RuntimeError, SafetensorError) as error:  # other shapes than those of config.json; a damaged file
+        message = " ".join(str(error).split())
+        raise UnusableInputError(
+            f"model must have the weights that its config.json asks for, got {folder}: {message}"
+        ) from error
 
 
-def load_tokens(path: Path | None, tokenizer: Any, wanted: int) -> torch.Tensor:
-    """The first `wanted` tokens, (1, wanted), of the text file or of the Python language reference."""
+def read_text(path: Path) -> str:
+    """The content of a text file."""
     try:
-        text = "\n\n".join(topics[name] for name in sorted(topics)) if path is None else path.read_text("utf-8")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UnusableInputError(f"text must be a readable UTF-8 file, got {path}: {error}") from error
+
+
+def load_tokens(text: str | None, tokenizer: Any, wanted: int) -> torch.Tensor:
+    """The first `wanted` tokens, (1, wanted), of `text` or, without one, of the Python language reference."""
+    if text is None:
+        text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :wanted]
     if tokens.shape[1] < wanted:
         raise UnusableInputError(f"text must have at least {wanted} tokens, got {tokens.shape[1]}")

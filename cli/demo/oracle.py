@@ -1,5 +1,6 @@
 """The reference looks over the fast path's shoulder: every assignment, every stored bit, every attention output."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,6 @@ class Listen(TorchFunctionMode):
 
 def next_token_attention(model: Any, full: Any, clustered: Any, token: torch.Tensor) -> NextTokenAttention:
     """Both caches take `token` (1, 1); what happened in every attention layer. The caches are left as they were."""
-    import copy
-
     heard = {}
     for name, cache in (("full", full), ("clustered", clustered)):
         with Listen() as listen:

@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import DynamicCache
 
-from .figure import draw
-from .inputs import UnusableInputError, load_model, load_tokens
+from .figure import check_figure_path, draw
+from .inputs import UnusableInputError, load_model, load_tokens, read_text
 from .oracle import check_against_reference, next_token_attention
 
-__all__ = ["run_demo"]
+__all__ = ["Measured", "measure", "run_demo"]
 
 N_NEXT = 512  # tokens after the context whose perplexity is measured
+N_FED = 8  # of these, tokens fed at once
 N_GENERATED = 48
+N_CONTEXT_LEAST = 64
 STEP = 512  # tokens of prefill between two movements of the progress bar
+BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 @dataclass
 class Measured:
-    """What one cache is judged by."""
+    """A cache of the context and what it is judged by."""
 
+    cache: Any
     entries: int
     nbytes: int
     perplexity: float
@@ -41,7 +46,7 @@ class Measured:
 
 def run_demo(
     model_folder: Path | None,
-    text: Path | None,
+    text_path: Path | None,
     *,
     keep_ratio: float,
     chunk_size: int,
@@ -51,52 +56,77 @@ def run_demo(
     """Run, print and draw everything; whether the reference confirmed every decision and every output."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    check_arguments(keep_ratio, chunk_size, n_context, figure_path)
+    text = None if text_path is None else read_text(text_path)
     console = Console()
-    try:
-        check_keep_ratio(keep_ratio)
-        check_integer("chunk_size", chunk_size, least=1)
-        check_integer("tokens", n_context, least=64)
-    except ValueError as error:
-        raise UnusableInputError(str(error)) from error
     with console.status("Loading the model (the first time, SmolLM2 is converted: about 25 s)"):
         model, tokenizer = load_model(model_folder)
-        tokens = load_tokens(text, tokenizer, n_context + N_NEXT)
-    if tokens.shape[1] > model.config.max_position_embeddings:
-        raise UnusableInputError(
-            f"tokens must be at most {model.config.max_position_embeddings - N_NEXT} for this model, got {n_context}"
+        check_length(n_context, model.config.max_position_embeddings)
+        context, following = load_tokens(text, tokenizer, n_context + N_NEXT).split([n_context, N_NEXT], dim=1)
+    with Progress(*BARS, console=console) as progress, torch.inference_mode():
+        full, clustered = measure(
+            model, context, following, keep_ratio=keep_ratio, chunk_size=chunk_size, progress=progress
         )
-    if not figure_path.parent.is_dir():
-        raise UnusableInputError(f"figure must lie in an existing folder, got {figure_path}")
-    context, following = tokens[:, :n_context], tokens[:, n_context:]
-
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, console=console) as progress, torch.inference_mode():
-        full, first_token = prefill(model, context, progress)
-        clustered = ClusteredCache.for_model(model, keep_ratio=keep_ratio, chunk_size=chunk_size)
-        for index, layer in enumerate(progress.track(full.layers, description="Cluster, layer by layer")):
-            clustered.update(layer.keys, layer.values, index)
-        results = {
-            "full": Measured(full.get_seq_length(), cache_bytes(full), perplexity(model, full, first_token, following)),
-            "clustered": Measured(
-                clustered.n_stored, clustered.nbytes, perplexity(model, clustered, first_token, following)
-            ),
-        }
-        caches = {"full": full, "clustered": clustered}
-        generate_in_turn(model, caches, int(first_token.argmax()), results, progress)
-        attention = next_token_attention(model, full, clustered, first_token.argmax().reshape(1, 1))
-        verdict = check_against_reference(full, clustered, attention, progress)
-
-    console.print(table(results, tokenizer, n_context))
+        next_token = torch.tensor([full.continuation[:1]])
+        attention = next_token_attention(model, full.cache, clustered.cache, next_token)
+        verdict = check_against_reference(full.cache, clustered.cache, attention, progress)
+    console.print(table(full, clustered, tokenizer, n_context))
     console.print(verdict.line, style="green" if verdict.agrees else "bold red", highlight=False)
-    if verdict.labels[0].size == 0:
+    if verdict.labels[0].size > 0:
+        words = [tokenizer.decode([token]) for token in context[0].tolist()]
+        draw(figure_path, clustered.cache, attention, verdict.labels, words)
+        console.print(f"Figure: {figure_path}", highlight=False, soft_wrap=True)
+    else:
         console.print(
             "No figure: the context is shorter than sinks, one chunk and recent tokens, so nothing was clustered"
         )
-        return verdict.agrees
-    words = [tokenizer.decode([token]) for token in context[0].tolist()]
-    draw(figure_path, clustered, attention, verdict.labels, words)
-    console.print(f"Figure: {figure_path}", highlight=False, soft_wrap=True)
     return verdict.agrees
+
+
+def check_arguments(keep_ratio: float, chunk_size: int, n_context: int, figure_path: Path) -> None:
+    """What can be refused before a model is loaded."""
+    try:
+        check_keep_ratio(keep_ratio)
+        check_integer("chunk_size", chunk_size, least=1)
+        check_integer("tokens", n_context, least=N_CONTEXT_LEAST)
+        check_figure_path(figure_path)
+    except ValueError as error:
+        raise UnusableInputError(str(error)) from error
+
+
+def check_length(n_context: int, n_positions: int) -> None:
+    """Whether a model of `n_positions` can read the context and what follows."""
+    if n_positions < N_CONTEXT_LEAST + N_NEXT:
+        raise UnusableInputError(
+            f"model must know at least {N_CONTEXT_LEAST + N_NEXT} positions (max_position_embeddings), "
+            f"got one that knows {n_positions}"
+        )
+    if n_context + N_NEXT > n_positions:
+        raise UnusableInputError(f"tokens must be at most {n_positions - N_NEXT} for this model, got {n_context}")
+
+
+def measure(
+    model: Any,
+    context: torch.Tensor,
+    following: torch.Tensor,
+    *,
+    keep_ratio: float,
+    chunk_size: int,
+    progress: Progress,
+) -> tuple[Measured, Measured]:
+    """The full and the clustered cache of `context` (1, tokens), each with what it is judged by."""
+    full, first = prefill(model, context, progress)
+    clustered = ClusteredCache.for_model(model, keep_ratio=keep_ratio, chunk_size=chunk_size)
+    for index, layer in enumerate(progress.track(full.layers, description="Cluster, layer by layer")):
+        clustered.update(layer.keys, layer.values, index)
+    results = (
+        Measured(full, full.get_seq_length(), cache_bytes(full), perplexity(model, full, first, following, progress)),
+        Measured(
+            clustered, clustered.n_stored, clustered.nbytes, perplexity(model, clustered, first, following, progress)
+        ),
+    )
+    generate_in_turn(model, int(first.argmax()), results, progress)
+    return results
 
 
 def prefill(model: Any, context: torch.Tensor, progress: Progress) -> tuple[DynamicCache, torch.Tensor]:
@@ -114,32 +144,36 @@ def cache_bytes(cache: DynamicCache) -> int:
     return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
-def perplexity(model: Any, cache: Any, first: torch.Tensor, following: torch.Tensor) -> float:
-    """Perplexity of `following` (1, tokens) after the context in `cache`, which is left as it is."""
-    logits = model(following[:, :-1], past_key_values=copy.deepcopy(cache)).logits[0]
-    logits = torch.cat([first[None], logits])  # (tokens, vocabulary)
-    return math.exp(torch.nn.functional.cross_entropy(logits.float(), following[0]))
+def perplexity(model: Any, cache: Any, first: torch.Tensor, following: torch.Tensor, progress: Progress) -> float:
+    """Perplexity of `following` (1, tokens) after the context in `cache`, which is left as it is.
+
+    `first` (vocabulary,) are the logits after the context. The tokens are fed `N_FED` at a time, so that a clustered
+    cache goes on clustering while it is measured, nearly as when it generates.
+    """
+    cache = copy.deepcopy(cache)
+    logits = [first[None]]
+    steps = following[:, :-1].split(N_FED, dim=1)
+    for part in progress.track(steps, description=f"Perplexity, {N_FED} tokens a step"):
+        logits.append(model(part, past_key_values=cache).logits[0])
+    return math.exp(torch.nn.functional.cross_entropy(torch.cat(logits).float(), following[0]))
 
 
-def generate_in_turn(
-    model: Any, caches: dict[str, Any], first_token: int, results: dict[str, Measured], progress: Progress
-) -> None:
-    """Greedy continuations from copies of both caches, one token each in turn, so that both meet the same machine."""
-    caches = {name: copy.deepcopy(cache) for name, cache in caches.items()}
-    for result in results.values():
+def generate_in_turn(model: Any, first_token: int, results: Sequence[Measured], progress: Progress) -> None:
+    """Greedy continuations from copies of the caches, one token each in turn, so that all meet the same machine."""
+    caches = [copy.deepcopy(result.cache) for result in results]
+    for result in results:
         result.continuation.append(first_token)
     for _ in progress.track(range(N_GENERATED - 1), description="Generate, both in turn"):
-        for name, cache in caches.items():
-            last = torch.tensor([results[name].continuation[-1:]])
+        for result, cache in zip(results, caches, strict=True):
+            last = torch.tensor([result.continuation[-1:]])
             start = time.perf_counter()
             token = int(model(last, past_key_values=cache).logits[0, -1].argmax())
-            results[name].seconds.append(time.perf_counter() - start)
-            results[name].continuation.append(token)
+            result.seconds.append(time.perf_counter() - start)
+            result.continuation.append(token)
 
 
-def table(results: dict[str, Measured], tokenizer: Any, n_context: int) -> Table:
+def table(full: Measured, clustered: Measured, tokenizer: Any, n_context: int) -> Table:
     """Full and clustered cache side by side."""
-    full, clustered = results["full"], results["clustered"]
     ratios = sorted(a / b for a, b in zip(clustered.seconds, full.seconds, strict=True))
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
     made = Table(title=f"The same {n_context:,} tokens in two caches", show_lines=True)

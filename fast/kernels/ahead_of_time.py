@@ -131,14 +131,14 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
 def cuda_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:
     """Registers, spilled bytes, tensor-core products and 16-byte loads, from the assembler's own report."""
     ptx = code["ptx"]
-    architecture = re.search(r"\.target\s+(\w+)", ptx).group(1)
+    architecture = found(r"\.target\s+(\w+)", ptx)
     tool = triton.knobs.nvidia.ptxas_blackwell if architecture.startswith("sm_1") else triton.knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
         command = [tool.path, "-v", f"--gpu-name={architecture}", file, "-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    registers = int(found(r"Used (\d+) registers", report))
     spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
     return registers, spills, products, len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx))
@@ -147,6 +147,13 @@ def cuda_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:
 def amd_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:
     """The same from AMD's assembly."""
     text = code["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
+    registers = int(found(r"\.vgpr_count:\s+(\d+)", text))
+    spills = int(found(r"\.vgpr_spill_count:\s+(\d+)", text))
     return registers, spills, text.count("v_mfma"), len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+
+
+def found(pattern: str, text: str) -> str:
+    """The group of `pattern` where it first occurs in `text`."""
+    match = re.search(pattern, text)
+    assert match is not None, f"{pattern} is not in the compiler's report"
+    return match.group(1)

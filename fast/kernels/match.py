@@ -125,23 +125,24 @@ def match_kernel(
         best = tl.maximum(best, block_best)
 
     is_open = is_source & (~is_safe | (best - lead <= second))
-    if tl.max(is_open.to(tl.int32), axis=0) > 0:
-        for one in range(ROWS):
-            if tl.max((is_open & (row == one)).to(tl.int32), axis=0) > 0:
-                entry = 2 * (tl.program_id(1) * ROWS + one) + tl.zeros((SCORED,), tl.int32)
-                a64 = load_rows(base, entry, entry >= 0, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)
-                highest = tl.full((1,), -4.0, tl.float64)
-                winner = tl.zeros((1,), tl.int32)
-                for first in range(0, N_DESTINATIONS, SCORED):
-                    column = first + tl.arange(0, SCORED)
-                    is_destination = column < N_DESTINATIONS
-                    b = load_rows(base, 2 * column + 1, is_destination, stride_token, stride_dim, DIM, BLOCK_DIM)
-                    scores = canonical_similarity(a64, b.to(tl.float64), SCORED, BLOCK_DIM, STEPS)
-                    scores = tl.where(is_destination, scores, -4.0)[None, :]  # (1, SCORED)
-                    top, top_column = tl.max(scores, axis=1, return_indices=True)  # of ties the first
-                    winner = tl.where(top > highest, first + top_column, winner)
-                    highest = tl.maximum(highest, top)
-                destination = tl.where(row == one, winner, destination)
+    rest = is_open
+    for _ in range(tl.sum(is_open.to(tl.int32), axis=0)):
+        one = ROWS - tl.max(tl.where(rest, ROWS - row, 0), axis=0)  # the first row that is still open
+        rest &= row != one
+        entry = 2 * (tl.program_id(1) * ROWS + one) + tl.zeros((SCORED,), tl.int32)
+        a64 = load_rows(base, entry, entry >= 0, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)
+        highest = tl.full((1,), -4.0, tl.float64)
+        winner = tl.zeros((1,), tl.int32)
+        for first in range(0, N_DESTINATIONS, SCORED):
+            column = first + tl.arange(0, SCORED)
+            is_destination = column < N_DESTINATIONS
+            b = load_rows(base, 2 * column + 1, is_destination, stride_token, stride_dim, DIM, BLOCK_DIM)
+            scores = canonical_similarity(a64, b.to(tl.float64), SCORED, BLOCK_DIM, STEPS)
+            scores = tl.where(is_destination, scores, -4.0)[None, :]  # (1, SCORED)
+            top, top_column = tl.max(scores, axis=1, return_indices=True)  # of ties the first
+            winner = tl.where(top > highest, first + top_column, winner)
+            highest = tl.maximum(highest, top)
+        destination = tl.where(row == one, winner, destination)
 
     offset = tl.program_id(0).to(tl.int64) * N_SOURCES + source
     tl.store(destination_out + offset, destination.to(tl.int64), mask=is_source)
