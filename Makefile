@@ -1,6 +1,7 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
+# make bench   the cost of certified decisions on this CPU; run it alone
 # make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
@@ -16,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo check test lint gpu clean
+.PHONY: install demo check test lint bench gpu clean
 
 install: .venv/.installed
 
@@ -43,9 +44,12 @@ lint: install
 	$(BIN)/ruff format --check
 	MYPYPATH=.cache/typed $(BIN)/mypy --cache-dir .cache/mypy -p kvcluster.reference -p kvcluster.fast -p kvcluster.cli -p kvcluster.theory
 
-# On a CUDA machine that has torch, triton and numpy; asks no network and uses none of .venv.
+bench: install
+	$(BIN)/python benchmarks/matching.py
+
+# On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:
-	$(PYTHON) -m pip install --no-deps --no-build-isolation .
+	PIP_CONSTRAINT= $(PYTHON) -m pip install --no-deps --no-build-isolation .
 	$(PYTHON) benchmarks/gpu.py
 
 clean:

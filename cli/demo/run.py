@@ -25,7 +25,7 @@ from .oracle import check_against_reference, next_token_attention
 __all__ = ["Measured", "measure", "run_demo"]
 
 N_NEXT = 512  # tokens after the context whose perplexity is measured
-N_FED = 8  # of these, tokens fed at once
+N_FED = 16  # of these, tokens fed at once
 N_GENERATED = 48
 N_CONTEXT_LEAST = 64
 STEP = 512  # tokens of prefill between two movements of the progress bar
