@@ -1,10 +1,11 @@
 """What `matching.py` compares, by name: each takes keys (heads, tokens, dim) and a problem's chunk size and target."""
 
 import torch
-from kvcluster.fast import chunked_soft_matching, merge
-from kvcluster.fast.chunk_compression import compress
 from plain import plain_compress, plain_compress_tiled
 from torch import Tensor
+
+from kvcluster.fast import chunked_soft_matching, merge
+from kvcluster.fast.chunk_compression import compress
 
 __all__ = ["CHUNK_SIZE", "CONTENDERS", "DIM", "HEADS", "KEEP_RATIO", "TARGET", "TOKENS", "random_keys"]
 

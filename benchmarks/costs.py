@@ -4,10 +4,11 @@ import statistics
 from collections.abc import Callable
 
 from contenders import CHUNK_SIZE, CONTENDERS, DIM, HEADS, KEEP_RATIO, TARGET, random_keys
-from kvcluster.fast.chunk_compression import compress
 from memory import peak_bytes
 from report import Claim, Line, Section
 from timing import fitted_exponent, ratios, seconds_in_turn
+
+from kvcluster.fast.chunk_compression import compress
 
 __all__ = ["canonical_share", "growth", "peak_memory", "time_in_turn"]
 

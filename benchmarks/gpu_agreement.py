@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from gpu_keys import DTYPES, KINDS, make_keys, same_bits, to_float32
+from torch import Tensor
+
 from kvcluster import fast, reference
 from kvcluster.fast.chunk_compression import compress
-from torch import Tensor
 
 __all__ = ["Case", "compare_all"]
 

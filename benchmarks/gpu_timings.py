@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import triton
 from gpu_keys import DTYPES
-from kvcluster.fast.chunk_compression import compress
 from plain import plain_compress
+
+from kvcluster.fast.chunk_compression import compress
 
 __all__ = ["describe_device", "print_timings", "time_all"]
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from inputs import to_numpy
+
 from kvcluster.reference.agreement import EPS, attention_agreement, error_bound, largest_difference
 
 

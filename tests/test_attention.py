@@ -7,6 +7,7 @@ from agreement import at_most_in_float64, attention_agrees, equal_in_float64
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, make_keys, to_torch
+
 from kvcluster import fast, reference
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import DTYPES, to_torch
+
 from kvcluster import fast, reference
 
 GOOD = np.ones((2, 6, 4), dtype=np.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kvcluster import fast
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -8,6 +8,7 @@ from agreement import assert_same_bits, attention_agrees, equal_in_float64
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_numpy, to_torch
+
 from kvcluster import fast, reference
 
 PARAMETERS = {"keep_ratio": 0.3, "chunk_size": 10, "n_sink": 3, "n_recent": 7}

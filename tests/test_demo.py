@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from kvcluster.cli import app
-from kvcluster.cli.demo import oracle
-from kvcluster.cli.demo import run as demo_run
 from models import random_tokens, save_llama, tiny_llama
 from rich.progress import Progress
 from typer.testing import CliRunner
+
+from kvcluster.cli import app
+from kvcluster.cli.demo import oracle
+from kvcluster.cli.demo import run as demo_run
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from kvcluster.fast import exact_mean, exact_similarity
 from kvcluster.reference.similarity import halving_sum
 from kvcluster.theory import exactness

@@ -8,11 +8,12 @@ import pytest
 import torch
 from agreement import assert_same_bits, logits_agree
 from inputs import to_numpy
+from models import greedy, random_tokens, tiny_llama
+from transformers import DynamicCache
+
 from kvcluster import reference
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.llama import Llama
-from models import greedy, random_tokens, tiny_llama
-from transformers import DynamicCache
 
 PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 

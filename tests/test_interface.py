@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from kvcluster import fast, reference
 
 REFERENCE_MODULES = sorted(f"kvcluster.reference.{module.name}" for module in pkgutil.iter_modules(reference.__path__))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from agreement import assert_same_bits
 from inputs import DTYPES, KINDS, make_keys, skip_what_the_interpreter_misreads, to_torch
+
 from kvcluster import fast, reference
 from kvcluster.fast.backends import choose_backend
 from kvcluster.fast.kernels import match as match_module

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from agreement import logits_agree
+from models import greedy, random_tokens, tiny_llama
+
 from kvcluster import reference
 from kvcluster.reference.llama import FullCache, Llama, LlamaConfig
 from kvcluster.reference.rotary import rope_frequencies
-from models import greedy, random_tokens, tiny_llama
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from agreement import assert_same_bits
 from inputs import DTYPES, KINDS, make_keys, to_torch
+from scipy.spatial.distance import cdist
+
 from kvcluster import fast, reference
 from kvcluster.reference.similarity import halving_sum
-from scipy.spatial.distance import cdist
 
 
 def test_similarity_is_exact_where_every_step_is():

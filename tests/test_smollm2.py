@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits, logits_agree
+
 from kvcluster import fast, reference
 from kvcluster.cli.demo.inputs import load_model, load_tokens
+from kvcluster.fast.chunk_compression import compress
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.llama import Llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 
 N_TOKENS = 4096
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,19 @@ def test_no_assignment_differs_in_any_layer(full, keep_ratio):
         assert_same_bits(fast.merge(keys, ours), reference.merge(keys.numpy(), expected))
         compared += expected.labels.size
     assert compared == 30 * 3 * N_TOKENS
+
+
+@pytest.mark.parametrize("layer", [0, 15, 29])
+def test_kernels_agree_on_real_keys(full, layer, few_programs, record_property):
+    keys = full.layers[layer].keys[0]
+    expected = reference.chunked_soft_matching(keys.numpy(), keep_ratio=0.25)
+    made = compress(keys.to(DEVICE), None, chunk_size=64, target=16, backend="triton")
+    first = 16 * torch.arange(N_TOKENS // 64)[:, None]
+    labels = (made.labels.cpu().reshape(3, -1, 64) + first).reshape(3, N_TOKENS)
+    assert_same_bits(labels, expected.labels)
+    centroids = reference.merge(keys.numpy(), expected)
+    assert_same_bits(made.keys.cpu().reshape(centroids.shape), centroids)
+    record_property("rows", made.n_rows)
 
 
 def test_a_quarter_is_kept_in_less_than_three_tenths_of_the_bytes(smollm2, full):

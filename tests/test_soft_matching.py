@@ -9,6 +9,7 @@ from agreement import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
+
 from kvcluster import fast, reference
 from kvcluster.fast import chunk_compression
 

@@ -13,11 +13,12 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
+
 from kvcluster import fast, reference
 from kvcluster.fast import exact_mean, exact_similarity
 from kvcluster.reference.similarity import halving_sum
-from rich.console import Console
-from rich.table import Table
 
 __all__ = ["CHECKS", "Check", "main"]
 

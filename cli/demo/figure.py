@@ -9,11 +9,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from kvcluster.reference.attention import scaled_logits, softmax
-from kvcluster.reference.clustered_attention import log_counts
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
+
+from kvcluster.reference.attention import scaled_logits, softmax
+from kvcluster.reference.clustered_attention import log_counts
 
 from .oracle import NextTokenAttention
 

@@ -5,8 +5,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from kvcluster.fast.huggingface.smollm2 import load_llama, smollm2_folder
 from safetensors import SafetensorError
+
+from kvcluster.fast.huggingface.smollm2 import load_llama, smollm2_folder
 
 __all__ = ["UnusableInputError", "load_model", "load_tokens", "read_text"]
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvcluster import fast, reference
-from kvcluster.reference.agreement import attention_agreement
 from rich.progress import Progress
 from torch.overrides import TorchFunctionMode
+
+from kvcluster import fast, reference
+from kvcluster.reference.agreement import attention_agreement
 
 __all__ = ["NextTokenAttention", "Verdict", "check_against_reference", "next_token_attention"]
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from kvcluster.fast.huggingface import ClusteredCache
-from kvcluster.reference.arguments import check_integer, check_keep_ratio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import DynamicCache
+
+from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.reference.arguments import check_integer, check_keep_ratio
 
 from .figure import check_figure_path, draw
 from .inputs import UnusableInputError, load_model, load_tokens, read_text
