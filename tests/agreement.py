@@ -33,6 +33,15 @@ def at_most_in_float64(small: float, large: float) -> bool:
 
 def equal_in_float64(output: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two ways to compute the same thing in float64 agree: 64 roundings of the largest number."""
+    return equal_up_to_rounding(output, expected, np.float64)
+
+
+def equal_in_float32(output: np.ndarray, expected: np.ndarray) -> bool:
+    """The same of two ways in float32."""
+    return equal_up_to_rounding(output, expected, np.float32)
+
+
+def equal_up_to_rounding(output: np.ndarray, expected: np.ndarray, dtype: type) -> bool:
     assert output.shape == expected.shape
-    assert output.dtype == expected.dtype == np.float64
-    return bool(np.abs(output - expected).max() <= 64 * np.finfo(np.float64).eps * np.abs(expected).max())
+    assert output.dtype == expected.dtype == dtype
+    return bool(np.abs(output - expected).max() <= 64 * np.finfo(dtype).eps * np.abs(expected).max())

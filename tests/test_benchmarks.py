@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from agreement import equal_in_float32, equal_in_float64
 
 from kvcluster import fast
 
@@ -35,7 +37,8 @@ def test_plain_baseline_is_sane(benchmarks, chunk_size, target):
     expected = fast.chunk_compression.compress(keys, None, chunk_size=chunk_size, target=target)
     assert torch.equal(labels, expected.labels)
     assert torch.equal(counts, expected.counts)
-    torch.testing.assert_close(centroids, expected.keys)
+    assert equal_in_float32(centroids.numpy(), expected.keys.numpy())
+    assert not equal_in_float32(centroids.numpy() * np.float32(1.0001), expected.keys.numpy())
     tiled = plain_compress_tiled(keys, chunk_size, target, tile=4)
     assert all(torch.equal(a, b) for a, b in zip(tiled[:2], (labels, counts), strict=True))
 
@@ -45,7 +48,7 @@ def test_ratios_and_exponent_can_be_checked_by_hand(benchmarks):
 
     found = ratios([2.0, 3.0, 8.0], [1.0, 2.0, 2.0])
     assert (found.median, found.low, found.high) == (2.0, 1.5, 4.0)
-    assert fitted_exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    assert equal_in_float64(np.array([fitted_exponent([1, 2, 4], [3.0, 12.0, 48.0])]), np.array([2.0]))
     order = []
     seconds = seconds_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert "".join(order) == "ababab"
