@@ -37,7 +37,8 @@ def cluster(model: Any, full: DynamicCache) -> ClusteredCache:
     """Every layer's keys and values in a clustered cache."""
     cache = ClusteredCache.for_model(model, keep_ratio=KEEP_RATIO, chunk_size=CHUNK_SIZE, n_sink=N_SINK)
     for ours, theirs in zip(cache.layers, full.layers, strict=True):
-        ours.update(theirs.keys, theirs.values)
+        ours.entries.extend(theirs.keys, theirs.values)
+        ours.entries.cluster()
     return cache
 
 

@@ -15,7 +15,7 @@ def kernels() -> None:
 
     os.environ.pop("TRITON_INTERPRET", None)
     try:
-        from kvcluster.fast.kernels.ahead_of_time import TARGETS, compile_all
+        from kvcluster.fast.kernels.ahead_of_time import KERNELS, TARGETS, TYPES, compile_all
     except ModuleNotFoundError as error:
         typer.echo(f"kvcluster kernels: {error.name} is not installed: pip install 'kvcluster[fast]'", err=True)
         raise typer.Exit(2) from error
@@ -27,7 +27,7 @@ def kernels() -> None:
     numbers = ("registers", "spilled bytes", "shared bytes", "tensor-core products", "16-byte loads", "MB moved")
     for column in (*numbers, "predicted µs"):
         table.add_column(column, justify="right")
-    for made in track(compile_all(), description="Compile", total=9 * len(TARGETS)):
+    for made in track(compile_all(), description="Compile", total=len(KERNELS) * len(TYPES) * len(TARGETS)):
         table.add_row(
             made.kernel,
             made.dtype,
@@ -42,6 +42,7 @@ def kernels() -> None:
         )
     console.print(table)
     console.print(
-        "Predicted: bytes that 8 heads x 32,768 tokens x 128 dims in chunks of 64 must move in one round, over the "
-        "published bandwidth of A100 80 GB, H100 SXM, B200 and MI300X. Not measured."
+        "Predicted: bytes that 8 heads x 32,768 tokens x 128 dims in chunks of 64 must move in one round (attend and "
+        "combine: for one new token of 4 query heads a KV head), over the published bandwidth of A100 80 GB, H100 SXM, "
+        "B200 and MI300X. Not measured."
     )

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .arguments import check_array
+from .backends import AttentionBackend
+from .entry_attention import attend_entries
 
 __all__ = ["attention"]
 
@@ -15,24 +17,31 @@ def attention(
     values: Float[Tensor, "*lead tokens dim_value"],
     *,
     scale: float | None = None,
+    backend: AttentionBackend = "auto",
 ) -> Float[Tensor, "*lead queries dim_value"]:
     """Values averaged with weights `softmax(scale * query . key)`, in the dtype of `query`.
 
-    Defined, with its errors, by `kvcluster.reference.attention`; computed in float32.
+    Defined, with its errors, by `kvcluster.reference.attention`; computed in float32. `backend` as in
+    `choose_attention_backend`.
     """
     check_attention(query, keys, values)
-    return biased_attention(query, keys, values, None, scale)
+    return attend_any(query, keys, values, None, scale, backend)
 
 
-def biased_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """Attention in float32 with `bias` (..., 1, entries) added to the logits."""
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    with torch.autocast(query.device.type, enabled=False):
-        logits = scale * (query.float() @ keys.float().mT)  # (..., queries, entries)
-        if bias is not None:
-            logits = logits + bias
-        return (logits.softmax(dim=-1) @ values.float()).to(query.dtype)  # (..., queries, dim_value)
+def attend_any(
+    query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, scale: float | None, backend: AttentionBackend
+) -> Tensor:
+    """`attend_entries` of tensors with any leading axes."""
+
+    def with_four_axes(array: Tensor) -> Tensor:
+        problems = keys.shape[:-2].numel()
+        return array if array.ndim == 4 else array.reshape(1, problems, *array.shape[-2:])
+
+    if counts is not None:
+        counts = with_four_axes(counts.to(torch.int32).unsqueeze(-1)).squeeze(-1)
+    rows, keys4, values4 = map(with_four_axes, (query, keys, values))
+    output = attend_entries(rows, keys4, values4, counts, scale=scale, backend=backend)
+    return output.reshape(*query.shape[:-1], values.shape[-1])
 
 
 def check_attention(query: Tensor, keys: Tensor, values: Tensor) -> None:

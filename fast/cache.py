@@ -16,8 +16,14 @@ class ClusteredCache:
     """A key-value cache whose old tokens are centroids: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
-    device of what is appended. `nbytes` counts the memory that the tensors really hold. `backend`
-    as in `choose_backend`.
+    device of what is appended. `backend` as in `choose_backend`, for matching and merging.
+
+    Notes
+    -----
+    Entries lie in memory with some room to grow (1 / 32 of them, at least one chunk): `nbytes` counts the entries,
+    `nbytes_reserved` the memory. A token is appended and a chunk clustered in place, without a copy of the body. So
+    `keys`, `values`, `counts` and what `append` returns are views that the next `append` may overwrite: clone what is
+    to be kept.
     """
 
     def __init__(
@@ -35,21 +41,37 @@ class ClusteredCache:
         check_integer("n_recent", n_recent, least=0)
         self.keep_ratio, self.chunk_size = keep_ratio, chunk_size
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
-        self.keys: Float[Tensor, "*lead entries dim"] | None = None
-        self.values: Float[Tensor, "*lead entries dim_value"] | None = None
-        self.counts: Int32[Tensor, "*lead entries"] | None = None
         self.n_seen = 0
         self.n_clustered = 0
+        self._n_stored = 0
         self._n_body = 0  # entries of the body
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, counts with room to grow
 
     @property
     def n_stored(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[-2]
+        return self._n_stored
+
+    @property
+    def keys(self) -> Float[Tensor, "*lead entries dim"] | None:
+        return None if self._held is None else self._held[0][..., : self.n_stored, :]
+
+    @property
+    def values(self) -> Float[Tensor, "*lead entries dim_value"] | None:
+        return None if self._held is None else self._held[1][..., : self.n_stored, :]
+
+    @property
+    def counts(self) -> Int32[Tensor, "*lead entries"] | None:
+        return None if self._held is None else self._held[2][..., : self.n_stored, 0]
 
     @property
     def nbytes(self) -> int:
         held = (self.keys, self.values, self.counts)
-        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+        return sum(view.nbytes for view in held if view is not None)
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Bytes of memory held, room to grow included."""
+        return 0 if self._held is None else sum(tensor.untyped_storage().nbytes() for tensor in self._held)
 
     def append(
         self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]
@@ -58,19 +80,52 @@ class ClusteredCache:
 
         Returns keys, values and counts as they were just before this clustering, the new tokens last.
         """
+        self.extend(keys, values)
+        keys, values, counts = self.keys, self.values, self.counts
+        if self._leaving:
+            keys, values, counts = keys.clone(), values.clone(), counts.clone()
+            self.cluster()
+        return keys, values, counts
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """The first half of `append`: take the next tokens, exact as yet."""
         self._check(keys, values)
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
-        counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
-        if self.keys is None:
-            keys, values = keys.clone(), values.clone()  # what the caller does to its tensors later is its own business
-        else:
-            keys = torch.cat([self.keys, keys], dim=-2)  # (..., entries, dim)
-            values = torch.cat([self.values, values], dim=-2)
-            counts = torch.cat([self.counts, counts], dim=-1)
-        self.n_seen += keys.shape[-2] - self.n_stored
-        self.keys, self.values, self.counts = keys, values, counts
-        self._cluster_what_left_the_window()
-        return keys, values, counts
+        counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device).unsqueeze(-1)
+        n_stored = self.n_stored + keys.shape[-2]
+        if self._held is None or n_stored > self._held[0].shape[-2]:
+            self._move_to_room_for(n_stored, (keys, values, counts))
+        for held, new in zip(self._held, (keys, values, counts), strict=True):
+            held[..., self.n_stored : n_stored, :] = new
+        self.n_seen += keys.shape[-2]
+        self._n_stored = n_stored
+
+    def cluster(self) -> None:
+        """The second half of `append`: cluster every whole chunk that has left the recent window."""
+        leaving = self._leaving
+        if leaving == 0:
+            return
+        target = entries_of_chunk(self.keep_ratio, self.chunk_size)
+        start = self.n_sink + self._n_body
+        stop = start + leaving
+        n_entries = leaving // self.chunk_size * target
+        if target < self.chunk_size:
+            made = compress(
+                self.keys[..., start:stop, :],
+                self.values[..., start:stop, :],
+                chunk_size=self.chunk_size,
+                target=target,
+                backend=self.backend,
+            )
+            for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
+                recent = held[..., stop : self.n_stored, :].clone()
+                held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
+                held[..., start + n_entries : start + n_entries + recent.shape[-2], :] = recent
+        self.n_clustered += leaving
+        self._n_body += n_entries
+        self._n_stored -= leaving - n_entries
+        if self._held[0].shape[-2] > self._with_room(self.n_stored + self.chunk_size):
+            self._move_to_room_for(self.n_stored, self._held)
 
     def attend(
         self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
@@ -82,37 +137,30 @@ class ClusteredCache:
 
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        if self.keys is not None:
-            self.keys, self.values, self.counts = (
-                tensor.index_select(0, indices) for tensor in (self.keys, self.values, self.counts)
-            )
+        if self._held is not None:
+            keys, values, counts = (tensor.index_select(0, indices) for tensor in self._held)
+            self._held = keys, values, counts
 
-    def _cluster_what_left_the_window(self) -> None:
+    @property
+    def _leaving(self) -> int:
+        """Tokens in whole chunks that have left the recent window and are not clustered yet."""
         recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
-        leaving = max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
-        if leaving == 0:
-            return
-        start = self.n_sink + self._n_body
-        stop = start + leaving
-        target = entries_of_chunk(self.keep_ratio, self.chunk_size)
-        made = compress(
-            self.keys[..., start:stop, :],
-            self.values[..., start:stop, :],
-            chunk_size=self.chunk_size,
-            target=target,
-            backend=self.backend,
-        )
-        n_entries = leaving // self.chunk_size * target
+        return max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
 
-        def replaced(array: Tensor, chunks: Tensor) -> Tensor:
-            """`array` with the tokens from start to stop replaced by `chunks`, rounded to its dtype."""
-            centroids = chunks.to(array.dtype).reshape(*array.shape[:-2], n_entries, array.shape[-1])
-            return torch.cat([array[..., :start, :], centroids, array[..., stop:, :]], dim=-2)
+    def _with_room(self, entries: int) -> int:
+        """Entries to hold memory for when there are `entries`."""
+        return entries + max(self.chunk_size, entries // 32)
 
-        self.keys, self.values = replaced(self.keys, made.keys), replaced(self.values, made.values)
-        self.counts = replaced(self.counts.unsqueeze(-1), made.counts.unsqueeze(-1)).squeeze(-1)
-        self.n_clustered += leaving
-        self._n_body += n_entries
+    def _move_to_room_for(self, entries: int, like: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Move what is stored to memory with room for `entries` and some more, one tensor after the other."""
+        moved = []
+        for place, example in enumerate(like):
+            shape = (*example.shape[:-2], self._with_room(entries), example.shape[-1])
+            room = torch.empty(shape, dtype=example.dtype, device=example.device)
+            if self._held is not None:
+                room[..., : self.n_stored, :] = self._held[place][..., : self.n_stored, :]
+            moved.append(room)
+        self._held = moved[0], moved[1], moved[2]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         check_array("keys", keys)

@@ -5,9 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .arguments import dtype_name
-from .attention import biased_attention, check_attention
+from .attention import attend_any, check_attention
+from .backends import AttentionBackend
 
-__all__ = ["clustered_attention", "log_counts"]
+__all__ = ["clustered_attention"]
 
 
 def clustered_attention(
@@ -17,19 +18,16 @@ def clustered_attention(
     counts: Int[Tensor, "*lead entries"],
     *,
     scale: float | None = None,
+    backend: AttentionBackend = "auto",
 ) -> Float[Tensor, "*lead queries dim_value"]:
     """Values averaged with weights `softmax(scale * query . key + log(count))`, in the dtype of `query`.
 
-    Defined, with its errors, by `kvcluster.reference.clustered_attention`; computed in float32.
+    Defined, with its errors, by `kvcluster.reference.clustered_attention`; computed in float32. `backend` as
+    in `choose_attention_backend`. Counts must be below 2**31.
     """
     check_attention(query, keys, values)
     check_counts(keys, counts)
-    return biased_attention(query, keys, values, log_counts(counts).unsqueeze(-2), scale)
-
-
-def log_counts(counts: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Natural logarithm of the counts in float32, minus infinity where a count is 0."""
-    return counts.double().log().float()
+    return attend_any(query, keys, values, counts, scale, backend)
 
 
 def check_counts(keys: Tensor, counts: Tensor) -> None:
@@ -44,5 +42,7 @@ def check_counts(keys: Tensor, counts: Tensor) -> None:
         )
     if bool((counts < 0).any()):
         raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
+    if counts.dtype != torch.int32 and bool((counts >= 2**31).any()):
+        raise ValueError(f"counts must be below 2**31, got {int(counts.max())}")
     if not bool((counts > 0).any(dim=-1).all()):
         raise ValueError("counts must have an entry above 0 for every leading index, got only 0")

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from agreement import assert_same_bits, attention_agrees, equal_in_float64
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,12 +171,37 @@ def test_the_cache_does_not_share_memory_with_what_it_was_given(backend):
     assert (cache.keys != 0).any()
 
 
-def test_the_fast_cache_holds_no_memory_but_its_entries():
-    """No view keeps a larger tensor alive: nbytes asks the storages."""
+def test_the_fast_cache_holds_no_memory_but_its_entries_and_some_room():
+    """No view keeps a larger tensor alive: nbytes_reserved asks the storages."""
     keys, values = tokens_of(12, 1000)
     cache = fast.ClusteredCache(**PARAMETERS)
     cache.append(to_torch(keys)[:, :999], to_torch(values)[:, :999])
-    assert cache.nbytes == 2 * cache.n_stored * (8 * 4 + 6 * 4 + 4)
+    of_entry = 2 * (8 * 4 + 6 * 4 + 4)
+    assert cache.nbytes == cache.n_stored * of_entry
+    room = max(PARAMETERS["chunk_size"], cache.n_stored // 32)
+    assert cache.nbytes < cache.nbytes_reserved <= (cache.n_stored + 2 * room) * of_entry
+
+
+def test_appending_and_clustering_copy_no_body(monkeypatch):
+    """Token by token, what is written is the tokens, the chunks and the recent window, but for rare moves."""
+    keys, values = (to_torch(array) for array in tokens_of(13, 3000))
+    cache = fast.ClusteredCache(keep_ratio=0.2, chunk_size=16, n_sink=2, n_recent=8)
+    cache.append(keys[:, :2000], values[:, :2000])
+    places = set()
+    for token in range(2000, 3000):
+        cache.append(keys[:, token : token + 1], values[:, token : token + 1])
+        places.add(cache.keys.data_ptr())
+    assert len(places) <= 12  # 200 entries more, in steps of at least 16
+    whole = fast.ClusteredCache(keep_ratio=0.2, chunk_size=16, n_sink=2, n_recent=8)
+    whole.append(keys, values)
+    assert torch.equal(cache.keys, whole.keys)
+
+
+def test_what_append_returns_is_from_before_the_clustering():
+    keys, values = (to_torch(array) for array in tokens_of(14, 100))
+    cache = fast.ClusteredCache(**PARAMETERS)
+    assert all(map(torch.equal, cache.append(keys, values), (keys, values, torch.ones(2, 100, dtype=torch.int32))))
+    assert cache.n_stored < 100
 
 
 def test_an_empty_cache_answers():

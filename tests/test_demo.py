@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from kvcluster.cli import app
 from kvcluster.cli.demo import oracle
 from kvcluster.cli.demo import run as demo_run
+from kvcluster.fast.huggingface.cache import ClusteredLayer
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,13 @@ def test_the_demo_fails_when_one_stored_bit_is_wrong(llama, text, tmp_path, monk
 
 
 def test_the_demo_fails_when_attention_misses_the_log_counts(llama, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvcluster.fast.huggingface.cache.log_counts", lambda counts: torch.zeros(counts.shape))
+    right = ClusteredLayer.attend
+
+    def without_counts(layer, query, *, scale):
+        layer.entries.counts[:] = 1  # of the copy that the oracle listens to
+        return right(layer, query, scale=scale)
+
+    monkeypatch.setattr(ClusteredLayer, "attend", without_counts)
     result = run("--model", llama, "--text", text, "--tokens", 400, "--figure", tmp_path / "figure.png")
     assert result.exit_code == 1
     assert "0 assignments and 0 stored bytes differ" in " ".join(result.output.split())

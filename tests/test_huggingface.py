@@ -19,7 +19,7 @@ PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 
 
 def hooks_on(model):
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -85,9 +85,10 @@ def stock_logits(cache, following):
 
 
 @pytest.mark.parametrize("queries", [1, 7])
-def test_log_counts_and_positions_reach_attention(queries, monkeypatch):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_log_counts_and_positions_reach_attention(queries, attention):
     """The next logits agree with the NumPy Llama's on the same entries; without log counts or positions they do not."""
-    model = tiny_llama()
+    model = tiny_llama(attention=attention)
     prompt, following = random_tokens(150).split([150 - queries, queries], dim=1)
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     logits_after(model, cache, prompt)
@@ -112,8 +113,10 @@ def test_log_counts_and_positions_reach_attention(queries, monkeypatch):
     for layer in shifted.layers:
         layer.entries.n_seen += 1
     assert not logits_agree(logits_after(model, shifted, following), baseline, oracle)
-    monkeypatch.setattr("kvcluster.fast.huggingface.cache.log_counts", lambda counts: torch.zeros(counts.shape))
-    assert not logits_agree(logits_after(model, copy.deepcopy(cache), following), baseline, oracle)
+    forgetful = copy.deepcopy(cache)
+    for layer in forgetful.layers:
+        layer.entries.counts[:] = 1
+    assert not logits_agree(logits_after(model, forgetful, following), baseline, oracle)
 
 
 def test_nothing_stays_on_the_model():
@@ -123,14 +126,17 @@ def test_nothing_stays_on_the_model():
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     other = ClusteredCache.for_model(model, **PARAMETERS)
     copied = copy.deepcopy(cache)
-    assert hooks_on(model) == 4  # shared: one on each of 3 layers, one on the model
+    assert hooks_on(model) == 7  # shared: two on each of 3 layers, one on the model
+    assert [layer.self_attn.config._attn_implementation for layer in model.model.layers] == ["kvcluster"] * 3
+    assert model.config._attn_implementation == "sdpa"
     assert torch.equal(greedy(model, tokens), stock)  # a stock cache is left alone
     del cache, other
     gc.collect()
-    assert hooks_on(model) == 4
+    assert hooks_on(model) == 7
     del copied
     gc.collect()
     assert hooks_on(model) == 0
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
 
 
 def test_a_copied_model_adds_log_counts_once():
@@ -256,6 +262,8 @@ def test_bytes_are_those_of_the_tensors_held():
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     logits_after(model, cache, random_tokens(500))
     assert cache.nbytes == 3 * 2 * cache.n_stored * (16 * 4 + 16 * 4 + 4)
+    room = max(PARAMETERS["chunk_size"], cache.n_stored // 32)
+    assert cache.nbytes_reserved <= cache.nbytes * (cache.n_stored + 2 * room) / cache.n_stored
     assert cache.n_stored / cache.n_seen < 0.3
 
 

@@ -64,7 +64,7 @@ def test_a_quarter_is_kept_in_less_than_three_tenths_of_the_bytes(smollm2, full)
     model, _ = smollm2
     cache = ClusteredCache.for_model(model, keep_ratio=0.25)
     for index, layer in enumerate(full.layers):
-        cache.update(layer.keys, layer.values, index)
+        cache.layers[index].entries.append(layer.keys, layer.values)
     full_bytes = sum(x.untyped_storage().nbytes() for layer in full.layers for x in (layer.keys, layer.values))
     assert full_bytes == 30 * 3 * N_TOKENS * 2 * 64 * 4
     assert cache.nbytes <= 0.30 * full_bytes

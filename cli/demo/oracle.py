@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
 
 from kvcluster import fast, reference
+from kvcluster.fast.huggingface.attention import NAME, attend
 from kvcluster.reference.agreement import attention_agreement
 
 __all__ = ["NextTokenAttention", "Verdict", "check_against_reference", "next_token_attention"]
@@ -44,17 +45,22 @@ class Verdict:
     labels: list[np.ndarray]
 
 
-class Listen(TorchFunctionMode):
-    """Notes inputs and output of every call of PyTorch's attention while it is active, and changes nothing."""
+class Listen:
+    """Notes inputs and output of every attention that the model runs while it is active, and changes nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.calls: list[list[torch.Tensor]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.calls.append((*args[:3], result))
+    def __enter__(self) -> "Listen":
+        AttentionInterface.register(NAME, self.attend)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        AttentionInterface.register(NAME, attend)
+
+    def attend(self, module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        result = attend(module, query, key, value, *args, **kwargs)
+        self.calls.append([x.clone() for x in (query, key, value, result[0])])
         return result
 
 

@@ -118,12 +118,17 @@ def measure(
     """The full and the clustered cache of `context` (1, tokens), each with what it is judged by."""
     full, first = prefill(model, context, progress)
     clustered = ClusteredCache.for_model(model, keep_ratio=keep_ratio, chunk_size=chunk_size)
-    for index, layer in enumerate(progress.track(full.layers, description="Cluster, layer by layer")):
-        clustered.update(layer.keys, layer.values, index)
+    layers = list(zip(full.layers, clustered.layers, strict=True))
+    for full_layer, layer in progress.track(layers, description="Cluster, layer by layer"):
+        layer.entries.extend(full_layer.keys, full_layer.values)
+        layer.entries.cluster()
     results = (
         Measured(full, full.get_seq_length(), cache_bytes(full), perplexity(model, full, first, following, progress)),
         Measured(
-            clustered, clustered.n_stored, clustered.nbytes, perplexity(model, clustered, first, following, progress)
+            clustered,
+            clustered.n_stored,
+            clustered.nbytes_reserved,
+            perplexity(model, clustered, first, following, progress),
         ),
     )
     generate_in_turn(model, int(first.argmax()), results, progress)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..cache import ClusteredCache as LayerCache
-from ..clustered_attention import log_counts
-from .log_counts import LogCountHooks, check_model
+from ..entry_attention import attend_entries, log_counts
+from .hooks import ModelHooks, check_model
 
 __all__ = ["ClusteredCache", "ClusteredLayer"]
 
@@ -20,17 +20,18 @@ class ClusteredCache(Cache):
 
     Notes
     -----
-    A prompt given at once is attended to exactly and clustered afterwards; later tokens attend to what is stored.
-    Positions stay those of the tokens seen. The log counts reach attention as an additive mask, put in by forward
-    hooks on the model that exist as long as a cache made for it does and that leave calls with other caches alone.
-    Batches must have no padding; beams may be reordered; `crop` (assisted decoding) is refused. Several new tokens
-    after clustering need a float mask (batch, heads, new tokens, entries + new tokens) per layer: feed long texts at
-    once, or in pieces of some hundred tokens.
+    A prompt given at once is attended to exactly and clustered afterwards; later tokens attend to what is stored. With
+    `keep_ratio` 1 every bit is that of a stock cache.
+    Positions stay those of the tokens seen. Attention to what is stored is this package's own (`attend_entries`),
+    reached by forward hooks on the model that exist as long as a cache made for it does and that leave calls with other
+    caches alone. Only a model that runs `eager` attention keeps it: there the log counts are an additive mask, for
+    several new tokens of shape (batch, heads, new tokens, entries + new tokens) per layer.
+    Batches must have no padding; beams may be reordered; `crop` (assisted decoding) is refused.
     """
 
-    has_log_counts = True
+    is_kvcluster = True
 
-    def __init__(self, layers: list["ClusteredLayer"], hooks: LogCountHooks) -> None:
+    def __init__(self, layers: list["ClusteredLayer"], hooks: ModelHooks) -> None:
         super().__init__(layers=layers)
         self._hooks = hooks
 
@@ -67,7 +68,7 @@ class ClusteredCache(Cache):
             ClusteredLayer(keep_ratio=keep_ratio, chunk_size=chunk_size, n_sink=n_sink, n_recent=n_recent)
             for _ in range(config.num_hidden_layers)
         ]
-        return cls(layers, LogCountHooks.of(model))
+        return cls(layers, ModelHooks.of(model))
 
     @property
     def n_seen(self) -> int:
@@ -81,8 +82,13 @@ class ClusteredCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tensors of all layers hold."""
+        """Bytes of the stored entries of all layers."""
         return sum(layer.entries.nbytes for layer in self.layers)
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Bytes of memory that all layers hold, room to grow included."""
+        return sum(layer.entries.nbytes_reserved for layer in self.layers)
 
 
 class ClusteredLayer(CacheLayerMixin):
@@ -97,7 +103,7 @@ class ClusteredLayer(CacheLayerMixin):
             "n_sink": n_sink,
             "n_recent": n_recent,
         }
-        self.is_mask_ready = False
+        self.is_announced = False  # by the hooks, before each call of its attention module
         self.reset()
 
     @property
@@ -113,16 +119,34 @@ class ClusteredLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; return the keys and values that the new tokens attend to."""
-        if self.has_centroids and not self.is_mask_ready:
+        """Take the new tokens, exact as yet; return the keys and values that they attend to."""
+        if not self.is_announced:
             raise RuntimeError(
                 "attention would miss the log counts: use the cache with the model that it was made for by for_model"
             )
-        self.is_mask_ready = False
+        self.is_announced = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values, _ = self.entries.append(key_states, value_states)
-        return keys, values
+        self.entries.extend(key_states, value_states)
+        return self.entries.keys, self.entries.values
+
+    @property
+    def is_attending(self) -> bool:
+        """Whether `attend` does the work: without centroids it is left to transformers, whose bits are stock's."""
+        return self.has_centroids
+
+    def attend(self, query: Tensor, *, scale: float) -> Tensor:
+        """Output (batch, heads, queries, dim) of the last `queries` tokens, which attend to all entries up to their own."""
+        batch, heads, queries, dim = query.shape
+        kv_heads = self.entries.keys.shape[1]
+        rows = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+        held = self.entries.keys, self.entries.values, self.entries.counts
+        output = attend_entries(rows, *held, queries=queries, scale=scale)
+        return output.reshape(batch, heads, queries, -1)
+
+    def finish(self) -> None:
+        """Cluster what has left the recent window, now that the new tokens have been attended to."""
+        self.entries.cluster()
 
     @property
     def has_centroids(self) -> bool:
@@ -131,7 +155,6 @@ class ClusteredLayer(CacheLayerMixin):
 
     def mask_with_log_counts(self, mask: Tensor | None, queries: int, group: int, dtype: torch.dtype) -> Tensor | None:
         """`mask` (batch, 1 or heads, queries, entries + queries) for the next `queries` tokens, log counts added."""
-        self.is_mask_ready = True
         if not self.has_centroids:
             return mask
         bias = torch.nn.functional.pad(log_counts(self.entries.counts), (0, queries)).to(dtype)  # (batch, kv_heads, n)

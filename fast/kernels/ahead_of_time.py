@@ -12,6 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .attention import N_STAGES, ROWS, SPLIT, combine_kernel, entries_of_step, split_kernel
+from .attention import N_WARPS as attention_warps
 from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel
 from .match import N_WARPS as match_warps
 from .merge import BLOCK_ENTRIES, merge_kernel
@@ -19,7 +21,7 @@ from .merge import N_WARPS as merge_warps
 from .score import BLOCK_SOURCES, score_kernel
 from .score import N_WARPS as score_warps
 
-__all__ = ["TARGETS", "Compiled", "compile_all"]
+__all__ = ["KERNELS", "TARGETS", "TYPES", "Compiled", "compile_all"]
 
 # Published memory bandwidth in bytes per second: A100 80 GB SXM, H100 SXM, B200, MI300X.
 TARGETS = {
@@ -28,10 +30,15 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 8.0e12),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 5.3e12),
 }
+KERNELS = ("match", "score", "merge", "attend", "combine")
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The problem whose bytes are counted.
-HEADS, TOKENS, CHUNK_SIZE = 8, 32_768, 64
+# Strides that are multiples of 16 in a contiguous cache.
+STRIDES = {"stride_batch", "stride_head", "stride_token"} | {
+    f"{array}_{axis}" for array in ("key", "value") for axis in ("batch", "head", "entry")
+}
+HEADS, TOKENS, CHUNK_SIZE, GROUP = 8, 32_768, 64, 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Compiled:
     ----------
     registers, spills, shared : registers of a thread; bytes that did not fit them; bytes of shared memory of a block.
     tensor_core_products, wide_loads : such instructions in the code (16-byte loads).
-    bytes_moved : what the kernel must read and write for one round on 8 heads x 32,768 tokens in chunks of 64.
+    bytes_moved : what the kernel must read and write for one round on 8 heads x 32,768 tokens in chunks of 64; in
+        attention, for one new token and 4 query heads that share a KV head.
     predicted_seconds : `bytes_moved` over the published bandwidth of the target. A prediction, not a measurement.
     """
 
@@ -69,39 +77,53 @@ def compile_all(targets: tuple[str, ...] = tuple(TARGETS), dim: int = 128) -> It
         raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset, got 1")
     for target in targets:
         for dtype in TYPES:
-            for kernel, code, n_warps in sources(dtype, TARGETS[target][0].backend, dim):
-                yield compile_one(kernel, code, n_warps, dtype, target, dim)
+            for kernel, code, options in sources(dtype, TARGETS[target][0].backend, dim):
+                yield compile_one(kernel, code, options, dtype, target, dim)
 
 
-def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource, int]]:
-    """Name, code and warps of each kernel at chunk size 64, as a contiguous tensor calls it."""
+def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+    """Name, code and options of each kernel at chunk size 64, as a contiguous tensor calls it."""
     strides = dict.fromkeys(("stride_batch", "stride_head", "stride_token"), "i32")
     chunk = {"keys": TYPES[dtype], "heads": "i32", "chunks": "i32"} | strides
     shape = {"stride_dim": 1, "DIM": dim, "BLOCK_DIM": dim}
     in_chunk = shape | {"SIZE": CHUNK_SIZE, "STEPS": dim.bit_length() - 1}
     types = chunk | {"destination_out": "*i64", "is_scored_out": "*i1", "lead": "fp32"}
     blocks = {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_COLUMNS, "SCORED": BLOCK_SCORED, "WIDEN": False}
-    yield "match", source(match_kernel, types, in_chunk | blocks), match_warps[backend]
+    yield "match", source(match_kernel, types, in_chunk | blocks), {"num_warps": match_warps[backend]}
     types = chunk | {"destination_in": "*i64", "similarity_out": "*fp64"}
-    yield "score", source(score_kernel, types, in_chunk | {"ROWS": BLOCK_SOURCES}), score_warps
+    yield "score", source(score_kernel, types, in_chunk | {"ROWS": BLOCK_SOURCES}), {"num_warps": score_warps}
     types = {"array": TYPES[dtype], "members": "*i64", "first_member": "*i64", "counts": "*i64", "means": "*fp32"}
     types |= dict.fromkeys(("n_entries", "heads", "tokens"), "i32") | strides
-    yield "merge", source(merge_kernel, types, shape | {"ENTRIES": BLOCK_ENTRIES}), merge_warps
+    yield "merge", source(merge_kernel, types, shape | {"ENTRIES": BLOCK_ENTRIES}), {"num_warps": merge_warps}
+    types = {"query": TYPES[dtype], "keys": TYPES[dtype], "values": TYPES[dtype], "counts": "*i32", "scale": "fp32"}
+    types |= {"outputs": "*fp32", "sums": "*fp32", "highest_out": "*fp32"}
+    types |= dict.fromkeys(("heads", "rows", "queries", "entries"), "i32")
+    types |= {f"{array}_{axis}": "i32" for array in ("key", "value", "count") for axis in ("batch", "head", "entry")}
+    ones = {"key_dim": 1, "value_dim": 1, "count_entry": 1}
+    sizes = {"DIM": dim, "BLOCK_DIM": dim, "DIM_VALUE": dim, "BLOCK_VALUE": dim}
+    blocks = {"HAS_COUNTS": True, "ROWS": ROWS, "SPLIT": SPLIT, "WIDEN": False}
+    blocks["ENTRIES"] = entries_of_step(dim, dtype == "float32")
+    options = {"num_warps": attention_warps, "num_stages": N_STAGES}
+    yield "attend", source(split_kernel, types, ones | sizes | blocks), options
+    types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"rows": "i32", "splits": "i32"}
+    yield (
+        "combine",
+        source(combine_kernel, types, {"DIM_VALUE": dim, "BLOCK_VALUE": dim}),
+        {"num_warps": attention_warps},
+    )
 
 
 def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
     """What the launcher's just-in-time compiler would see: pointers and strides are multiples of 16."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [
-        i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name.startswith("stride_")
-    ]
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or name in STRIDES]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compile_one(kernel: str, code: ASTSource, n_warps: int, dtype: str, target: str, dim: int) -> Compiled:
+def compile_one(kernel: str, code: ASTSource, options: dict[str, int], dtype: str, target: str, dim: int) -> Compiled:
     gpu, bandwidth = TARGETS[target]
-    compiled = triton.compile(code, target=gpu, options={"num_warps": n_warps})
+    compiled = triton.compile(code, target=gpu, options=options)
     resources = cuda_resources if gpu.backend == "cuda" else amd_resources
     registers, spills, products, wide_loads = resources(compiled.asm)
     n_bytes = bytes_moved(kernel, dtype, dim)
@@ -120,7 +142,13 @@ def compile_one(kernel: str, code: ASTSource, n_warps: int, dtype: str, target: 
 
 
 def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
-    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids."""
+    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids.
+
+    In attention all keys, values and counts, and the partial results, which are what is combined.
+    """
+    if kernel in ("attend", "combine"):
+        partial = HEADS * GROUP * TOKENS // SPLIT * (dim + 2) * 4
+        return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel == "attend" else 0)
     keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
     entries = HEADS * TOKENS // 2  # after the first round; as many sources
     if kernel != "merge":

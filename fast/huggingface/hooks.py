@@ -1,5 +1,6 @@
-"""Log counts on their way to attention: forward hooks that add them to the mask of each layer."""
+"""The hooks by which a model attends to our caches: each attention module is told of its layer, before and after."""
 
+import copy
 import inspect
 import weakref
 from typing import Any, ClassVar
@@ -7,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-__all__ = ["LogCountHooks", "check_model"]
+from .attention import NAME
+
+__all__ = ["ModelHooks", "check_model"]
 
 MODEL_TYPES = ("llama",)
 ATTENTION = ("sdpa", "eager")
@@ -24,25 +27,32 @@ def check_model(model: Any) -> Any:
     return config
 
 
-class LogCountHooks:
+class ModelHooks:
     """The hooks on one model, shared by all caches made for it and removed with the last of them.
 
+    Attention modules of a model that runs `sdpa` are given a copy of their config that names our attention function,
+    as long as the hooks exist; the config of the model stays as it is. With `eager`, which must return its weights, the
+    log counts go into the mask.
     A copy made of the model meanwhile keeps copied hooks; they too leave calls with other caches alone.
     """
 
-    _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["LogCountHooks"]]] = (
-        weakref.WeakKeyDictionary()
-    )
+    _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["ModelHooks"]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: Any) -> None:
         handles = [model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)]
-        for module in model.modules():
-            if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups"):
-                handles.append(module.register_forward_pre_hook(add_log_counts, with_kwargs=True))
-        weakref.finalize(self, remove, handles)
+        attention = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "num_key_value_groups")]
+        for module in attention:
+            handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+            handles.append(module.register_forward_hook(after_attention, with_kwargs=True))
+        configs = [(module, module.config) for module in attention]
+        weakref.finalize(self, remove, handles, configs)
+        if model.config._attn_implementation == "sdpa":
+            for module in attention:
+                module.config = copy.copy(module.config)
+                module.config._attn_implementation = NAME
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LogCountHooks":
+    def of(cls, model: nn.Module) -> "ModelHooks":
         """The hooks on `model`, new ones if there are none."""
         known = cls._of_model.get(model)
         hooks = known() if known is not None else None
@@ -51,19 +61,21 @@ class LogCountHooks:
             cls._of_model[model] = weakref.ref(hooks)
         return hooks
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LogCountHooks":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelHooks":
         return self  # a copied cache serves the same model
 
 
-def remove(handles: list[Any]) -> None:
+def remove(handles: list[Any], configs: list[tuple[Any, Any]]) -> None:
     for handle in handles:
         handle.remove()
+    for module, config in configs:
+        module.config = config
 
 
 def clustered_layers(arguments: dict[str, Any]) -> Any:
-    """The layers of the cache that the model was called with, if it is one with log counts."""
+    """The layers of the cache that the model was called with, if it is one of ours."""
     cache: Any = arguments.get("past_key_values")
-    return cache.layers if getattr(cache, "has_log_counts", False) else None
+    return cache.layers if getattr(cache, "is_kvcluster", False) else None
 
 
 def check_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -83,19 +95,30 @@ def check_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             "an earlier call failed halfway; call reset() and start again"
         )
     for layer in layers:
-        layer.is_mask_ready = False
+        layer.is_announced = False
 
 
-def add_log_counts(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of an attention layer: its mask, with the log counts of what its cache holds."""
+def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of an attention module: its layer for our attention function, or log counts in its mask."""
     layers = clustered_layers(kwargs)
+    if layers is None:
+        return None
+    layer = layers[module.layer_idx]
+    layer.is_announced = True
+    if module.config._attn_implementation == NAME:
+        return args, {**kwargs, "kvcluster_layer": layer}
     mask = kwargs.get("attention_mask")
-    if layers is None or hasattr(mask, "has_log_counts"):  # a copied model has the hook twice, copied and its own
+    if hasattr(mask, "has_log_counts"):  # a copied model has the hook twice, copied and its own
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (batch, queries, features)
-    # PyTorch's attention takes a float32 mask beside 16-bit queries on the CPU only.
-    dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
-    biased = layers[module.layer_idx].mask_with_log_counts(mask, hidden.shape[1], module.num_key_value_groups, dtype)
+    biased = layer.mask_with_log_counts(mask, hidden.shape[1], module.num_key_value_groups, hidden.dtype)
     if biased is not mask:
         biased.has_log_counts = True
     return args, {**kwargs, "attention_mask": biased}
+
+
+def after_attention(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of an attention module: the new tokens have been attended to, their layer may cluster."""
+    layers = clustered_layers(kwargs)
+    if layers is not None:
+        layers[module.layer_idx].finish()

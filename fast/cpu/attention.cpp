@@ -1,0 +1,325 @@
+// Clustered attention on a processor: every key and value is read once for all query rows that share them.
+//
+// softmax(scale * query . key + log(count)) @ value, in float32 whatever the dtype of the cache. The entries are
+// attended to in splits of fixed length, whose partial results are then combined in order: the result depends neither
+// on the number of threads nor on their timing. Vectors are those of GCC and Clang (16 floats, lowered to whatever the
+// processor has), so no instruction set is named here.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int BLOCK = 64;    // entries whose weights are held at once
+constexpr int TILE = 4;      // query rows that share one pass over a block
+constexpr int ROWS = 64;     // query rows of one program
+constexpr int SPLIT = 2048;  // entries of one program
+constexpr int TABLE = 4096;  // counts whose logarithms are looked up
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Floats8 __attribute__((vector_size(4 * LANES / 2)));
+typedef float Floats4 __attribute__((vector_size(4 * LANES / 4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halfwords __attribute__((vector_size(2 * LANES)));
+
+struct Half {
+    uint16_t bits;
+};
+struct Brain {  // bfloat16
+    uint16_t bits;
+};
+
+template <class To, class From>
+inline To same_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "sizes must be equal");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Floats load(const float* at) {
+    Floats x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+inline Words load_halfwords(const void* at) {
+    Halfwords h;
+    std::memcpy(&h, at, sizeof h);
+    return __builtin_convertvector(h, Words);
+}
+
+inline Floats load(const Brain* at) { return same_bits<Floats>(load_halfwords(at) << 16); }
+
+// Exponent and significand moved into place, then scaled by 2^112; right for subnormal and for all finite numbers.
+inline Floats load(const Half* at) {
+    const Words h = load_halfwords(at);
+    const Floats size = same_bits<Floats>((h & 0x7fffu) << 13) * 0x1p112f;
+    return same_bits<Floats>(same_bits<Words>(size) | (h & 0x8000u) << 16);
+}
+
+inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
+
+// The lanes of each of four vectors added up.
+inline Floats4 sums(Floats a, Floats b, Floats c, Floats d) {
+    const Floats ab =
+        __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+        __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    const Floats cd =
+        __builtin_shufflevector(c, d, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+        __builtin_shufflevector(c, d, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    const Floats x =
+        __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+        __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    const Floats8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+}
+
+inline float sum(Floats x) { return sums(x, x, x, x)[0]; }
+
+// exp(x) for x <= 0, to two units in the last place (the polynomial of Cephes' expf); 0 below -87.
+inline Floats exponential(Floats x) {
+    const Ints is_normal = x >= -87.0f;
+    const Floats y = is_normal ? x : Floats{} - 87.0f;
+    const Ints n = __builtin_convertvector(y * 1.44269504f - 0.5f, Ints);  // rounded to nearest, as y is not positive
+    const Floats whole = __builtin_convertvector(n, Floats);
+    const Floats r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const Floats power = (p * r * r + r + 1.0f) * same_bits<Floats>((n + 127) << 23);
+    return is_normal ? power : Floats{};
+}
+
+struct Logarithms {
+    float of[TABLE];
+    Logarithms() {
+        for (int count = 0; count < TABLE; count++) of[count] = static_cast<float>(std::log(static_cast<double>(count)));
+    }
+    float operator()(int32_t count) const {
+        return count < TABLE ? of[count] : static_cast<float>(std::log(static_cast<double>(count)));
+    }
+};
+const Logarithms log_of_count;
+
+// What one program knows of the entries of its split.
+template <class Element>
+struct Entries {
+    const Element *keys, *values;
+    int64_t key_stride, value_stride;  // from entry to entry
+    const int32_t* counts;             // null where every count is 1
+    int dim;                           // a multiple of LANES
+};
+
+// Running softmax of some query rows: output not yet divided by its sum of weights, that sum, and the highest logit.
+struct Partial {
+    float *output, *sum, *highest;
+};
+
+// Takes the entries from `first` to `first + n`, at most BLOCK, into the partial results of the rows of one tile. Row r
+// sees entries below visible[r]. While keys are read the values are asked for, and meanwhile the next keys.
+template <class Element, int N>
+void attend_block(const Entries<Element>& e, int first, int n, const float* query, const int* visible, Partial to) {
+    constexpr int LINE = 64 / sizeof(Element);  // elements of a cache line
+    const int dim = e.dim;
+    const Element* keys = e.keys + first * e.key_stride;
+    const Element* values = e.values + first * e.value_stride;
+    alignas(64) float weights[N][BLOCK];
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const Element* key = keys + i * e.key_stride;
+        Floats dots[N][4] = {};
+        for (int d = 0; d < dim; d += LANES) {
+            const Element* ahead = values + (i + 4 * d / dim) * e.value_stride + 4 * d % dim;
+#pragma GCC unroll 4
+            for (int line = 0; line < 4 * LANES; line += LINE) __builtin_prefetch(ahead + line);
+            Floats x[4];
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) x[c] = load(key + c * e.key_stride + d);
+#pragma GCC unroll 4
+            for (int r = 0; r < N; r++) {
+                const Floats q = load(query + r * dim + d);
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) dots[r][c] += q * x[c];
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < N; r++) {
+            const Floats4 logits = sums(dots[r][0], dots[r][1], dots[r][2], dots[r][3]);
+            std::memcpy(&weights[r][i], &logits, sizeof logits);
+        }
+    }
+    for (; i < n; i++)
+        for (int r = 0; r < N; r++) {
+            Floats dot = {};
+            for (int d = 0; d < dim; d += LANES) dot += load(keys + i * e.key_stride + d) * load(query + r * dim + d);
+            weights[r][i] = sum(dot);
+        }
+
+    alignas(64) float bias[BLOCK] = {};
+    if (e.counts)
+        for (int j = 0; j < n; j++) bias[j] = log_of_count(e.counts[first + j]);
+    for (int r = 0; r < N; r++) {
+        float* w = weights[r];
+        for (int j = std::min(n, std::max(0, visible[r] - first)); j < BLOCK; j++) w[j] = -INFINITY;
+        Floats top = Floats{} + to.highest[r];
+        for (int j = 0; j < BLOCK; j += LANES) {
+            const Floats logits = load(w + j) + load(bias + j);
+            store(w + j, logits);
+            top = top > logits ? top : logits;
+        }
+        float highest = top[0];
+        for (int lane = 1; lane < LANES; lane++) highest = std::max(highest, top[lane]);
+        if (highest == -INFINITY) {  // nothing seen yet
+            std::fill(w, w + BLOCK, 0.0f);
+            continue;
+        }
+        if (highest > to.highest[r]) {
+            const float shrink = std::exp(to.highest[r] - highest);
+            for (int d = 0; d < dim; d++) to.output[r * dim + d] *= shrink;
+            to.sum[r] *= shrink;
+            to.highest[r] = highest;
+        }
+        Floats total = {};
+        for (int j = 0; j < BLOCK; j += LANES) {
+            const Floats weight = exponential(load(w + j) - highest);
+            store(w + j, weight);
+            total += weight;
+        }
+        to.sum[r] += sum(total);
+    }
+
+    constexpr int STEP = 4 * LANES;
+    const Element* next = keys + BLOCK * e.key_stride;
+    int d = 0;
+    for (; d + STEP <= dim; d += STEP) {
+        Floats out[N][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < N; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) out[r][c] = load(to.output + r * dim + d + c * LANES);
+        for (int j = 0; j < n; j++) {
+            const int64_t place = static_cast<int64_t>(d) * BLOCK + j * STEP;  // in the next block, line after line
+            const Element* ahead = next + place / dim * e.key_stride + place % dim;
+#pragma GCC unroll 4
+            for (int line = 0; line < STEP; line += LINE) __builtin_prefetch(ahead + line);
+            Floats x[4];
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) x[c] = load(values + j * e.value_stride + d + c * LANES);
+#pragma GCC unroll 4
+            for (int r = 0; r < N; r++)
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) out[r][c] += weights[r][j] * x[c];
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < N; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) store(to.output + r * dim + d + c * LANES, out[r][c]);
+    }
+    for (; d < dim; d += LANES)
+        for (int r = 0; r < N; r++) {
+            Floats out = load(to.output + r * dim + d);
+            for (int j = 0; j < n; j++) out += weights[r][j] * load(values + j * e.value_stride + d);
+            store(to.output + r * dim + d, out);
+        }
+}
+
+template <class Element>
+void attend_split(const Entries<Element>& e, int n, int rows, const float* query, const int* visible, Partial to) {
+    for (int first = 0; first < n; first += BLOCK)
+        for (int row = 0; row < rows; row += TILE) {
+            const int tile = std::min(TILE, rows - row);
+            const int last = *std::max_element(visible + row, visible + row + tile);
+            const int block = std::min({BLOCK, n - first, last - first});
+            if (block <= 0) continue;
+            const float* q = query + row * e.dim;
+            const Partial part = {to.output + row * e.dim, to.sum + row, to.highest + row};
+            if (tile == 4) attend_block<Element, 4>(e, first, block, q, visible + row, part);
+            if (tile == 3) attend_block<Element, 3>(e, first, block, q, visible + row, part);
+            if (tile == 2) attend_block<Element, 2>(e, first, block, q, visible + row, part);
+            if (tile == 1) attend_block<Element, 1>(e, first, block, q, visible + row, part);
+        }
+}
+
+// Strides are counted in elements; those of a feature are 1. Query row r of a problem belongs to the new token
+// r % queries, which sees all entries but the tokens after it: entries - queries + r % queries + 1 of them.
+struct Shape {
+    int64_t problems, heads;  // a problem is a KV head of a batch row
+    int64_t rows, queries;    // rows of a problem: query heads that share its KV head, times new tokens
+    int64_t entries, dim, threads;
+    int64_t key_batch, key_head, key_entry;
+    int64_t value_batch, value_head, value_entry;
+    int64_t count_batch, count_head;
+};
+
+template <class Element>
+void attend(const Shape& s, const float* query, const Element* keys, const Element* values, const int32_t* counts,
+            float* output) {
+    const int64_t splits = (s.entries + SPLIT - 1) / SPLIT, tiles = (s.rows + ROWS - 1) / ROWS;
+    const int64_t total = s.problems * s.rows * splits;
+    std::vector<float> outputs(total * s.dim, 0.0f), sums(total, 0.0f), highest(total, -INFINITY);
+
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic)
+    for (int64_t program = 0; program < s.problems * tiles * splits; program++) {
+        const int64_t problem = program / (tiles * splits), tile = program / splits % tiles, split = program % splits;
+        const int64_t batch = problem / s.heads, head = problem % s.heads;
+        const int64_t first = split * SPLIT, row = tile * ROWS;
+        const int rows = static_cast<int>(std::min<int64_t>(ROWS, s.rows - row));
+        int visible[ROWS];
+        for (int r = 0; r < rows; r++)
+            visible[r] = static_cast<int>(s.entries - s.queries + (row + r) % s.queries + 1 - first);
+        const Entries<Element> entries = {
+            keys + batch * s.key_batch + head * s.key_head + first * s.key_entry,
+            values + batch * s.value_batch + head * s.value_head + first * s.value_entry,
+            s.key_entry,
+            s.value_entry,
+            counts ? counts + batch * s.count_batch + head * s.count_head + first : nullptr,
+            static_cast<int>(s.dim),
+        };
+        const int64_t at = (problem * splits + split) * s.rows + row;
+        attend_split(entries, static_cast<int>(std::min<int64_t>(SPLIT, s.entries - first)), rows,
+                     query + (problem * s.rows + row) * s.dim, visible,
+                     {&outputs[at * s.dim], &sums[at], &highest[at]});
+    }
+
+    for (int64_t problem = 0; problem < s.problems; problem++)
+        for (int64_t row = 0; row < s.rows; row++) {
+            float* out = output + (problem * s.rows + row) * s.dim;
+            float top = -INFINITY, weights = 0.0f;
+            for (int64_t split = 0; split < splits; split++)
+                top = std::max(top, highest[(problem * splits + split) * s.rows + row]);
+            std::fill(out, out + s.dim, 0.0f);
+            for (int64_t split = 0; split < splits; split++) {
+                const int64_t at = (problem * splits + split) * s.rows + row;
+                const float weight = std::exp(highest[at] - top);
+                weights += weight * sums[at];
+                for (int64_t d = 0; d < s.dim; d++) out[d] += weight * outputs[at * s.dim + d];
+            }
+            for (int64_t d = 0; d < s.dim; d++) out[d] /= weights;
+        }
+}
+
+}  // namespace
+
+extern "C" {
+void kvcluster_attend_float32(const Shape* s, const float* query, const float* keys, const float* values,
+                              const int32_t* counts, float* output) {
+    attend(*s, query, keys, values, counts, output);
+}
+void kvcluster_attend_float16(const Shape* s, const float* query, const Half* keys, const Half* values,
+                              const int32_t* counts, float* output) {
+    attend(*s, query, keys, values, counts, output);
+}
+void kvcluster_attend_bfloat16(const Shape* s, const float* query, const Brain* keys, const Brain* values,
+                               const int32_t* counts, float* output) {
+    attend(*s, query, keys, values, counts, output);
+}
+}

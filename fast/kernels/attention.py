@@ -1,0 +1,206 @@
+"""Attention to the entries of a cache in two stages: splits of fixed length side by side, then their combination.
+
+Every key and value is read once for up to `ROWS` query rows that share it. The result does not depend on the order in
+which programs run: there are no atomic additions, and the splits are combined in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["N_STAGES", "N_WARPS", "ROWS", "SPLIT", "attend", "combine_kernel", "entries_of_step", "split_kernel"]
+
+ROWS = 16  # query rows of a program; tensor cores take no fewer
+SPLIT = 256  # entries of a program
+N_WARPS, N_STAGES = 4, 2
+
+
+def entries_of_step(block_dim: int, is_float32: bool) -> int:
+    """Entries that a program works on at once: exact products in float32 need registers, which more would exceed."""
+    return max(16, 2048 // block_dim) if is_float32 else 64
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, queries: int, scale: float) -> Tensor:
+    """Attention output (batch, heads, rows, dim_value), float32.
+
+    Parameters
+    ----------
+    query : (batch, heads, rows, dim); float16, bfloat16 or float32; row r belongs to new token r % queries.
+    keys, values : (batch, heads, entries, dim or dim_value), any strides; dim and dim_value at most 256.
+    counts : (batch, heads, entries), int32, any strides; None where every count is 1.
+    queries : how many of the entries, the last ones, are the new tokens; each row sees the entries up to its own.
+    """
+    batch, heads, rows, dim = query.shape
+    entries, dim_value = values.shape[2:]
+    splits = triton.cdiv(entries, SPLIT)
+    problems = batch * heads
+    outputs = torch.empty(problems, splits, rows, dim_value, dtype=torch.float32, device=query.device)
+    sums = torch.empty(problems, splits, rows, dtype=torch.float32, device=query.device)
+    highest = torch.empty_like(sums)
+    output = torch.empty(batch, heads, rows, dim_value, dtype=torch.float32, device=query.device)
+    dtypes = {query.dtype, keys.dtype, values.dtype}
+    # Triton's interpreter multiplies bfloat16 wrongly; several dtypes meet in float32.
+    widen = len(dtypes) > 1 or (triton.knobs.runtime.interpret and torch.bfloat16 in dtypes)
+    block_dim = max(16, triton.next_power_of_2(dim))
+    split_kernel[(splits, triton.cdiv(rows, ROWS), problems)](
+        query.contiguous(),
+        keys,
+        values,
+        keys if counts is None else counts,
+        outputs,
+        sums,
+        highest,
+        heads,
+        rows,
+        queries,
+        entries,
+        scale,
+        *keys.stride(),
+        *values.stride(),
+        *((0, 0, 0) if counts is None else counts.stride()),
+        HAS_COUNTS=counts is not None,
+        DIM=dim,
+        BLOCK_DIM=block_dim,
+        DIM_VALUE=dim_value,
+        BLOCK_VALUE=max(16, triton.next_power_of_2(dim_value)),
+        ROWS=ROWS,
+        ENTRIES=entries_of_step(block_dim, widen or query.dtype == torch.float32),
+        SPLIT=SPLIT,
+        WIDEN=widen,
+        num_warps=N_WARPS,
+        num_stages=N_STAGES,
+    )
+    combine_kernel[(problems * rows,)](
+        outputs,
+        sums,
+        highest,
+        output,
+        rows,
+        splits,
+        DIM_VALUE=dim_value,
+        BLOCK_VALUE=triton.next_power_of_2(dim_value),
+        num_warps=N_WARPS,
+    )
+    return output
+
+
+@triton.jit
+def split_kernel(
+    query,
+    keys,
+    values,
+    counts,
+    outputs,
+    sums,
+    highest_out,
+    heads,
+    rows,
+    queries,
+    entries,
+    scale,
+    key_batch,
+    key_head,
+    key_entry,
+    key_dim,
+    value_batch,
+    value_head,
+    value_entry,
+    value_dim,
+    count_batch,
+    count_head,
+    count_entry,
+    HAS_COUNTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    DIM_VALUE: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One program: ROWS query rows of one KV head and SPLIT entries; their weighted values, sum and highest logit."""
+    split = tl.program_id(0)
+    problem = tl.program_id(2).to(tl.int64)
+    batch = problem // heads
+    head = problem % heads
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_row = row < rows
+    visible = entries - queries + row % queries + 1
+    feature = tl.arange(0, BLOCK_DIM)
+    feature_value = tl.arange(0, BLOCK_VALUE)
+    q = tl.load(
+        query + (problem * rows + row)[:, None] * DIM + feature[None, :],
+        mask=is_row[:, None] & (feature < DIM)[None, :],
+        other=0.0,
+    )  # (ROWS, BLOCK_DIM)
+    if WIDEN:
+        q = q.to(tl.float32)
+    keys += batch * key_batch + head * key_head
+    values += batch * value_batch + head * value_head
+    counts += batch * count_batch + head * count_head
+
+    total = tl.zeros((ROWS,), tl.float32)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    output = tl.zeros((ROWS, BLOCK_VALUE), tl.float32)
+    for step in range(0, SPLIT, ENTRIES):
+        entry = split * SPLIT + step + tl.arange(0, ENTRIES)
+        is_entry = entry < entries
+        key = tl.load(
+            keys + entry[None, :].to(tl.int64) * key_entry + feature[:, None] * key_dim,
+            mask=is_entry[None, :] & (feature < DIM)[:, None],
+            other=0.0,
+        )  # (BLOCK_DIM, ENTRIES)
+        if WIDEN:
+            key = key.to(tl.float32)
+        logits = scale * tl.dot(q, key, input_precision="ieee")  # (ROWS, ENTRIES)
+        if HAS_COUNTS:
+            count = tl.load(counts + entry * count_entry, mask=is_entry, other=0)
+            logits += tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))[None, :]
+        logits = tl.where(is_entry[None, :] & (entry[None, :] < visible[:, None]), logits, float("-inf"))
+        raised = tl.maximum(highest, tl.max(logits, axis=1))
+        base = tl.where(raised == float("-inf"), 0.0, raised)  # nothing seen yet
+        shrink = tl.exp(highest - base)
+        weights = tl.exp(logits - base[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        value = tl.load(
+            values + entry[:, None].to(tl.int64) * value_entry + feature_value[None, :] * value_dim,
+            mask=is_entry[:, None] & (feature_value < DIM_VALUE)[None, :],
+            other=0.0,
+        )  # (ENTRIES, BLOCK_VALUE)
+        if WIDEN:
+            value = value.to(tl.float32)
+        output = output * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        highest = raised
+
+    at = (problem * tl.num_programs(0) + split) * rows + row
+    tl.store(sums + at, total, mask=is_row)
+    tl.store(highest_out + at, highest, mask=is_row)
+    tl.store(
+        outputs + at[:, None] * DIM_VALUE + feature_value[None, :],
+        output,
+        mask=is_row[:, None] & (feature_value < DIM_VALUE)[None, :],
+    )
+
+
+@triton.jit
+def combine_kernel(
+    outputs, sums, highest_in, output_out, rows, splits, DIM_VALUE: tl.constexpr, BLOCK_VALUE: tl.constexpr
+):
+    """One program: the splits of one query row, one after the other."""
+    row = tl.program_id(0).to(tl.int64)
+    first = row // rows * splits * rows + row % rows
+    feature = tl.arange(0, BLOCK_VALUE)
+    is_feature = feature < DIM_VALUE
+    top = tl.load(highest_in + first)
+    for split in range(1, splits):
+        top = tl.maximum(top, tl.load(highest_in + first + split * rows))
+    total = tl.zeros((1,), tl.float32)
+    output = tl.zeros((BLOCK_VALUE,), tl.float32)
+    for split in range(0, splits):
+        at = first + split * rows
+        weight = tl.exp(tl.load(highest_in + at) - top)
+        total += weight * tl.load(sums + at)
+        output += weight * tl.load(outputs + at * DIM_VALUE + feature, mask=is_feature, other=0.0)
+    tl.store(output_out + row * DIM_VALUE + feature, output / total, mask=is_feature)
