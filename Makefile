@@ -1,7 +1,7 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
-# make bench   the cost of certified decisions on this CPU; run it alone
+# make bench   the cost of certified decisions, then attention, decoding and serving on this CPU; run it alone
 # make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
@@ -46,6 +46,7 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/matching.py
+	$(BIN)/kvcluster bench --json benchmarks/decoding.json --figures docs
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from contenders import CHUNK_SIZE, CONTENDERS, DIM, HEADS, KEEP_RATIO, TARGET, random_keys
 from memory import peak_bytes
-from report import Claim, Line, Section
-from timing import fitted_exponent, ratios, seconds_in_turn
 
+from kvcluster.cli.bench.report import Claim, Line, Section
+from kvcluster.cli.bench.timing import fitted_exponent, ratios, seconds_in_turn
 from kvcluster.fast.chunk_compression import compress
 
 __all__ = ["canonical_share", "growth", "peak_memory", "time_in_turn"]

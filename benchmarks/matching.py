@@ -8,19 +8,19 @@ more than few large ones, so run it alone. About three minutes; `--quick` takes 
 import argparse
 import json
 import os
-import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from contenders import CONTENDERS, TOKENS
 from costs import canonical_share, growth, peak_memory, time_in_turn
-from report import Line, Section, print_sections
 from rich.console import Console
 from rich.progress import Progress
+
+from kvcluster.cli.bench.machine import describe
+from kvcluster.cli.bench.report import Line, Section, print_sections
 
 __all__ = ["main"]
 
@@ -39,7 +39,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    machine = describe_machine()
+    machine = describe()
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
     sections = measure(arguments.quick, console)
     print_sections(console, sections)
@@ -48,17 +48,6 @@ def main() -> int:
         arguments.json.write_text(json.dumps(made, indent=1) + "\n")
     is_missed = any(not claim.is_met for section in sections for claim in section.claims)
     return 1 if arguments.check and is_missed else 0
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on; the load tells how much else was running when they were begun."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "load": round(os.getloadavg()[0], 2),
-    }
 
 
 def measure(quick: bool, console: Console) -> list[Section]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from contenders import CHUNK_SIZE, KEEP_RATIO, TARGET
 from costs import share_line
-from report import Claim, Line, Section
-from timing import ratios, seconds_in_turn
 from transformers import DynamicCache
 
+from kvcluster.cli.bench.report import Claim, Line, Section
+from kvcluster.cli.bench.timing import ratios, seconds_in_turn
 from kvcluster.cli.demo.inputs import load_model, load_tokens
 from kvcluster.fast.chunk_compression import compress
 from kvcluster.fast.huggingface import ClusteredCache

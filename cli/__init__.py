@@ -4,12 +4,14 @@ from importlib.metadata import version
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .kernels import kernels
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(bench)
 app.command()(demo)
 app.command()(kernels)
 

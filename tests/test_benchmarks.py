@@ -44,7 +44,7 @@ def test_plain_baseline_is_sane(benchmarks, chunk_size, target):
 
 
 def test_ratios_and_exponent_can_be_checked_by_hand(benchmarks):
-    from timing import fitted_exponent, ratios, seconds_in_turn
+    from kvcluster.cli.bench.timing import fitted_exponent, ratios, seconds_in_turn
 
     found = ratios([2.0, 3.0, 8.0], [1.0, 2.0, 2.0])
     assert (found.median, found.low, found.high) == (2.0, 1.5, 4.0)
@@ -64,7 +64,7 @@ def test_peak_memory_sees_what_torch_allocates(benchmarks):
 
 
 def test_a_missed_target_is_said(benchmarks, capsys):
-    from report import Claim, Line, Section, print_sections
+    from kvcluster.cli.bench.report import Claim, Line, Section, print_sections
     from rich.console import Console
 
     lines = [Line(("fast",), Claim("speed", 1.0, 1.5)), Line(("big",), Claim("size", 1.3, 1.2)), Line(("other",))]

@@ -136,7 +136,7 @@ class ClusteredLayer(CacheLayerMixin):
         return self.has_centroids
 
     def attend(self, query: Tensor, *, scale: float) -> Tensor:
-        """Output (batch, heads, queries, dim) of the last `queries` tokens, which attend to all entries up to their own."""
+        """Output (batch, heads, queries, dim) of the last `queries` tokens, each attending to entries up to its own."""
         batch, heads, queries, dim = query.shape
         kv_heads = self.entries.keys.shape[1]
         rows = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)

@@ -11,15 +11,16 @@ __all__ = ["Claim", "Line", "Section", "print_sections"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A measured number and the most it may be."""
+    """A measured number and the most it may be, or the least."""
 
     name: str
     measured: float
     target: float
+    is_least: bool = False
 
     @property
     def is_met(self) -> bool:
-        return self.measured <= self.target
+        return self.measured >= self.target if self.is_least else self.measured <= self.target
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Section:
 
 
 def print_sections(console: Console, sections: list[Section]) -> None:
-    """Every table, then how many targets are met."""
+    """Every table, then how many targets are met, if there are any."""
     for section in sections:
         table = Table(title=section.title, title_justify="left", caption=section.note, caption_justify="left")
         for i, name in enumerate((*section.columns, "target", "met")):
@@ -60,6 +61,8 @@ def print_sections(console: Console, sections: list[Section]) -> None:
             table.add_row(*line.cells, *verdict(line))
         console.print(table)
     claims = [claim for section in sections for claim in section.claims]
+    if not claims:
+        return
     missed = [claim.name for claim in claims if not claim.is_met]
     console.print(
         f"{len(claims) - len(missed)} of {len(claims)} targets met" + (": missed " * bool(missed)) + "; ".join(missed)
@@ -70,4 +73,6 @@ def verdict(line: Line) -> tuple[str, str]:
     """The last two cells."""
     if line.claim is None:
         return "none", ""
-    return "at most " + line.show.format(line.claim.target), "yes" if line.claim.is_met else "[bold]NO[/bold]"
+    return ("at least " if line.claim.is_least else "at most ") + line.show.format(
+        line.claim.target
+    ), "yes" if line.claim.is_met else "[bold]NO[/bold]"

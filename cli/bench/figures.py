@@ -1,0 +1,65 @@
+"""What the benchmark found, drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+__all__ = ["draw_decoding", "draw_serving"]
+
+# Okabe and Ito: told apart with any colour vision.
+COLOURS = {"transformers": "#999999", "full": "#D55E00", "clustered 0.25": "#56B4E9", "clustered 0.2": "#0072B2"}
+NAMES = {
+    "transformers": "transformers, full cache",
+    "full": "kvcluster, full cache",
+    "clustered 0.25": "kvcluster, a quarter kept",
+    "clustered 0.2": "kvcluster, a fifth kept",
+}
+
+
+def draw_decoding(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Time per step against context length, one panel a batch size; dashed: what the bytes alone would take."""
+    batches = sorted({run["batch"] for run in runs})
+    figure, axes = plt.subplots(1, len(batches), figsize=(6 * len(batches), 5), layout="constrained", squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        chosen = sorted((run for run in runs if run["batch"] == batch), key=lambda run: run["context"])
+        contexts = [run["context"] for run in chosen]
+        for name, colour in COLOURS.items():
+            times = [1e3 * np.median(run["seconds"][name]) for run in chosen]
+            axis.plot(contexts, times, "o-", color=colour, label=NAMES[name])
+            limits = [1e3 * run["limits"][name] for run in chosen]
+            if name != "transformers":
+                axis.plot(contexts, limits, "--", color=colour, linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of context", title=f"{batch} sequence{'s' * (batch > 1)}")
+        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("milliseconds per generated token")
+    axes[0, 0].legend(title="dashed: reading the bytes, nothing else")
+    figure.suptitle("SmolLM2-135M on this CPU: a smaller cache decodes faster")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_serving(path: Path, runs: list[dict[str, Any]], context: int) -> None:
+    """Tokens per second against memory for keys and values; the number of sequences beside each point."""
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    budgets = [run["budget"] / 2**20 for run in runs]
+    for name in runs[0]["at_once"]:
+        rates = [np.median(run["tokens_per_second"][name]) for run in runs]
+        axis.plot(budgets, rates, "o-", color=COLOURS[name], label=NAMES[name])
+        for run, budget, rate in zip(runs, budgets, rates, strict=True):
+            axis.annotate(f"{run['at_once'][name]} sequences", (budget, rate), (0, 7), textcoords="offset points")
+    axis.set(
+        xlabel="memory for keys and values, MiB",
+        ylabel="generated tokens per second",
+        title=f"Sequences of {context:,} tokens, as many at once as fit",
+        ylim=(0, None),
+    )
+    axis.margins(x=0.15, y=0.15)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
