@@ -73,7 +73,7 @@ def choose_attention_backend(
     if backend == "cpp":
         if refused is not None:
             raise ValueError(f"{refused} for backend 'cpp'")
-        cpu.library()
+        cpu.library("attention")
         return "cpp"
     return "cpp" if refused is None and has_cpp() else "torch"
 
@@ -95,7 +95,7 @@ def has_cpp() -> bool:
     if cpu.compiler() is None:
         return False
     try:
-        cpu.library()
+        cpu.library("attention")
     except RuntimeError as error:
         warnings.warn(f"attention on the CPU is slower than it could be: {error}", stacklevel=2)
         return False

@@ -91,11 +91,10 @@ class ClusteredCache:
         """The first half of `append`: take the next tokens, exact as yet."""
         self._check(keys, values)
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
-        counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device).unsqueeze(-1)
         n_stored = self.n_stored + keys.shape[-2]
         if self._held is None or n_stored > self._held[0].shape[-2]:
-            self._move_to_room_for(n_stored, (keys, values, counts))
-        for held, new in zip(self._held, (keys, values, counts), strict=True):
+            self._move_to_room_for(n_stored, (keys, values, keys[..., :1].to(torch.int32)))
+        for held, new in zip(self._held, (keys, values, 1), strict=True):
             held[..., self.n_stored : n_stored, :] = new
         self.n_seen += keys.shape[-2]
         self._n_stored = n_stored

@@ -156,7 +156,7 @@ def test_a_cache_on_a_model_it_was_not_made_for_is_refused():
     model, stranger = tiny_llama(), tiny_llama()
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     logits_after(model, cache, random_tokens(100))
-    with pytest.raises(RuntimeError, match="attention would miss the log counts"):
+    with pytest.raises(RuntimeError, match="attention would miss what the cache knows"):
         logits_after(stranger, cache, random_tokens(1))
 
 
@@ -238,7 +238,7 @@ def test_crop_says_that_it_cannot_and_reset_empties():
     tokens = random_tokens(60)
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     logits_after(model, cache, tokens)
-    with pytest.raises(NotImplementedError, match="tokens that were merged cannot be taken out again"):
+    with pytest.raises(NotImplementedError, match="tokens that were clustered cannot be taken out again"):
         cache.crop(-1)
     assert cache.n_seen == 60
     cache.reset()

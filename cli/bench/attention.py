@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +59,7 @@ def measured(
     kv_heads, group, dim = shape["kv_heads"], shape["group"], shape["dim"]
     query = torch.randn(batch, kv_heads * group, 1, dim).to(dtype)
     rows = query.reshape(batch, kv_heads, group, dim)
-    module = SimpleNamespace(num_key_value_groups=group, is_causal=True)
+    module: Any = SimpleNamespace(num_key_value_groups=group, is_causal=True)
     contenders: dict[str, Callable[[], object]] = {}
     entries: dict[str, int] = {}
     sizes = {"full": n_seen} | {f"clustered {ratio}": n_stored(n_seen, ratio) for ratio in KEEP_RATIOS}
@@ -67,10 +68,10 @@ def measured(
         counts = torch.randint(1, 9, (batch, kv_heads, kept), dtype=torch.int32)
         if name == "full":
             entries["transformers"] = kept
-            contenders["transformers"] = lambda k=keys, v=values: sdpa_attention_forward(module, query, k, v, None)
+            contenders["transformers"] = partial(sdpa_attention_forward, module, query, keys, values, None)
         entries[name] = kept
-        contenders[name] = lambda k=keys, v=values, n=counts: attend_entries(rows, k, v, n)
-        contenders[f"read {name}"] = lambda held=[keys, values]: read_all(held)
+        contenders[name] = partial(attend_entries, rows, keys, values, counts)
+        contenders[f"read {name}"] = partial(read_all, [keys, values])
     with torch.inference_mode():
         seconds = seconds_in_turn(contenders, rounds, advance)
     return {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "seconds": seconds, "entries": entries}

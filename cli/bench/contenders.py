@@ -19,7 +19,8 @@ CHUNK_SIZE, N_SINK, N_RECENT = 64, 4, 64
 class FullLayer(ClusteredLayer):
     """A full cache with our growth in place and our attention: keeping every token, it would leave that to PyTorch."""
 
-    is_attending = True
+    def attends(self, queries: int) -> bool:
+        return self.entries.n_stored > queries
 
 
 def default_cache(model: Any) -> Any:
@@ -28,7 +29,12 @@ def default_cache(model: Any) -> Any:
 
 def clustered_cache(keep_ratio: float) -> Callable[[Any], Any]:
     def make(model: Any) -> Any:
-        parameters = {"keep_ratio": keep_ratio, "chunk_size": CHUNK_SIZE, "n_sink": N_SINK, "n_recent": N_RECENT}
+        parameters: dict[str, Any] = {
+            "keep_ratio": keep_ratio,
+            "chunk_size": CHUNK_SIZE,
+            "n_sink": N_SINK,
+            "n_recent": N_RECENT,
+        }
         cache = ClusteredCache.for_model(model, **parameters)
         if keep_ratio == 1:
             cache.layers = [FullLayer(**parameters) for _ in cache.layers]

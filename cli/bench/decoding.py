@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def decoding(
                 for name, cache in caches.items()
             }
             tensors = [x for layer in caches["full"].layers for x in (layer.keys, layer.values)]
-            runs["read"] = lambda tensors=tensors: read_all(weights + tensors)
+            runs["read"] = partial(read_all, weights + tensors)
             seconds = seconds_in_turn(runs, rounds, advance)
             bandwidth = n_bytes["full"] / statistics.median(seconds["read"])
             limits = {name: n_bytes[name] / bandwidth for name in caches}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def run_bench(*, quick: bool, json_path: Path | None, figures: Path | None, sect
     made: list[Section] = []
     with Progress(console=console, transient=True) as progress:
 
-        def bar(name: str, steps: int):
+        def bar(name: str, steps: int) -> Callable[[], object]:
             task = progress.add_task(name, total=steps)
             return lambda: progress.advance(task)
 

@@ -16,10 +16,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention output (batch, tokens, heads, dim) by the layer of our cache, which a hook has added to the arguments.
 
-    Calls with other caches, and with layers that hold no centroid yet, go to transformers' own `sdpa` function.
+    Calls with other caches, and those that the layer leaves to it, go to transformers' own `sdpa` function.
     """
     layer = kwargs.pop("kvcluster_layer", None)
-    if layer is None or not layer.is_attending:
+    if layer is None or not layer.attends(query.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return layer.attend(query, scale=kwargs["scaling"]).transpose(1, 2), None
 

@@ -16,14 +16,14 @@ MODEL_TYPES = ("llama",)
 ATTENTION = ("sdpa", "eager")
 
 
-def check_model(model: Any) -> Any:
-    """The config of `model`, if it is one that hooks can serve."""
+def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
+    """The config of `model`, if it is one that hooks can serve, with one of the kinds of `attention`."""
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model must be of type {' or '.join(MODEL_TYPES)}, got {model_type}")
-    if config._attn_implementation not in ATTENTION:
-        raise ValueError(f"attention of model must be {' or '.join(ATTENTION)}, got {config._attn_implementation}")
+    if config._attn_implementation not in attention:
+        raise ValueError(f"attention of model must be {' or '.join(attention)}, got {config._attn_implementation}")
     return config
 
 

@@ -1,0 +1,66 @@
+"""C++ of this folder, compiled for this processor at its first use and kept in the user's cache folder.
+
+Plain C++ with the vector types of GCC and Clang and OpenMP, called through ctypes: no header of PyTorch is needed, so
+that compiling takes about a second. The folder is `platformdirs.user_cache_path("kvcluster")`; a file's name holds a
+hash of the sources, of the flags and of what the compiler says of itself and of this processor, so none is ever stale.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+__all__ = ["compiler", "library"]
+
+FOLDER = Path(__file__).parent
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # Not -ffast-math: linked into a library, it would make the whole process flush subnormal numbers to zero.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler: the environment's `CXX`, else c++, g++ or clang++; None if there is none."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """`name`.cpp, compiled.
+
+    Raises
+    ------
+    ModuleNotFoundError : no C++ compiler is installed.
+    RuntimeError : the compiler failed; its message is quoted.
+    """
+    program = compiler()
+    if program is None:
+        raise ModuleNotFoundError("backend 'cpp' needs a C++ compiler (c++, g++, clang++ or CXX in the environment)")
+    sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
+    about = run([program, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256(sources + " ".join(FLAGS).encode() + about).hexdigest()[:16]
+    made = user_cache_path("kvcluster") / f"{name}-{key}.so"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:  # whole or not at all, whoever else compiles now
+            fresh = Path(folder) / made.name
+            run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
+            fresh.replace(made)
+    return ctypes.CDLL(str(made))
+
+
+def run(command: list[str]) -> bytes:
+    """What `command` prints."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the C++ compiler failed: {' '.join(command)}\n{done.stderr.decode(errors='replace')}")
+    return done.stdout
