@@ -1,9 +1,10 @@
 """The kernels on a CUDA machine: `make gpu`, or `python benchmarks/gpu.py`.
 
-Compares Triton on CUDA with the NumPy reference and with torch on the CPU, bit for bit; then times it beside plain
-float32 torch on the same GPU. Needs torch (2.11 or later), triton (3.6 or later) and NumPy, and nothing else; no
-network. Prints tables and writes JSON. The exit status is 1 where any bit differs, and where there is no CUDA device.
-`--interpret` is a dry run on the CPU in Triton's interpreter: tiny problems, no timings, nothing runs on a GPU.
+Compares Triton on CUDA with the NumPy reference and with torch on the CPU, bit for bit, and attention within its bound;
+then times both beside plain torch on the same GPU. Needs torch (2.11 or later), triton (3.6 or later) and NumPy, and
+nothing else; no network. Prints tables and writes JSON. The exit status is 1 where anything differs, and where there is
+no CUDA device. `--interpret` is a dry run on the CPU in Triton's interpreter: tiny problems, no timings, nothing runs
+on a GPU.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def make_the_interpreter_bearable() -> None:
 def run(interpret: bool, file: Path) -> int:
     """Compare, time, print, write; the exit status."""
     from gpu_agreement import compare_all
+    from gpu_attention import compare_attention, print_attention_timings, time_attention
     from gpu_timings import describe_device, print_timings, time_all
 
     start = time.perf_counter()
@@ -79,18 +81,21 @@ def run(interpret: bool, file: Path) -> int:
     if interpret:
         make_the_interpreter_bearable()
         print("\n*** DRY RUN: Triton's interpreter on the CPU. NOTHING RAN ON A GPU. ***\n", flush=True)
-    made["agreement"] = compare_all(interpret)
+    made["agreement"] = compare_all(interpret) + compare_attention(interpret)
     made["timings"] = [] if interpret else time_all()
+    made["attention_timings"] = [] if interpret else time_attention()
     if interpret:
         print("\nTimings: none, for nothing ran on a GPU.")
     else:
         print_timings(made["timings"])
+        print_attention_timings(made["attention_timings"])
     made["seconds"] = round(time.perf_counter() - start, 1)
     file.write_text(json.dumps(made, indent=1) + "\n")
     differing = sum(row["differing"] for row in made["agreement"])
     checks = sum(row["checks"] for row in made["agreement"])
     where = "in Triton's interpreter, NONE ON A GPU" if interpret else f"on {made['device']}"
-    print(f"\n{checks - differing:,} of {checks:,} checks agree bit for bit, {where}; {made['seconds']} s; {file}")
+    print(f"\n{checks - differing:,} of {checks:,} checks agree, attention within its bound and all else bit for bit,")
+    print(f"{where}; {made['seconds']} s; {file}")
     return 1 if differing else 0
 
 

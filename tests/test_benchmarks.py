@@ -86,7 +86,7 @@ BARE = """
 import importlib.util, runpy, sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("jaxtyping", "rich", "typer", "ml_dtypes", "transformers"):
+        if name.split(".")[0] in ("jaxtyping", "rich", "typer", "ml_dtypes", "transformers", "platformdirs"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 found = importlib.util.find_spec

@@ -14,8 +14,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 __all__ = ["compiler", "library"]
 
 FOLDER = Path(__file__).parent
@@ -45,6 +43,8 @@ def library(name: str) -> ctypes.CDLL:
     program = compiler()
     if program is None:
         raise ModuleNotFoundError("backend 'cpp' needs a C++ compiler (c++, g++, clang++ or CXX in the environment)")
+    from platformdirs import user_cache_path  # not asked for on a CUDA machine
+
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
     about = run([program, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(sources + " ".join(FLAGS).encode() + about).hexdigest()[:16]
