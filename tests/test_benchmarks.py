@@ -64,8 +64,9 @@ def test_peak_memory_sees_what_torch_allocates(benchmarks):
 
 
 def test_a_missed_target_is_said(benchmarks, capsys):
-    from kvcluster.cli.bench.report import Claim, Line, Section, print_sections
     from rich.console import Console
+
+    from kvcluster.cli.bench.report import Claim, Line, Section, print_sections
 
     lines = [Line(("fast",), Claim("speed", 1.0, 1.5)), Line(("big",), Claim("size", 1.3, 1.2)), Line(("other",))]
     print_sections(Console(width=100), [Section("Costs", ("what",), lines)])

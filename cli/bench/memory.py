@@ -31,8 +31,9 @@ def peak_memory(folder: Path, context: int, batch: int) -> Section:
         "5. Peak memory of decoding",
         ("cache", "weights, MiB", "entries, MiB", "one layer's work, MiB", "peak, MiB", "peak / sum"),
         [Line(cells, Claim("peak memory", share, MOST))],
-        "Above an interpreter that has imported everything. One layer's work: the full keys and values of the layer "
-        "that is clustered while the cache is filled, as they are given and as the cache takes them.",
+        "Above an interpreter that has decoded with a small cache. One layer's work: the full keys and values of the layer "
+        "that is clustered while the cache is filled, as they are given and as the cache takes them, and its entries, as "
+        "they are made and as they are kept.",
         found,
     )
 
@@ -49,7 +50,11 @@ def measured(folder: Path, context: int, batch: int) -> dict[str, Any]:
     token = torch.ones(batch, 1, dtype=torch.long)
     make = CONTENDERS["clustered 0.2"]
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    Path("/proc/self/clear_refs").write_text("5")  # what loading took does not count: VmHWM starts anew
+    small = make(model)
+    for _ in range(STEPS):  # now all weights are in memory, and everything is imported
+        model(token, past_key_values=small)
+    del small
+    Path("/proc/self/clear_refs").write_text("5")  # what came before does not count: VmHWM starts anew
     idle = resident("VmRSS") - weights
     cache = make(model)
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
@@ -58,7 +63,7 @@ def measured(folder: Path, context: int, batch: int) -> dict[str, Any]:
         layer.lazy_initialization(keys, values)
         layer.entries.extend(keys, values)
         layer.entries.cluster()
-    working = 2 * (keys.nbytes + values.nbytes)
+    working = 2 * (keys.nbytes + values.nbytes) + 2 * cache.layers[0].entries.nbytes
     del keys, values
     for _ in range(STEPS):
         model(token, past_key_values=cache)
