@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 __all__ = ["draw_decoding", "draw_serving"]
 
@@ -37,6 +38,8 @@ def draw_decoding(path: Path, runs: list[dict[str, Any]]) -> None:
         axis.set(xscale="log", yscale="log", xlabel="tokens of context", title=f"{batch} sequence{'s' * (batch > 1)}")
         axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axis.minorticks_off()
+        ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000) if in_range(axis, tick)]
+        axis.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes[0, 0].set_ylabel("milliseconds per generated token")
     axes[0, 0].legend(title="dashed: reading the bytes, nothing else")
     figure.suptitle("SmolLM2-135M on this CPU: a smaller cache decodes faster")
@@ -52,14 +55,20 @@ def draw_serving(path: Path, runs: list[dict[str, Any]], context: int) -> None:
         rates = [np.median(run["tokens_per_second"][name]) for run in runs]
         axis.plot(budgets, rates, "o-", color=COLOURS[name], label=NAMES[name])
         for run, budget, rate in zip(runs, budgets, rates, strict=True):
-            axis.annotate(f"{run['at_once'][name]} sequences", (budget, rate), (0, 7), textcoords="offset points")
+            label = f"{run['at_once'][name]} sequences"
+            axis.annotate(label, (budget, rate), (0, 9), textcoords="offset points", ha="center")
     axis.set(
         xlabel="memory for keys and values, MiB",
         ylabel="generated tokens per second",
         title=f"Sequences of {context:,} tokens, as many at once as fit",
-        ylim=(0, None),
     )
-    axis.margins(x=0.15, y=0.15)
+    axis.margins(x=0.15)
+    axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def in_range(axis: Axes, tick: float) -> bool:
+    low, high = axis.get_ylim()
+    return low <= tick <= high

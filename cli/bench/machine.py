@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["describe", "keep_freed_memory", "read_all"]
+__all__ = ["describe", "keep_freed_memory", "read_all", "return_freed_memory"]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt in the GNU C library
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt in the GNU C library
 
 
 def describe() -> dict[str, Any]:
@@ -31,10 +31,20 @@ def keep_freed_memory() -> None:
     Otherwise a cache that is copied at every step, as transformers' own is, gets fresh pages from the system each time,
     and would be timed by what a page fault costs here.
     """
-    mallopt: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Let the C library give freed tensors back to the system, so that resident memory is what is in use."""
+    mallopt(M_MMAP_THRESHOLD, 2**16)
+    mallopt(M_TRIM_THRESHOLD, 2**16)
+
+
+def mallopt(parameter: int, value: int) -> None:
+    found: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
+    if found is not None:
+        found(parameter, value)
 
 
 def read_all(tensors: list[Tensor]) -> None:
