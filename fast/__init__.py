@@ -9,17 +9,27 @@ from .attention import attention
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
 from .exact_similarity import similarity
+from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
+from .recall import recall_attention
+from .recall_cache import RecallCache
+from .selection import Selection, select_clusters
 from .soft_matching import chunked_soft_matching
 
 __all__ = [
     "ClusteredCache",
     "Clustering",
+    "Clusters",
+    "RecallCache",
+    "Selection",
     "alternating_partition",
     "attention",
     "chunked_soft_matching",
     "clustered_attention",
+    "kmeans",
     "merge",
+    "recall_attention",
+    "select_clusters",
     "similarity",
 ]

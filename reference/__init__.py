@@ -11,6 +11,15 @@ Reading order, one idea more in each file:
 7. `cache`                all of it online, while tokens arrive
 8. `rotary`, `llama`      a whole Llama that generates from such a cache
 
+And the other way to cluster, which forgets nothing (arXiv:2412.03213):
+
+9. `kmeans`               clusters of keys that point in similar directions
+10. `cluster_scores`      how near a cluster lies to a query
+11. `selection`           a budget of tokens, spent on the nearest clusters
+12. `recall`              attention to the tokens of these clusters
+13. `segments`            which tokens are clustered together, and when
+14. `recall_cache`        all of it online
+
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of
 attention is held to. Nothing here is optimised; `kvcluster.fast` is, and decides
 the same.
@@ -19,18 +28,28 @@ the same.
 from .attention import attention
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
+from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
+from .recall import recall_attention
+from .recall_cache import RecallCache
+from .selection import Selection, select_clusters
 from .similarity import similarity
 from .soft_matching import chunked_soft_matching
 
 __all__ = [
     "ClusteredCache",
     "Clustering",
+    "Clusters",
+    "RecallCache",
+    "Selection",
     "alternating_partition",
     "attention",
     "chunked_soft_matching",
     "clustered_attention",
+    "kmeans",
     "merge",
+    "recall_attention",
+    "select_clusters",
     "similarity",
 ]

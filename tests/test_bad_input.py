@@ -12,6 +12,7 @@ WITH_NAN = np.where(np.arange(4) == 2, np.nan, GOOD).astype(np.float32)
 WITH_INFINITY = np.where(np.arange(4) == 2, np.inf, GOOD).astype(np.float32)
 COUNTS = np.ones((2, 6), dtype=np.int64)
 LABELS = np.zeros((2, 6), dtype=np.int64)
+HUGE = np.where(np.arange(6)[:, None] < 4, 3e38, -3e38).astype(np.float32) * GOOD
 
 CASES = {
     "float64": ("chunked_soft_matching", (GOOD.astype(np.float64),), {"keep_ratio": 0.5}),
@@ -45,6 +46,33 @@ CASES = {
     "cache chunk_size": ("ClusteredCache", (), {"keep_ratio": 0.5, "chunk_size": -1}),
     "cache n_sink": ("ClusteredCache", (), {"keep_ratio": 0.5, "n_sink": -1}),
     "cache n_recent": ("ClusteredCache", (), {"keep_ratio": 0.5, "n_recent": -1}),
+    "kmeans NaN": ("kmeans", (WITH_NAN,), {"n_clusters": 2}),
+    "kmeans n_clusters 0": ("kmeans", (GOOD,), {"n_clusters": 0}),
+    "kmeans more clusters than tokens": ("kmeans", (GOOD,), {"n_clusters": 7}),
+    "kmeans max_iter": ("kmeans", (GOOD,), {"n_clusters": 2, "max_iter": 0}),
+    "kmeans init tokens": ("kmeans", (GOOD,), {"n_clusters": 2, "init": LABELS[:, :2] + 6}),
+    "kmeans init of other heads": ("kmeans", (GOOD,), {"n_clusters": 2, "init": LABELS[:1, :2]}),
+    "kmeans init dim": ("kmeans", (GOOD,), {"n_clusters": 2, "init": GOOD[:, :2, :3]}),
+    "kmeans init NaN": ("kmeans", (GOOD,), {"n_clusters": 6, "init": WITH_NAN}),
+    "kmeans overflow": ("kmeans", (HUGE,), {"n_clusters": 2, "is_centred": True}),
+    "select query dim": ("select_clusters", (GOOD[..., :3], GOOD, COUNTS), {"budget": 3}),
+    "select no query": ("select_clusters", (GOOD[:, :0], GOOD, COUNTS), {"budget": 3}),
+    "select counts": ("select_clusters", (GOOD, GOOD, COUNTS[:, :5]), {"budget": 3}),
+    "select counts floats": ("select_clusters", (GOOD, GOOD, GOOD[..., 0]), {"budget": 3}),
+    "select counts negative": ("select_clusters", (GOOD, GOOD, -COUNTS), {"budget": 3}),
+    "select budget": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": -1}),
+    "select deviations": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "deviations": GOOD[:, :5]}),
+    "select spread": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "spread": 1.5}),
+    "select mass": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "mass": 0}),
+    "select mass no number": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "mass": "half"}),
+    "recall cache budget": ("RecallCache", (), {"budget": 0}),
+    "recall cache no room": ("RecallCache", (), {"budget": 17}),
+    "recall cache segment": ("RecallCache", (), {"budget": 64, "segment_size": 48}),
+    "recall cache tokens_per_cluster": ("RecallCache", (), {"budget": 512, "tokens_per_cluster": 0}),
+    "recall cache prompt": ("RecallCache", (), {"budget": 512, "prompt_segment_size": -1}),
+    "recall cache max_iter": ("RecallCache", (), {"budget": 512, "max_iter": 0}),
+    "recall cache spread": ("RecallCache", (), {"budget": 512, "spread": -1}),
+    "recall cache mass": ("RecallCache", (), {"budget": 512, "mass": 2}),
 }
 MERGES = {
     "labels of other tokens": (GOOD[:, :5], LABELS, COUNTS),
@@ -67,8 +95,9 @@ def message(function, *arguments, **parameters):
 def test_both_backends_refuse_with_the_same_words(case):
     name, arguments, parameters = CASES[case]
     tensors = [to_torch(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    options = {name: to_torch(a) if isinstance(a, np.ndarray) else a for name, a in parameters.items()}
     refused = message(getattr(reference, name), *arguments, **parameters)
-    assert refused == message(getattr(fast, name), *tensors, **parameters)
+    assert refused == message(getattr(fast, name), *tensors, **options)
     assert "must" in refused[1]
     assert "got" in refused[1]
 
@@ -79,6 +108,23 @@ def test_both_backends_refuse_a_wrong_clustering_with_the_same_words(case):
     refused = message(reference.merge, array, reference.Clustering(labels, counts))
     tensors = fast.Clustering(to_torch(labels), to_torch(counts))
     assert refused == message(fast.merge, to_torch(array), tensors)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda q: q[..., :3], lambda q: q[:1], lambda q: q / 0], ids=["dim", "heads", "NaN"]
+)
+def test_both_recall_caches_refuse_a_wrong_query_with_the_same_words(change):
+    refused = set()
+    for package, convert in ((reference, np.copy), (fast, to_torch)):
+        cache = package.RecallCache(budget=5, n_sink=0, segment_size=2, tokens_per_cluster=1)
+        cache.append(convert(GOOD), convert(GOOD))
+        with np.errstate(divide="ignore"):
+            refused.add(message(cache.attend, change(convert(GOOD))))
+    clusters = reference.kmeans(GOOD, n_clusters=2)
+    ours = fast.kmeans(to_torch(GOOD), n_clusters=2)
+    refused.add(message(reference.recall_attention, GOOD, GOOD[:, :5], GOOD[:, :5], clusters, budget=2))
+    refused.add(message(fast.recall_attention, *map(to_torch, (GOOD, GOOD[:, :5], GOOD[:, :5])), ours, budget=2))
+    assert len(refused) == 2
 
 
 def test_the_other_frameworks_arrays_are_refused():

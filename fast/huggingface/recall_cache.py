@@ -25,7 +25,23 @@ class RecallCache(ModelCache):
     """
 
     @classmethod
-    def for_model(cls, model: nn.Module, *, budget: int, n_dense_layers: int = 0, **options: Any) -> "RecallCache":
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        budget: int,
+        n_dense_layers: int = 0,
+        n_sink: int = 16,
+        n_recent: int = 1,
+        tokens_per_cluster: int = 8,
+        segment_size: int | None = None,
+        prompt_segment_size: int | None = 512,
+        max_iter: int = 4,
+        is_centred: bool = False,
+        spread: float = 0.5,
+        mass: float | None = None,
+        centroids_for_rest: bool = False,
+    ) -> "RecallCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
         Parameters
@@ -33,12 +49,11 @@ class RecallCache(ModelCache):
         model : a transformers model of type `llama` with `sdpa` attention.
         budget : tokens that a new token attends to per KV head, sinks and recent tokens included.
         n_dense_layers : first layers that attend to all tokens; 2 in the paper (arXiv:2412.03213), where it was needed.
-        options : the other parameters of `kvcluster.reference.RecallCache`, for every layer.
+        n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
 
         Raises
         ------
         ValueError : another type of model or of attention; a parameter out of range.
-        TypeError : an option that `RecallCache` does not have.
 
         Examples
         --------
@@ -53,17 +68,27 @@ class RecallCache(ModelCache):
                 f"n_dense_layers must be from 0 to the layers of model, {config.num_hidden_layers}, "
                 f"got {n_dense_layers}"
             )
-        layers = [
-            RecallLayer(is_dense=index < n_dense_layers, budget=budget, **options)
-            for index in range(config.num_hidden_layers)
-        ]
+        parameters = {
+            "budget": budget,
+            "n_sink": n_sink,
+            "n_recent": n_recent,
+            "tokens_per_cluster": tokens_per_cluster,
+            "segment_size": segment_size,
+            "prompt_segment_size": prompt_segment_size,
+            "max_iter": max_iter,
+            "is_centred": is_centred,
+            "spread": spread,
+            "mass": mass,
+            "centroids_for_rest": centroids_for_rest,
+        }
+        layers = [RecallLayer(index < n_dense_layers, parameters) for index in range(config.num_hidden_layers)]
         return cls(layers, ModelHooks.of(model))
 
 
 class RecallLayer(EntryLayer):
     """One layer of a `RecallCache`; a dense one keeps its tokens unclustered and attends to all of them."""
 
-    def __init__(self, *, is_dense: bool, **parameters: Any) -> None:
+    def __init__(self, is_dense: bool, parameters: dict[str, Any]) -> None:
         self.is_dense, self.parameters = is_dense, parameters
         super().__init__()
 

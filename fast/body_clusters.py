@@ -1,0 +1,141 @@
+"""The clusters of a recall cache's body: they grow segment by segment, and a query takes tokens of them."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from .arguments import check_integer
+from .cluster_scores import ScoredClusters, make_probe, score_clusters
+from .cpu import recall as cpp
+from .kmeans import Clusters, fit
+from .recall import mean_deviations, mean_of_members
+from .selection import check_share, take
+
+__all__ = ["BodyClusters", "StepBackend"]
+
+StepBackend = Literal["torch", "triton", "cpp"]
+LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
+
+
+class BodyClusters:
+    """Clusters of keys (problems, tokens, dim) that arrive in segments; parameters as in `RecallCache`.
+
+    Attributes
+    ----------
+    n_tokens : tokens clustered so far.
+    counts, first_member : (problems, clusters), int64: as in `Clusters`.
+    members : (problems, n_tokens), int64: the tokens, segment after segment, cluster after cluster.
+    scored : centroids and deviations, in bfloat16; None while there is no segment.
+    value_centroids : (problems, clusters, dim_value), float32; None unless `centroids_for_rest`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_iter: int,
+        is_centred: bool,
+        spread: float,
+        mass: float | None,
+        centroids_for_rest: bool,
+        backend: StepBackend,
+    ) -> None:
+        check_integer("max_iter", max_iter, least=1)
+        check_share("spread", spread, least=0)
+        if mass is not None:
+            check_share("mass", mass, least=None)
+        self.max_iter, self.is_centred = max_iter, is_centred
+        self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
+        self.backend = backend
+        self.n_tokens = 0
+        self.scored: ScoredClusters | None = None
+        self.counts: Int64[Tensor, "problems clusters"] | None = None
+        self.first_member: Int64[Tensor, "problems clusters"] | None = None
+        self.members: Int64[Tensor, "problems tokens"] | None = None
+        self.value_centroids: Float[Tensor, "problems clusters dim_value"] | None = None
+
+    @property
+    def n_clusters(self) -> int:
+        return 0 if self.counts is None else self.counts.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        held = [self.counts, self.first_member, self.members, self.value_centroids]
+        if self.scored is not None:
+            held += [self.scored.features, self.scored.mean, self.scored.largest]
+        return sum(array.nbytes for array in held if array is not None)
+
+    def add(
+        self,
+        keys: Float[Tensor, "problems segments size dim"],
+        values: Float[Tensor, "problems segments size dim_value"],
+        n_clusters: int,
+    ) -> Int64[Tensor, "problems tokens"]:
+        """Cluster segments of one size, each alone into `n_clusters`.
+
+        Returns their tokens (problems, segments * size) in cluster order, counted from the first of them.
+        """
+        problems, segments, size, dim = keys.shape
+        flat = keys.reshape(problems * segments, size, dim)
+        init = torch.arange(n_clusters, device=keys.device) * size // n_clusters
+        made = fit(
+            flat,
+            flat[:, init].float(),
+            max_iter=self.max_iter,
+            is_centred=self.is_centred,
+            backend="triton" if self.backend == "triton" else "torch",
+        )
+        clusters = Clusters(made.labels, made.counts, made.centroids)
+        features = torch.cat([made.centroids, mean_deviations(flat, clusters)], dim=-1)
+        features = features.clamp(-LARGEST_BFLOAT16, LARGEST_BFLOAT16).bfloat16()
+        first_token = self.n_tokens + torch.arange(segments, device=keys.device) * size
+        members = (clusters.members.unflatten(0, (problems, segments)) + first_token[:, None]).flatten(1)
+
+        self.counts = longer(self.counts, made.counts.reshape(problems, -1))
+        self.first_member = self.counts.cumsum(dim=-1) - self.counts
+        self.members = longer(self.members, members)
+        held = None if self.scored is None else self.scored.features
+        self.scored = score_clusters(longer(held, features.reshape(problems, -1, 2 * dim)), self.counts)
+        if self.centroids_for_rest:
+            means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters)
+            self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
+        self.n_tokens += segments * size
+        return members - (self.n_tokens - segments * size)
+
+    def take(
+        self, query: Float[Tensor, "problems group dim"], budget: int, scale: float | None
+    ) -> Int64[Tensor, "problems clusters"]:
+        """Tokens taken of each cluster."""
+        if budget >= self.n_tokens and self.mass is None:
+            return self.counts
+        if self.backend == "cpp" and self.mass is None:
+            probe, scored = make_probe(query, self.spread), self.scored
+            return cpp.take(probe, scored.features, scored.mean, scored.largest, self.counts, budget)
+        backend = "triton" if self.backend == "triton" else "torch"
+        rule = {"spread": self.spread, "mass": self.mass, "scale": scale}
+        return take(query, self.scored, self.counts, budget=budget, backend=backend, **rule)
+
+    def labels(self) -> Int64[Tensor, "problems tokens"]:
+        """Cluster of each token, made from `members`."""
+        problems, n_clusters = self.counts.shape
+        clusters = torch.arange(n_clusters, device=self.counts.device).repeat(problems)
+        sorted_labels = clusters.repeat_interleave(self.counts.flatten()).reshape(problems, -1)
+        return torch.empty_like(self.members).scatter_(1, self.members, sorted_labels)
+
+    def select_rows(self, indices: Int64[Tensor, " rows"]) -> None:
+        """Keep the problems `indices`, in their order."""
+        if self.scored is None:
+            return
+        self.counts, self.first_member, self.members = (
+            array.index_select(0, indices) for array in (self.counts, self.first_member, self.members)
+        )
+        scored = (self.scored.features, self.scored.mean, self.scored.largest)
+        self.scored = ScoredClusters(*(array.index_select(0, indices) for array in scored))
+        if self.value_centroids is not None:
+            self.value_centroids = self.value_centroids.index_select(0, indices)
+
+
+def longer(held: Tensor | None, new: Tensor) -> Tensor:
+    """`new` behind what is held already."""
+    return new if held is None else torch.cat([held, new], dim=1)

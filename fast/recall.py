@@ -1,0 +1,82 @@
+"""Recall on torch tensors: attend to the tokens of the clusters that lie nearest to the query."""
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from .arguments import check_integer
+from .attention import check_attention
+from .backends import Backend
+from .entry_attention import attend_entries
+from .kmeans import Clusters, update
+from .selection import select_clusters
+
+__all__ = ["recall_attention"]
+
+
+def recall_attention(
+    query: Float[Tensor, "*lead group dim"],
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    clusters: Clusters,
+    *,
+    budget: int,
+    scale: float | None = None,
+    centroids_for_rest: bool = False,
+    spread: float = 0.5,
+    mass: float | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "*lead group dim_value"]:
+    """Attention of a group of query heads to the tokens that `select_clusters` takes for them, in the dtype of `query`.
+
+    Defined, with its errors, by `kvcluster.reference.recall_attention`; the same tokens, attention in float32.
+    `backend` as in `choose_backend`.
+    """
+    check_attention(query, keys, values)
+    check_integer("budget", budget, least=1)
+    if clusters.labels.shape != keys.shape[:-1]:
+        raise ValueError(
+            "clusters must have a label for every token of keys, "
+            f"got {tuple(clusters.labels.shape)} and {tuple(keys.shape)}"
+        )
+    flat = Clusters(*(with_one_lead(x, keys) for x in (clusters.labels, clusters.counts, clusters.centroids)))
+    flat_keys, flat_values, flat_query = (with_one_lead(x.detach(), keys) for x in (keys, values, query))
+    selection = select_clusters(
+        flat_query,
+        flat.centroids,
+        flat.counts,
+        budget=budget,
+        deviations=mean_deviations(flat_keys, flat),
+        spread=spread,
+        mass=mass,
+        scale=scale,
+        backend=backend,
+    )
+    tokens = selection.tokens(flat)  # (problems, recalled)
+    entries = [
+        x.gather(1, tokens.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (flat_keys, flat_values)
+    ]
+    counts = (tokens >= 0).int()
+    if centroids_for_rest:
+        rest = flat.centroids, mean_of_members(flat_values, flat)
+        entries = [torch.cat([x.float(), y], dim=1) for x, y in zip(entries, rest, strict=True)]
+        counts = torch.cat([counts, (flat.counts - selection.taken).int()], dim=1)
+    output = attend_entries(*(x.unsqueeze(0) for x in (flat_query, *entries, counts)), scale=scale)
+    return output.reshape(*query.shape[:-1], values.shape[-1])
+
+
+def with_one_lead(array: Tensor, keys: Tensor) -> Tensor:
+    """`array` with one leading axis instead of all those of `keys` (..., tokens, dim)."""
+    return array.reshape(keys.shape[:-2].numel(), *array.shape[keys.ndim - 2 :])
+
+
+def mean_of_members(values: Tensor, clusters: Clusters) -> Float32[Tensor, "problems clusters dim_value"]:
+    """Value centroids, by the rules of centroids; 0 for an empty cluster."""
+    nothing = values.new_zeros(*clusters.counts.shape, values.shape[-1], dtype=torch.float32)
+    return update(values, clusters.labels, nothing)[1]
+
+
+def mean_deviations(keys: Tensor, clusters: Clusters) -> Float32[Tensor, "problems clusters dim"]:
+    """Mean of |key - centroid| of each cluster, feature by feature, by the rules of centroids; 0 for an empty one."""
+    nothing = torch.zeros_like(clusters.centroids)
+    return update(keys, clusters.labels, nothing, away_from=clusters.centroids)[1]

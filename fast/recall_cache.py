@@ -1,0 +1,306 @@
+"""The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from .arguments import check_array, dtype_name
+from .backends import AttentionBackend, choose_backend, has_cpp
+from .body_clusters import BodyClusters, StepBackend
+from .cpu import LANES, library
+from .cpu import recall as cpp
+from .entry_attention import attend_entries
+from .kmeans import Clusters
+from .segments import SegmentPlan
+from .selection import Selection, recalled_places
+
+__all__ = ["RecallCache"]
+
+
+class RecallCache:
+    """A key-value cache that forgets nothing and attends to at most `budget` tokens per KV head.
+
+    Defined, with parameters, attributes and errors, by `kvcluster.reference.RecallCache`: the same clusters and the
+    same recalled tokens, on the device of what is appended. `backend` is the one of steps, as in `choose_step_backend`.
+
+    Notes
+    -----
+    The tokens of a cluster lie side by side in memory, so that recalling it reads one span. There is room to grow (1 /
+    32 of the tokens, at least one segment): `nbytes` counts what is there, `nbytes_reserved` the memory. Appending a
+    token moves no other one but where the room ends, clustering a segment moves its own. `stored` are views that the
+    next `append` may overwrite, and what dense attention needs, to which order is nothing; `keys` and `values`
+    are copies, once there is a body.
+
+    A step reads the clusters' centroids and deviations, in bfloat16, and `budget` keys and values.
+    """
+
+    def __init__(
+        self,
+        *,
+        budget: int,
+        n_sink: int = 16,
+        n_recent: int = 1,
+        tokens_per_cluster: int = 8,
+        segment_size: int | None = None,
+        prompt_segment_size: int | None = 512,
+        max_iter: int = 4,
+        is_centred: bool = False,
+        spread: float = 0.5,
+        mass: float | None = None,
+        centroids_for_rest: bool = False,
+        backend: AttentionBackend = "auto",
+    ) -> None:
+        self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
+        self.body = BodyClusters(
+            max_iter=max_iter,
+            is_centred=is_centred,
+            spread=spread,
+            mass=mass,
+            centroids_for_rest=centroids_for_rest,
+            backend="torch",
+        )
+        self.backend = backend
+        self.n_seen = 0
+        self._is_prompt = True  # until something is appended to what came first
+        self._held: tuple[Tensor, Tensor] | None = None  # keys and values (..., room, dim)
+
+    @property
+    def keys(self) -> Float[Tensor, "*lead tokens dim"] | None:
+        return None if self._held is None else self._in_order_of_arrival(self.stored[0])
+
+    @property
+    def values(self) -> Float[Tensor, "*lead tokens dim_value"] | None:
+        return None if self._held is None else self._in_order_of_arrival(self.stored[1])
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., n_seen, .) as they lie in memory: sinks, body in cluster order, recent tokens."""
+        return self._held[0][..., : self.n_seen, :], self._held[1][..., : self.n_seen, :]
+
+    @property
+    def clusters(self) -> Clusters | None:
+        if self.body.scored is None:
+            return None
+        centroids = self.body.scored.features.chunk(2, dim=-1)[0].float()
+        return Clusters(*map(self._with_leads, (self.body.labels(), self.body.counts, centroids)))
+
+    @property
+    def deviations(self) -> Float32[Tensor, "*lead clusters dim"] | None:
+        return (
+            None
+            if self.body.scored is None
+            else self._with_leads(self.body.scored.features.chunk(2, dim=-1)[1].float())
+        )
+
+    @property
+    def n_stored(self) -> int:
+        return self.n_seen
+
+    @property
+    def n_clustered(self) -> int:
+        return self.body.n_tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.body.nbytes + (0 if self._held is None else sum(view.nbytes for view in self.stored))
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Bytes of memory held, room to grow included."""
+        held = () if self._held is None else self._held
+        return self.body.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+    def append(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
+        """Take the next tokens, then cluster every segment that is due."""
+        self.extend(keys, values)
+        self.cluster()
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """The first half of `append`: take the next tokens, exact as yet."""
+        self._check(keys, values)
+        if keys.shape[-2] == 0 and self._held is not None:
+            return
+        self._is_prompt = self.n_seen == 0
+        n_seen = self.n_seen + keys.shape[-2]
+        if self._held is None:
+            self.body.backend = choose_step_backend(self.backend, keys, values)
+        if self._held is None or n_seen > self._held[0].shape[-2]:
+            self._move_to_room_for(n_seen, (keys, values))
+        for held, new in zip(self._held, (keys, values), strict=True):
+            held[..., self.n_seen : n_seen, :] = new.detach()
+        self.n_seen = n_seen
+
+    def cluster(self) -> None:
+        """The second half of `append`: cluster every segment that is due."""
+        leaving = max(0, self.n_seen - self.plan.n_sink - self.n_clustered - self.plan.n_recent)
+        sizes = self.plan.sizes(leaving, is_first=self._is_prompt)
+        self._is_prompt = False
+        for size in dict.fromkeys(sizes):  # those of one size together
+            segments = sizes.count(size)
+            start = self.plan.n_sink + self.n_clustered
+            parts = [self._flat(array)[:, start : start + segments * size] for array in self._held]
+            places = self.body.add(
+                *(part.unflatten(1, (segments, size)) for part in parts), n_clusters=self.plan.n_clusters(size)
+            )
+            for part, held in zip(parts, self._held, strict=True):
+                part.copy_(gathered(self._flat(held), start + places))
+
+    def select_clusters(
+        self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
+    ) -> Selection | None:
+        """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
+        self._check_query(query)
+        return None if self.n_clustered == 0 else Selection(self._with_leads(self._take(query, scale)))
+
+    def attend(
+        self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
+    ) -> Float[Tensor, "*lead group dim_value"]:
+        """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
+        self._check_query(query)
+        if self.n_clustered == 0:
+            entries = *map(self._flat, self.stored), None
+        elif self.body.backend == "cpp" and self.body.mass is None and not self.body.centroids_for_rest:
+            output = cpp.attend_body(
+                *map(self._flat, (query, *self._held)),
+                self.body.first_member,
+                self._take(query, scale),
+                n_sink=self.plan.n_sink,
+                n_exact=self.n_seen - self.n_clustered,
+                n_body=self.n_clustered,
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            )
+            return output.reshape(query.shape)
+        else:
+            entries = self._entries(self._take(query, scale))
+        keys, values, counts = (None if array is None else array.unsqueeze(0) for array in entries)
+        output = attend_entries(self._flat(query).unsqueeze(0), keys, values, counts, scale=scale)
+        return output.reshape(*query.shape[:-1], values.shape[-1])
+
+    def entries(self, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and counts (..., entries, .) of what is attended to: sinks, recent tokens, what is recalled."""
+        if selection is None:
+            keys, values = self.stored
+            return keys, values, torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
+        keys, values, counts = self._entries(selection.taken.reshape(-1, self.body.n_clusters))
+        if counts is None:
+            counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
+        return self._with_leads(keys), self._with_leads(values), self._with_leads(counts)
+
+    def select(self, indices: Int64[Tensor, " batch"]) -> None:
+        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+        if self._held is None:
+            return
+        batch = self._held[0].shape[0]
+        problems = torch.arange(self._held[0].shape[:-2].numel(), device=indices.device).reshape(batch, -1)
+        self.body.select_rows(problems.index_select(0, indices).flatten())
+        self._held = self._held[0].index_select(0, indices), self._held[1].index_select(0, indices)
+
+    def _take(self, query: Tensor, scale: float | None) -> Int64[Tensor, "problems clusters"]:
+        budget = self.plan.budget - (self.n_seen - self.n_clustered)
+        return self.body.take(self._flat(query.detach()), budget, scale)
+
+    def _entries(self, taken: Int64[Tensor, "problems clusters"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and counts (problems, entries, .) of what is attended to; no counts where all are 1."""
+        body, n_sink = self.body, self.plan.n_sink
+        n_exact = self.n_seen - body.n_tokens
+        n_recalled = min(self.plan.budget - n_exact, body.n_tokens) if body.mass is None else None
+        places = recalled_places(body.first_member, taken, n_recalled)  # (problems, recalled)
+        exact = torch.arange(n_exact, device=taken.device)
+        exact = torch.where(exact < n_sink, exact, exact + body.n_tokens)
+        rows = torch.cat([exact.expand(len(taken), -1), n_sink + places.clamp(min=0)], dim=1)
+        keys, values = (gathered(self._flat(array), rows) for array in self._held)
+        counts = None
+        if n_recalled is None:
+            counts = torch.cat([torch.ones_like(rows[:, :n_exact]), (places >= 0).long()], dim=1).int()
+        if body.centroids_for_rest:
+            counts = torch.ones_like(rows, dtype=torch.int32) if counts is None else counts
+            keys = torch.cat([keys.float(), body.scored.features.chunk(2, dim=-1)[0].float()], dim=1)
+            values = torch.cat([values.float(), body.value_centroids], dim=1)
+            counts = torch.cat([counts, (body.counts - taken).int()], dim=1)
+        return keys, values, counts
+
+    def _in_order_of_arrival(self, array: Tensor) -> Tensor:
+        """`array` (..., n_seen, dim) with its body in token order."""
+        if self.n_clustered == 0:
+            return array
+        body = slice(self.plan.n_sink, self.plan.n_sink + self.n_clustered)
+        ordered = array.clone()
+        index = self._with_leads(self.body.members).unsqueeze(-1).expand(*array[..., body, :].shape)
+        ordered[..., body, :] = torch.empty_like(array[..., body, :]).scatter_(-2, index, array[..., body, :])
+        return ordered
+
+    def _flat(self, array: Tensor) -> Tensor:
+        """`array` (..., rows, dim) with one leading axis."""
+        return array.reshape(array.shape[:-2].numel(), *array.shape[-2:])
+
+    def _with_leads(self, array: Tensor) -> Tensor:
+        """`array` (problems, ...) with the leading axes of what was appended."""
+        return array.reshape(*self._held[0].shape[:-2], *array.shape[1:])
+
+    def _move_to_room_for(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
+        """Move what is stored to memory with room for `tokens` and some more, one tensor after the other."""
+        moved = []
+        for place, example in enumerate(like):
+            shape = (*example.shape[:-2], tokens + max(self.plan.segment_size, tokens // 32), example.shape[-1])
+            room = torch.empty(shape, dtype=example.dtype, device=example.device)
+            if self._held is not None:
+                room[..., : self.n_seen, :] = self._held[place][..., : self.n_seen, :]
+            moved.append(room)
+        self._held = moved[0], moved[1]
+
+    def _check_query(self, query: Tensor) -> None:
+        if self._held is None:
+            raise ValueError("attend needs at least one appended token, got an empty cache")
+        check_array("query", query)
+        keys = self.stored[0]
+        if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
+            raise ValueError(
+                "query must have the leading axes and dim of keys, "
+                f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
+            )
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        check_array("keys", keys)
+        check_array("values", values)
+        shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
+        if values.shape[:-1] != keys.shape[:-1]:
+            raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
+        if self._held is None:
+            return
+        for name, new, held in zip(("keys", "values"), (keys, values), self.stored, strict=True):
+            if new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]:
+                raise ValueError(
+                    f"{name} must fit what the cache holds, got {tuple(new.shape)} after {tuple(held.shape)}"
+                )
+            if new.dtype != held.dtype:
+                raise ValueError(f"{name} must have the dtype of the cache, {dtype_name(held)}, got {dtype_name(new)}")
+            if new.device != held.device:
+                raise ValueError(f"{name} must be on the device of the cache, {held.device}, got {new.device}")
+
+
+def gathered(array: Float[Tensor, "problems rows dim"], rows: Int64[Tensor, "problems chosen"]) -> Tensor:
+    """The chosen rows, (problems, chosen, dim): one copy of each."""
+    flat = array.view(-1, array.shape[-1])
+    index = rows + torch.arange(len(array), device=rows.device)[:, None] * array.shape[1]
+    return flat.index_select(0, index.flatten()).view(*rows.shape, array.shape[-1])
+
+
+def choose_step_backend(backend: AttentionBackend, keys: Tensor, values: Tensor) -> StepBackend:
+    """What selects and attends for a cache of such keys and values: as `choose_attention_backend`.
+
+    Raises
+    ------
+    ValueError : an unknown backend, or one that does not take these tensors.
+    ModuleNotFoundError : triton, or a C++ compiler, where it is not installed.
+    """
+    if backend == "cpp":
+        if not cpp.is_taken_by_cpp(keys, values):
+            raise ValueError(
+                f"keys and values must be on the CPU, with one dtype and one dim, a multiple of {LANES}, for 'cpp', "
+                f"got {dtype_name(keys)} {tuple(keys.shape)} and {dtype_name(values)} {tuple(values.shape)}"
+            )
+        library("recall")
+        return "cpp"
+    if backend == "auto" and cpp.is_taken_by_cpp(keys, values) and has_cpp():
+        return "cpp"
+    return choose_backend(backend, keys, values)

@@ -1,0 +1,48 @@
+"""Segments: which tokens of a recall cache are clustered together, and when."""
+
+from dataclasses import dataclass
+
+from .arguments import check_integer
+
+__all__ = ["SegmentPlan"]
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """As `kvcluster.reference.segments.SegmentPlan`; parameters, with their errors, as in `RecallCache`."""
+
+    budget: int
+    n_sink: int
+    n_recent: int
+    tokens_per_cluster: int
+    segment_size: int | None
+    prompt_segment_size: int | None
+
+    def __post_init__(self) -> None:
+        check_integer("budget", self.budget, least=1)
+        check_integer("n_sink", self.n_sink, least=0)
+        check_integer("n_recent", self.n_recent, least=0)
+        check_integer("tokens_per_cluster", self.tokens_per_cluster, least=1)
+        if self.prompt_segment_size is not None:
+            check_integer("prompt_segment_size", self.prompt_segment_size, least=0)
+        if self.segment_size is None:
+            half = (self.budget - self.n_sink - self.n_recent) // 2
+            object.__setattr__(self, "segment_size", max(1, min(320, half)))
+        check_integer("segment_size", self.segment_size, least=1)
+        if self.budget < self.n_sink + self.n_recent + self.segment_size:
+            raise ValueError(
+                "budget must be at least n_sink + n_recent + segment_size, which may all be attended to at once, "
+                f"got {self.budget} < {self.n_sink} + {self.n_recent} + {self.segment_size}"
+            )
+
+    def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
+        """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones."""
+        if is_first and self.prompt_segment_size != 0:
+            size = self.prompt_segment_size or max(1, leaving)
+            rest = leaving % size
+            return [size] * (leaving // size) + [rest] * (rest > 0)
+        return [self.segment_size] * (leaving // self.segment_size)
+
+    def n_clusters(self, size: int) -> int:
+        """Clusters of a segment of `size` tokens."""
+        return -(-size // self.tokens_per_cluster)

@@ -1,0 +1,223 @@
+"""The recall cache: all tokens are kept and clustered as they arrive, few are attended to (ClusterKV)."""
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64
+
+from .arguments import check_array, check_integer
+from .attention import check_attention
+from .clustered_attention import clustered_attention
+from .kmeans import Clusters, kmeans
+from .recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
+from .segments import SegmentPlan
+from .selection import Selection, check_share, select_clusters
+
+__all__ = ["RecallCache"]
+
+
+class RecallCache:
+    """A key-value cache that forgets nothing and attends to at most `budget` tokens per KV head.
+
+    Always attended to, exactly: the first `n_sink` tokens (sinks) and the last ones (recent). The tokens between (body)
+    are clustered, segment by segment, and each query recalls whole clusters of them.
+
+    Parameters
+    ----------
+    budget : tokens attended to per KV head, sinks and recent tokens included; at least
+        `n_sink + n_recent + segment_size`.
+    n_sink : first tokens that are never clustered, at least 0.
+    n_recent : last tokens that are not clustered, at least 0. With 1, the newest token always attends to itself.
+    tokens_per_cluster : a segment of n tokens becomes `ceil(n / tokens_per_cluster)` clusters.
+    segment_size : tokens that are clustered together, alone and once, as soon as that many are older than the
+        `n_recent` last; by default 320, or half of what the budget leaves beside `n_sink` and `n_recent` if less.
+    prompt_segment_size : the first append is clustered at once, but for sinks and `n_recent` tokens, in segments of
+        this size of which the last may be shorter; None: in one. 0: it gets no segments of its own.
+    max_iter, is_centred : as in `kmeans`.
+    spread, mass : as in `select_clusters`.
+    centroids_for_rest : as in `recall_attention`.
+
+    Attributes
+    ----------
+    keys, values : (..., n_seen, dim) and (..., n_seen, dim_value), in the order of arrival; None at first.
+    clusters : of the body; labels go on from segment to segment. None while there is no body.
+    deviations : (..., clusters, dim), float32: see `mean_deviations`. These and the centroids are rounded to bfloat16,
+        which halves what a faster implementation reads to select.
+    n_seen, n_stored : tokens appended so far, all of which are held.
+    n_clustered : of these, the tokens of the body: positions `n_sink` to `n_sink + n_clustered - 1`.
+    nbytes : bytes of keys, values and clusters.
+
+    Notes
+    -----
+    With `prompt_segment_size=0` segments lie at absolute positions and the cache does not depend on how the tokens
+    arrived: a prompt at once, token by token or any split gives the same bytes. With any but None, building it is
+    linear in the number of tokens.
+
+    From the paper (arXiv:2412.03213, DAC 2025): 16 sinks; a prompt of L tokens in L / 80 clusters; every 320 generated
+    tokens clustered alone into 4 new clusters, older ones never changed. That is `tokens_per_cluster=80,
+    segment_size=320, prompt_segment_size=None, spread=0` and one query head per KV head. Its budget does not count
+    sinks and recent tokens, ours does. The defaults are our choice.
+
+    Examples
+    --------
+    Twelve tokens: one sink, two segments of four tokens in two clusters each, three recent tokens.
+
+    >>> cache = RecallCache(budget=9, n_sink=1, tokens_per_cluster=2, segment_size=4, prompt_segment_size=0)
+    >>> tokens = np.random.default_rng(0).standard_normal((12, 2)).astype(np.float32)
+    >>> cache.append(tokens, tokens)
+    >>> cache.n_seen, cache.n_clustered, cache.clusters.counts
+    (12, 8, array([2, 2, 2, 2]))
+    >>> cache.select_clusters(tokens[:1])
+    Selection(taken=array([2, 2, 0, 1]))
+    """
+
+    def __init__(
+        self,
+        *,
+        budget: int,
+        n_sink: int = 16,
+        n_recent: int = 1,
+        tokens_per_cluster: int = 8,
+        segment_size: int | None = None,
+        prompt_segment_size: int | None = 512,
+        max_iter: int = 4,
+        is_centred: bool = False,
+        spread: float = 0.5,
+        mass: float | None = None,
+        centroids_for_rest: bool = False,
+    ) -> None:
+        self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
+        check_integer("max_iter", max_iter, least=1)
+        check_share("spread", spread, least=0)
+        if mass is not None:
+            check_share("mass", mass, least=None)
+        self.max_iter, self.is_centred = max_iter, is_centred
+        self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
+        self.keys: Float[np.ndarray, "*lead tokens dim"] | None = None
+        self.values: Float[np.ndarray, "*lead tokens dim_value"] | None = None
+        self.clusters: Clusters | None = None
+        self.deviations: Float32[np.ndarray, "*lead clusters dim"] | None = None
+        self.n_seen = 0
+        self.n_clustered = 0
+
+    @property
+    def n_stored(self) -> int:
+        return self.n_seen
+
+    @property
+    def nbytes(self) -> int:
+        held = [self.keys, self.values, self.deviations]
+        if self.clusters is not None:
+            held += [self.clusters.labels, self.clusters.counts, self.clusters.centroids]
+        return sum(array.nbytes for array in held if array is not None)
+
+    def append(
+        self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
+    ) -> None:
+        """Take the next tokens, then cluster every segment that is due.
+
+        Parameters
+        ----------
+        keys, values : (..., tokens, dim) and (..., tokens, dim_value), any number of tokens; leading axes, dims and
+            dtype as in the first append.
+
+        Raises
+        ------
+        ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
+        """
+        check_append(keys, values, self.keys, self.values)
+        is_first = self.n_seen == 0
+        if self.keys is None:
+            self.keys, self.values = keys.copy(), values.copy()
+        else:
+            self.keys = np.concatenate([self.keys, keys], axis=-2)  # (..., tokens, dim)
+            self.values = np.concatenate([self.values, values], axis=-2)
+        self.n_seen += keys.shape[-2]
+        leaving = max(0, self.n_seen - self.plan.n_sink - self.n_clustered - self.plan.n_recent)
+        for size in self.plan.sizes(leaving, is_first=is_first):
+            self._cluster_next(size)
+
+    def _cluster_next(self, size: int) -> None:
+        """Cluster the next `size` tokens of the body, alone."""
+        start = self.plan.n_sink + self.n_clustered
+        keys = self.keys[..., start : start + size, :]
+        n_clusters = self.plan.n_clusters(size)
+        made = kmeans(keys, n_clusters=n_clusters, max_iter=self.max_iter, is_centred=self.is_centred)
+        deviations = round_to_bfloat16(mean_deviations(keys, made))
+        made = Clusters(made.labels, made.counts, round_to_bfloat16(made.centroids))
+        self.n_clustered += size
+        if self.clusters is None:
+            self.clusters, self.deviations = made, deviations
+            return
+        held = self.clusters
+        self.clusters = Clusters(
+            np.concatenate([held.labels, made.labels + held.counts.shape[-1]], axis=-1),
+            np.concatenate([held.counts, made.counts], axis=-1),
+            np.concatenate([held.centroids, made.centroids], axis=-2),
+        )
+        self.deviations = np.concatenate([self.deviations, deviations], axis=-2)
+
+    def select_clusters(
+        self, query: Float[np.ndarray, "*lead group dim"], *, scale: float | None = None
+    ) -> Selection | None:
+        """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
+        self._check_query(query)
+        if self.clusters is None:
+            return None
+        return select_clusters(
+            query,
+            self.clusters.centroids,
+            self.clusters.counts,
+            budget=self.plan.budget - (self.n_seen - self.n_clustered),
+            deviations=self.deviations,
+            spread=self.spread,
+            mass=self.mass,
+            scale=scale,
+        )
+
+    def attend(
+        self, query: Float[np.ndarray, "*lead group dim"], *, scale: float | None = None
+    ) -> Float64[np.ndarray, "*lead group dim_value"]:
+        """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens.
+
+        Raises
+        ------
+        ValueError : nothing appended yet; else as `select_clusters`.
+        """
+        return clustered_attention(query, *self.entries(self.select_clusters(query, scale=scale)), scale=scale)
+
+    def entries(self, selection: Selection | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keys, values and counts of what is attended to: sinks, recent tokens, then as `recalled_entries`."""
+        n_sink = self.plan.n_sink
+        body = slice(n_sink, n_sink + self.n_clustered)
+        exact = np.r_[: min(n_sink, self.n_seen), body.stop : max(body.stop, self.n_seen)]
+        entries = (
+            self.keys[..., exact, :],
+            self.values[..., exact, :],
+            np.ones((*self.keys.shape[:-2], len(exact)), int),
+        )
+        if selection is None:
+            return entries
+        keys, values = self.keys[..., body, :], self.values[..., body, :]
+        value_centroids = mean_of_members(values, self.clusters) if self.centroids_for_rest else None
+        recalled = recalled_entries(keys, values, self.clusters, selection, value_centroids)
+        pairs = zip(entries, recalled, (-2, -2, -1), strict=True)
+        return tuple(np.concatenate([first.astype(then.dtype), then], axis=axis) for first, then, axis in pairs)
+
+    def _check_query(self, query: np.ndarray) -> None:
+        if self.keys is None:
+            raise ValueError("attend needs at least one appended token, got an empty cache")
+        check_attention(query, self.keys, self.values)
+
+
+def check_append(keys: np.ndarray, values: np.ndarray, held_keys: np.ndarray, held_values: np.ndarray) -> None:
+    """Refuse what does not fit itself or what a cache holds (None before the first append)."""
+    check_array("keys", keys)
+    check_array("values", values)
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(
+            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
+        )
+    for name, new, held in (("keys", keys, held_keys), ("values", values, held_values)):
+        if held is not None and (new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]):
+            raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {held.shape}")
+        if held is not None and new.dtype != held.dtype:
+            raise ValueError(f"{name} must have the dtype of the cache, {held.dtype.name}, got {new.dtype.name}")

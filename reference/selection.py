@@ -1,0 +1,126 @@
+"""Selection: which clusters a query recalls, and how much of the last one (ClusterKV, arXiv:2412.03213)."""
+
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+from jaxtyping import Float, Int, Int64
+
+from .arguments import check_integer
+from .attention import scaled_logits, softmax
+from .cluster_scores import check_scored, cluster_scores
+from .clustered_attention import log_counts
+from .kmeans import Clusters
+
+__all__ = ["Selection", "select_clusters"]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """How much of each cluster is recalled.
+
+    Attributes
+    ----------
+    taken : (..., clusters), int64: tokens taken of each cluster, the first in token order; between 0 and its count.
+    """
+
+    taken: Int64[np.ndarray, "*lead clusters"]
+
+    def tokens(self, clusters: Clusters) -> Int64[np.ndarray, "*lead recalled"]:
+        """Indices of the recalled tokens, cluster after cluster, ascending inside each.
+
+        Where leading indices recall different numbers of tokens, the shorter lists end with -1.
+        """
+        lead, n_recalled = self.taken.shape[:-1], self.taken.sum(axis=-1)
+        members, first_member = clusters.members, clusters.first_member
+        tokens = np.full((*lead, n_recalled.max(initial=0)), -1)
+        for problem in np.ndindex(*lead):
+            spans = zip(first_member[problem], self.taken[problem], strict=True)
+            recalled = [members[problem][first : first + taken] for first, taken in spans]
+            tokens[problem][: n_recalled[problem]] = np.concatenate(recalled)
+        return tokens
+
+
+def select_clusters(
+    query: Float[np.ndarray, "*lead group dim"],
+    centroids: Float[np.ndarray, "*lead clusters dim"],
+    counts: Int[np.ndarray, "*lead clusters"],
+    *,
+    budget: int,
+    deviations: Float[np.ndarray, "*lead clusters dim"] | None = None,
+    spread: float = 0.5,
+    mass: float | None = None,
+    scale: float | None = None,
+) -> Selection:
+    """A token budget, spent on the clusters that score highest for a query.
+
+    Parameters
+    ----------
+    query : (..., group, dim), float16, bfloat16 or float32: the query heads that share one KV head, and one selection.
+    centroids : (..., clusters, dim), clusters >= 1.
+    counts : (..., clusters): tokens of each cluster; 0 where it is empty.
+    budget : tokens to take, at least 0. Where there are no more, all are taken.
+    deviations : (..., clusters, dim), how far a cluster's keys lie from its centroid, see `mean_deviations`.
+    spread : how much of the deviations is added to the scores, from 0 to 1.
+    mass : stop before the budget is spent, as soon as the clusters taken have this share, in (0, 1], of the attention
+        that all are estimated to get: `softmax(scale * query . centroid + log count)`, averaged over the group.
+    scale : factor of the logits for `mass`; `1 / sqrt(dim)` by default.
+
+    Returns
+    -------
+    Selection : whole clusters by descending score, ties to the smallest index; the last one is trimmed to its
+        first tokens, so that exactly `budget` tokens are taken (or all, or as many as `mass` asks for).
+
+    Raises
+    ------
+    ValueError : parameters out of range; arrays of a wrong dtype or shapes that do not fit.
+
+    Notes
+    -----
+    Scores are those of `cluster_scores`, the same on every machine. `mass` needs exponentials: where a sum of shares
+    comes within their rounding of it, machines may differ by a cluster.
+
+    From the paper: whole clusters until the budget, the last one trimmed. Our choices: one selection for the whole
+    group, ties, which tokens a trim keeps, `mass`.
+
+    Examples
+    --------
+    The second cluster is nearest, then the third; the budget ends inside of it:
+
+    >>> query = np.array([[1, 0]], dtype=np.float32)
+    >>> centroids = np.array([[-1, 5], [3, 0], [1, 1]], dtype=np.float32)
+    >>> select_clusters(query, centroids, np.array([4, 4, 4]), budget=6)
+    Selection(taken=array([0, 4, 2]))
+    """
+    if deviations is None:
+        deviations = np.zeros_like(centroids)
+    check_scored(query, centroids, counts, deviations)
+    check_integer("budget", budget, least=0)
+    check_share("spread", spread, least=0)
+    ranking = np.argsort(-cluster_scores(query, centroids, counts, deviations, spread), axis=-1, kind="stable")
+    counts_ranked = np.take_along_axis(counts.astype(np.int64), ranking, axis=-1)
+    before = counts_ranked.cumsum(axis=-1) - counts_ranked
+    taken_ranked = np.clip(budget - before, 0, counts_ranked)
+    if mass is not None:
+        check_share("mass", mass, least=None)
+        shares = np.take_along_axis(estimated_shares(query, centroids, counts, scale), ranking, axis=-1)
+        taken_ranked = np.where(shares.cumsum(axis=-1) - shares < mass, taken_ranked, 0)
+    taken = np.empty_like(taken_ranked)
+    np.put_along_axis(taken, ranking, taken_ranked, axis=-1)
+    return Selection(taken)
+
+
+def estimated_shares(query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, scale: float | None) -> np.ndarray:
+    """Share of each cluster in the group's attention if every token had its centroid as key, (..., clusters)."""
+    logits = scaled_logits(query, centroids, scale) + log_counts(counts)[..., None, :]
+    return softmax(logits).mean(axis=-2)
+
+
+def check_share(name: str, share: float, least: float | None) -> None:
+    """Refuse what is not a number from `least`, or above 0 where that is None, to 1."""
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"{name} must be a number, got {share!r}")
+    if least is None and not 0 < share <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {share}")
+    if least is not None and not least <= share <= 1:
+        raise ValueError(f"{name} must be in [{least}, 1], got {share}")

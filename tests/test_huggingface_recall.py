@@ -1,0 +1,135 @@
+"""RecallCache in transformers: stock where the budget covers everything, the reference's choices where it does not."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from agreement import attention_agrees
+from models import greedy, random_tokens, tiny_llama
+from transformers import AttentionInterface
+
+from kvcluster import fast, reference
+from kvcluster.fast.huggingface import RecallCache
+from kvcluster.fast.huggingface.attention import NAME, attend
+
+OPTIONS = {"n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
+SMALL = {"budget": 40, **OPTIONS}
+
+
+def after(model, cache, *pieces):
+    """Logits after the last of `pieces`."""
+    with torch.inference_mode():
+        for piece in pieces:
+            logits = model(piece, past_key_values=cache).logits
+    return logits[0]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_budget_that_covers_everything_is_stock_generate(kv_heads):
+    model = tiny_llama(kv_heads=kv_heads)
+    tokens = random_tokens(100, batch=2)
+    cache = RecallCache.for_model(model, budget=124, **OPTIONS)
+    assert torch.equal(greedy(model, tokens, past_key_values=cache), greedy(model, tokens))
+    assert cache.n_seen == cache.n_stored == 123
+
+
+def test_all_layers_dense_is_stock_generate_and_none_is_not():
+    model = tiny_llama()
+    tokens = random_tokens(100, batch=2)
+    stock = greedy(model, tokens, n_new=40)
+    dense = RecallCache.for_model(model, n_dense_layers=3, **SMALL)
+    assert torch.equal(greedy(model, tokens, n_new=40, past_key_values=dense), stock)
+    assert all(layer.entries.n_clustered == 0 for layer in dense.layers)
+    recalled = RecallCache.for_model(model, **SMALL)
+    assert not torch.equal(greedy(model, tokens, n_new=40, past_key_values=recalled), stock)
+
+
+@pytest.mark.parametrize("decoded", [1, 60])
+def test_every_layer_attends_to_what_the_reference_recalls(decoded, monkeypatch):
+    """The reference's cache of the same keys recalls some tokens; the model attended to these and no others."""
+    model = tiny_llama()
+    cache = RecallCache.for_model(model, **SMALL)
+    tokens = random_tokens(150 + decoded, batch=2)
+    heard = []
+
+    def listening(module, query, key, value, *args, **kwargs):
+        result = attend(module, query, key, value, *args, **kwargs)
+        heard.append([x.clone() for x in (query, key, value, result[0])])
+        return result
+
+    after(model, cache, tokens[:, :150], *(tokens[:, i : i + 1] for i in range(150, 149 + decoded)))
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, listening)
+    after(model, cache, tokens[:, -1:])
+    assert len(heard) == 3
+    for query, keys, values, output in heard:
+        expected = reference.RecallCache(**SMALL)
+        expected.append(keys[:, :, :150].numpy(), values[:, :, :150].numpy())
+        for token in range(150, keys.shape[2]):
+            expected.append(keys[:, :, token : token + 1].numpy(), values[:, :, token : token + 1].numpy())
+        group = query.reshape(2, 2, 2, 16)
+        ours = output.reshape(2, 2, 2, 16)
+        selection = expected.select_clusters(group.numpy())
+        recalled = selection.tokens(expected.clusters)  # (batch, kv_heads, tokens), -1 pads
+        first_recent = 4 + expected.n_clustered
+        exact = [*range(4), *range(first_recent, keys.shape[2])]
+        for place in np.ndindex(2, 2):
+            chosen = [*exact, *(4 + token for token in recalled[place] if token >= 0)]
+            assert len(set(chosen)) == len(chosen) == 40
+            arrays = [x[place][chosen] for x in (keys, values)]
+            assert attention_agrees(ours[place], group[place], *arrays)
+            assert not attention_agrees(ours[place], group[place], *(x[:-1] for x in arrays))
+
+
+def test_a_second_turn_feeds_only_its_new_tokens():
+    model = tiny_llama()
+    tokens = random_tokens(120)
+    cache = RecallCache.for_model(model, budget=200, **OPTIONS)
+    first = greedy(model, tokens, past_key_values=cache)
+    longer = torch.cat([tokens, first, random_tokens(10, seed=1)], dim=1)
+    assert torch.equal(greedy(model, longer, past_key_values=cache), greedy(model, longer))
+
+
+def test_prompts_in_a_row_after_reset_and_short_ones():
+    model = tiny_llama()
+    cache = RecallCache.for_model(model, **SMALL)
+    for n_tokens in (1, 39, 41, 150):
+        tokens = random_tokens(n_tokens, seed=n_tokens)
+        fresh = RecallCache.for_model(model, **SMALL)
+        ours = greedy(model, tokens, n_new=50, past_key_values=cache)
+        assert torch.equal(ours, greedy(model, tokens, n_new=50, past_key_values=fresh))
+        cache.reset()
+        assert (cache.n_seen, cache.nbytes) == (0, 0)
+
+
+def test_beams_carry_their_clusters_along():
+    model = tiny_llama()
+    tokens = random_tokens(60, batch=2)
+    cache = RecallCache.for_model(model, budget=90, **OPTIONS)
+    assert torch.equal(greedy(model, tokens, num_beams=3, past_key_values=cache), greedy(model, tokens, num_beams=3))
+    cache = RecallCache.for_model(model, **SMALL)
+    tokens = random_tokens(100, batch=2)
+    expected = after(model, cache, tokens, tokens[:, :1])
+    swapped = RecallCache.for_model(model, **SMALL)
+    after(model, swapped, tokens.flip(0))
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(after(model, swapped, tokens[:, :1]), expected)
+
+
+def test_unsupported_models_and_parameters_are_refused():
+    with pytest.raises(ValueError, match="attention of model must be sdpa, got eager"):
+        RecallCache.for_model(tiny_llama(attention="eager"), **SMALL)
+    with pytest.raises(ValueError, match="n_dense_layers must be from 0 to the layers of model, 3, got 4"):
+        RecallCache.for_model(tiny_llama(), n_dense_layers=4, **SMALL)
+    with pytest.raises(ValueError, match="budget must"):
+        RecallCache.for_model(tiny_llama(), budget=0)
+    with pytest.raises(RuntimeError, match="attention would miss what the cache knows"):
+        after(tiny_llama(), RecallCache.for_model(tiny_llama(), **SMALL), random_tokens(10))
+
+
+def test_parameters_and_defaults_are_those_of_the_cache_of_a_layer():
+    ours = inspect.signature(RecallCache.for_model).parameters
+    theirs = inspect.signature(fast.RecallCache).parameters
+    assert {name: p.default for name, p in ours.items() if name not in ("model", "n_dense_layers")} == {
+        name: p.default for name, p in theirs.items() if name != "backend"
+    }
