@@ -1,46 +1,41 @@
 """Attacks on the claims E1 to E7 of exactness.md: each check looks for a counterexample and says how near it came.
 
 A check takes as its argument the thing that the claim is about, so that the tests can hand in a false one and see
-the check fail. `python -m kvcluster.theory.exactness` prints a table of all of them.
+the check fail.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kvcluster import fast, reference
 from kvcluster.fast import exact_mean, exact_similarity
 from kvcluster.reference.similarity import halving_sum
 
-__all__ = ["CHECKS", "Check", "main"]
+from .claims import Check
+
+__all__ = [
+    "check_bits_of_similarity",
+    "check_cut",
+    "check_decisions",
+    "check_filter",
+    "check_halving_sum",
+    "check_margin",
+    "check_matches",
+    "check_order_of_similarity",
+    "check_products",
+    "check_sums",
+    "check_torch_halving_sum",
+]
 
 U, U64 = 2.0**-24, 2.0**-53  # unit roundoffs of float32 and float64
 LARGEST_DIM = 8192  # of E4
 TENSOR_CORE_UNIT = 2.0**-21  # of products of 16-bit keys in the Triton kernels
 DIGITS = Context(prec=60)
-
-
-@dataclass(frozen=True)
-class Check:
-    """How far the worst of `cases` attempts to break `claim` got: `measured`, at most `bound` if the claim is true."""
-
-    claim: str
-    measured: str
-    cases: int
-    worst: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        return self.cases > 0 and self.worst <= self.bound
 
 
 def check_products(dtype: type = np.float32) -> Check:
@@ -307,33 +302,3 @@ def compress_by_torch(keys: np.ndarray, keep_ratio: float) -> tuple[np.ndarray, 
     tensor = torch.from_numpy(keys)
     clustering = fast.chunked_soft_matching(tensor, keep_ratio=keep_ratio, chunk_size=32)
     return tuple(t.numpy() for t in (clustering.labels, clustering.counts, fast.merge(tensor, clustering)))
-
-
-CHECKS: tuple[Callable[[], Check], ...] = (
-    check_products,
-    check_halving_sum,
-    check_torch_halving_sum,
-    check_bits_of_similarity,
-    check_order_of_similarity,
-    check_filter,
-    check_margin,
-    check_matches,
-    check_cut,
-    check_sums,
-    check_decisions,
-)
-
-
-def main() -> None:
-    """Print every check as a row of a table; exit with 1 if one found a counterexample."""
-    table = Table("claim", "measured", "cases", "worst", "bound", "holds", title="kvcluster: theory/exactness.md")
-    checks = [check() for check in CHECKS]
-    for one in checks:
-        numbers = (f"{one.cases:,}", f"{one.worst:.3g}", f"{one.bound:.3g}")
-        table.add_row(one.claim, one.measured, *numbers, "yes" if one.holds else "[bold red]no[/]")
-    Console().print(table)
-    sys.exit(not all(one.holds for one in checks))
-
-
-if __name__ == "__main__":
-    main()
