@@ -90,7 +90,8 @@ def only_candidates(
     with torch.autocast(is_candidate.device.type, enabled=False):
         sums = digits @ is_candidate  # exact where there is one candidate, (problems, 4, tokens)
     n_candidates, low, middle, high = sums.unbind(dim=1)
-    return (low + DIGIT * middle + DIGIT**2 * high).long(), *(n_candidates != 1).nonzero(as_tuple=True)
+    problem, token = (n_candidates != 1).nonzero(as_tuple=True)
+    return (low + DIGIT * middle + DIGIT**2 * high).long(), problem, token
 
 
 def settle(opened: list[tuple[Tensor, Tensor, Tensor]], keys: Tensor, centroids: Tensor, labels: Tensor) -> int:

@@ -42,9 +42,9 @@ class BodyClusters:
         backend: StepBackend,
     ) -> None:
         check_integer("max_iter", max_iter, least=1)
-        check_share("spread", spread, least=0)
+        check_share("spread", spread, may_be_zero=True)
         if mass is not None:
-            check_share("mass", mass, least=None)
+            check_share("mass", mass, may_be_zero=False)
         self.max_iter, self.is_centred = max_iter, is_centred
         self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
         self.backend = backend

@@ -94,8 +94,9 @@ class ClusteredCache:
         n_stored = self.n_stored + keys.shape[-2]
         if self._held is None or n_stored > self._held[0].shape[-2]:
             self._move_to_room_for(n_stored, (keys, values, keys[..., :1].to(torch.int32)))
-        for held, new in zip(self._held, (keys, values, 1), strict=True):
+        for held, new in zip(self._held[:2], (keys, values), strict=True):
             held[..., self.n_stored : n_stored, :] = new
+        self._held[2][..., self.n_stored : n_stored, :] = 1
         self.n_seen += keys.shape[-2]
         self._n_stored = n_stored
 

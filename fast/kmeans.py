@@ -126,12 +126,12 @@ def update(keys: Tensor, labels: Tensor, kept: Tensor, *, away_from: Tensor | No
     labels = (labels + torch.arange(problems, device=keys.device)[:, None] * n_clusters).flatten()
     counts = torch.bincount(labels, minlength=problems * n_clusters)
     points = None if away_from is None else away_from.double().reshape(-1, dim)
-    parts = zip(
+    pieces = zip(
         *(x.split(max(1, WORKING_BYTES // (dim * torch.float64.itemsize))) for x in (rows, labels)), strict=True
     )
     parts = (
         (into, part.double() if points is None else (part.double() - points.index_select(0, into)).abs())
-        for part, into in parts
+        for part, into in pieces
     )
     if keys.device.type == "cpu":
         sums = torch.full((len(counts), dim), -0.0, dtype=torch.float64)  # only -0.0 + x is x for every x

@@ -120,7 +120,6 @@ class RecallCache:
         self._check(keys, values)
         if keys.shape[-2] == 0 and self._held is not None:
             return
-        self._is_prompt = self.n_seen == 0
         n_seen = self.n_seen + keys.shape[-2]
         if self._held is None:
             self.body.backend = choose_step_backend(self.backend, keys, values)
@@ -128,6 +127,7 @@ class RecallCache:
             self._move_to_room_for(n_seen, (keys, values))
         for held, new in zip(self._held, (keys, values), strict=True):
             held[..., self.n_seen : n_seen, :] = new.detach()
+        self._is_prompt = self.n_seen == 0
         self.n_seen = n_seen
 
     def cluster(self) -> None:
@@ -139,9 +139,8 @@ class RecallCache:
             segments = sizes.count(size)
             start = self.plan.n_sink + self.n_clustered
             parts = [self._flat(array)[:, start : start + segments * size] for array in self._held]
-            places = self.body.add(
-                *(part.unflatten(1, (segments, size)) for part in parts), n_clusters=self.plan.n_clusters(size)
-            )
+            in_segments = [part.unflatten(1, (segments, size)) for part in parts]
+            places = self.body.add(in_segments[0], in_segments[1], n_clusters=self.plan.n_clusters(size))
             for part, held in zip(parts, self._held, strict=True):
                 part.copy_(gathered(self._flat(held), start + places))
 
@@ -160,8 +159,11 @@ class RecallCache:
         if self.n_clustered == 0:
             entries = *map(self._flat, self.stored), None
         elif self.body.backend == "cpp" and self.body.mass is None and not self.body.centroids_for_rest:
+            rows, keys, values = map(self._flat, (query, *self._held))
             output = cpp.attend_body(
-                *map(self._flat, (query, *self._held)),
+                rows,
+                keys,
+                values,
                 self.body.first_member,
                 self._take(query, scale),
                 n_sink=self.plan.n_sink,

@@ -71,9 +71,9 @@ def select_clusters(
         deviations = torch.zeros_like(centroids)
     check_scored(query, centroids, counts, deviations)
     check_integer("budget", budget, least=0)
-    check_share("spread", spread, least=0)
+    check_share("spread", spread, may_be_zero=True)
     if mass is not None:
-        check_share("mass", mass, least=None)
+        check_share("mass", mass, may_be_zero=False)
     problems, dims = centroids.shape[:-2].numel(), (centroids.shape[-2], centroids.shape[-1])
     features = torch.cat([x.detach().float().reshape(problems, *dims) for x in (centroids, deviations)], dim=-1)
     counts = counts.long()
@@ -172,14 +172,12 @@ def estimated_shares(query: Tensor, centroids: Tensor, counts: Tensor, scale: fl
     return logits.softmax(dim=-1).mean(dim=-2)
 
 
-def check_share(name: str, share: float, least: float | None) -> None:
-    """Refuse what is not a number from `least`, or above 0 where that is None, to 1."""
+def check_share(name: str, share: float, *, may_be_zero: bool) -> None:
+    """Refuse what is not a number from 0 to 1."""
     if isinstance(share, bool) or not isinstance(share, Real):
         raise TypeError(f"{name} must be a number, got {share!r}")
-    if least is None and not 0 < share <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {share}")
-    if least is not None and not least <= share <= 1:
-        raise ValueError(f"{name} must be in [{least}, 1], got {share}")
+    if not (0 <= share <= 1 if may_be_zero else 0 < share <= 1):
+        raise ValueError(f"{name} must be in {'[' if may_be_zero else '('}0, 1], got {share}")
 
 
 def check_scored(query: Tensor, centroids: Tensor, counts: Tensor, deviations: Tensor) -> None:

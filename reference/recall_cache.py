@@ -86,9 +86,9 @@ class RecallCache:
     ) -> None:
         self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
         check_integer("max_iter", max_iter, least=1)
-        check_share("spread", spread, least=0)
+        check_share("spread", spread, may_be_zero=True)
         if mass is not None:
-            check_share("mass", mass, least=None)
+            check_share("mass", mass, may_be_zero=False)
         self.max_iter, self.is_centred = max_iter, is_centred
         self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
         self.keys: Float[np.ndarray, "*lead tokens dim"] | None = None
@@ -123,7 +123,7 @@ class RecallCache:
         ------
         ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
         """
-        check_append(keys, values, self.keys, self.values)
+        self._check(keys, values)
         is_first = self.n_seen == 0
         if self.keys is None:
             self.keys, self.values = keys.copy(), values.copy()
@@ -200,24 +200,23 @@ class RecallCache:
         value_centroids = mean_of_members(values, self.clusters) if self.centroids_for_rest else None
         recalled = recalled_entries(keys, values, self.clusters, selection, value_centroids)
         pairs = zip(entries, recalled, (-2, -2, -1), strict=True)
-        return tuple(np.concatenate([first.astype(then.dtype), then], axis=axis) for first, then, axis in pairs)
+        keys, values, counts = (np.concatenate([a.astype(b.dtype), b], axis=axis) for a, b, axis in pairs)
+        return keys, values, counts
 
     def _check_query(self, query: np.ndarray) -> None:
         if self.keys is None:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         check_attention(query, self.keys, self.values)
 
-
-def check_append(keys: np.ndarray, values: np.ndarray, held_keys: np.ndarray, held_values: np.ndarray) -> None:
-    """Refuse what does not fit itself or what a cache holds (None before the first append)."""
-    check_array("keys", keys)
-    check_array("values", values)
-    if values.shape[:-1] != keys.shape[:-1]:
-        raise ValueError(
-            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
-        )
-    for name, new, held in (("keys", keys, held_keys), ("values", values, held_values)):
-        if held is not None and (new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]):
-            raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {held.shape}")
-        if held is not None and new.dtype != held.dtype:
-            raise ValueError(f"{name} must have the dtype of the cache, {held.dtype.name}, got {new.dtype.name}")
+    def _check(self, keys: np.ndarray, values: np.ndarray) -> None:
+        check_array("keys", keys)
+        check_array("values", values)
+        if values.shape[:-1] != keys.shape[:-1]:
+            raise ValueError(
+                f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
+            )
+        for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
+            if held is not None and (new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]):
+                raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {held.shape}")
+            if held is not None and new.dtype != held.dtype:
+                raise ValueError(f"{name} must have the dtype of the cache, {held.dtype.name}, got {new.dtype.name}")

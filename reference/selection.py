@@ -96,13 +96,13 @@ def select_clusters(
         deviations = np.zeros_like(centroids)
     check_scored(query, centroids, counts, deviations)
     check_integer("budget", budget, least=0)
-    check_share("spread", spread, least=0)
+    check_share("spread", spread, may_be_zero=True)
     ranking = np.argsort(-cluster_scores(query, centroids, counts, deviations, spread), axis=-1, kind="stable")
     counts_ranked = np.take_along_axis(counts.astype(np.int64), ranking, axis=-1)
     before = counts_ranked.cumsum(axis=-1) - counts_ranked
     taken_ranked = np.clip(budget - before, 0, counts_ranked)
     if mass is not None:
-        check_share("mass", mass, least=None)
+        check_share("mass", mass, may_be_zero=False)
         shares = np.take_along_axis(estimated_shares(query, centroids, counts, scale), ranking, axis=-1)
         taken_ranked = np.where(shares.cumsum(axis=-1) - shares < mass, taken_ranked, 0)
     taken = np.empty_like(taken_ranked)
@@ -116,11 +116,9 @@ def estimated_shares(query: np.ndarray, centroids: np.ndarray, counts: np.ndarra
     return softmax(logits).mean(axis=-2)
 
 
-def check_share(name: str, share: float, least: float | None) -> None:
-    """Refuse what is not a number from `least`, or above 0 where that is None, to 1."""
+def check_share(name: str, share: float, *, may_be_zero: bool) -> None:
+    """Refuse what is not a number from 0 to 1."""
     if isinstance(share, bool) or not isinstance(share, Real):
         raise TypeError(f"{name} must be a number, got {share!r}")
-    if least is None and not 0 < share <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {share}")
-    if least is not None and not least <= share <= 1:
-        raise ValueError(f"{name} must be in [{least}, 1], got {share}")
+    if not (0 <= share <= 1 if may_be_zero else 0 < share <= 1):
+        raise ValueError(f"{name} must be in {'[' if may_be_zero else '('}0, 1], got {share}")

@@ -26,12 +26,16 @@ def few_programs(monkeypatch):
     """Triton's interpreter is slow per program, not per number: a whole chunk in one, and its lookups remembered."""
     if torch.cuda.is_available():
         return
-    from kvcluster.fast.kernels import attention, match, merge, score
+    from kvcluster.fast.kernels import assign, attention, match, merge, score, select
 
     for module, name in (
         (match, "BLOCK_ROWS"),
         (match, "BLOCK_COLUMNS"),
         (score, "BLOCK_SOURCES"),
+        (assign, "BLOCK_ROWS"),
+        (assign, "BLOCK_COLUMNS"),
+        (assign, "BLOCK_SCORED"),
+        (select, "BLOCK_CLUSTERS"),
     ):
         monkeypatch.setattr(module, name, 128)
     monkeypatch.setattr(match, "BLOCK_SCORED", 128)

@@ -183,25 +183,34 @@ def in_rounds(keys: np.ndarray, target: int, most: int) -> np.ndarray:
     return labels
 
 
-def spread_left(keys: np.ndarray, chunk_size: int, most: int) -> float:
-    """Share of the spread of keys (tokens, dim) that is left inside of the clusters when a quarter of them is kept."""
+def chunks_in_rounds(keys: np.ndarray, chunk_size: int, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Keys and labels of each chunk of keys (tokens, dim) of which a quarter is kept."""
     chunks = [keys[first : first + chunk_size] for first in range(0, len(keys), chunk_size)]
-    within = sum(spread(chunk, in_rounds(chunk, chunk_size // 4, most)) for chunk in chunks)
-    return within / spread(keys, np.zeros(len(keys), dtype=int))
+    return [(chunk, in_rounds(chunk, chunk_size // 4, most)) for chunk in chunks]
 
 
-def check_chunks_and_rounds(chunk_sizes: tuple[int, ...] = (16, 64, 448), most: tuple[int, ...] = (64, 2)) -> Check:
+def spread_left(heads: list[np.ndarray], chunk_size: int, most: int) -> tuple[float, float]:
+    """Share of the spread of keys (tokens, dim) that is left inside the clusters, and tokens of a chunk's largest."""
+    shares, largest = [], []
+    for keys in heads:
+        found = chunks_in_rounds(keys, chunk_size, most)
+        shares.append(sum(spread(*one) for one in found) / spread(keys, np.zeros(len(keys), dtype=int)))
+        largest.append(np.mean([np.bincount(labels).max() for _, labels in found]))
+    return float(np.mean(shares)), float(np.mean(largest))
+
+
+def check_chunks_and_rounds(chunk_sizes: tuple[int, ...] = (16, 64, 448), most: tuple[int, int] = (64, 2)) -> Check:
     """P8: spread left by growing chunks, and by rounds that merge all they can beside rounds of two merges; SmolLM2."""
-    keys = [head[N_SINK : N_SINK + 448] for layer in real_cache().keys[::4] for head in layer]
-    by_size = [float(np.mean([spread_left(head, size, size) for head in keys])) for size in chunk_sizes]
-    by_round = [float(np.mean([spread_left(head, CHUNK, merges) for head in keys])) for merges in most]
-    worst = max(after / before for before, after in (*itertools.pairwise(by_size), by_round[::-1]))
+    heads = [head[N_SINK : N_SINK + 448] for layer in real_cache().keys[::4] for head in layer]
+    by_size = [spread_left(heads, size, size)[0] for size in chunk_sizes]
+    (whole, largest), (small, largest_of_small) = (spread_left(heads, CHUNK, merges) for merges in most)
+    worst = max(after / before for before, after in (*itertools.pairwise(by_size), (small, whole)))
     clusterings = all_clusterings(8, 2)
-    eights = [head[first : first + 8] for head in keys for first in range(0, 448, 64)]
+    eights = [head[first : first + 8] for head in heads for first in range(0, 448, CHUNK)]
     ratio = np.median([spread(eight, soft_labels(eight, 2)) / least_spread(eight, clusterings) for eight in eights])
     sizes = ", ".join(f"{left:.3f} in chunks of {n}" for n, left in zip(chunk_sizes, by_size, strict=True))
     note = (
-        f"spread left: {sizes}; "
-        f"{by_round[1]:.3f} with rounds of {most[1]} merges; 8 tokens to 2: {ratio:.2f} of the least (median)"
+        f"spread left: {sizes}; {small:.3f} in chunks of {CHUNK} with rounds of {most[1]} merges: the largest cluster "
+        f"has {largest_of_small:.1f} tokens instead of {largest:.1f}; 8 tokens to 2: {ratio:.2f} of the least (median)"
     )
-    return Check("P8", "spread left / spread of the smaller choice", len(keys) * 5, worst, 1, note)
+    return Check("P8", "spread left / that of the other choice", len(heads) * (len(chunk_sizes) + 2), worst, 1, note)

@@ -35,10 +35,7 @@ def decoding(
             caches = {name: filled(make(model), batch, context, model) for name, make in CONTENDERS.items()}
             n_bytes = {name: weight_bytes + stored_bytes(cache) for name, cache in caches.items()}
             token = torch.ones(batch, 1, dtype=torch.long)
-            runs: dict[str, Callable[[], object]] = {
-                name: lambda token=token, cache=cache: model(token, past_key_values=cache)
-                for name, cache in caches.items()
-            }
+            runs = {name: step(model, token, cache) for name, cache in caches.items()}
             tensors = [x for layer in caches["full"].layers for x in (layer.keys, layer.values)]
             runs["read"] = partial(read_all, weights + tensors)
             seconds = seconds_in_turn(runs, rounds, advance)

@@ -8,18 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .assign import BLOCK_COLUMNS as assign_columns
+from .assign import BLOCK_ROWS as assign_rows
+from .assign import BLOCK_SCORED as assign_scored
+from .assign import N_STAGES as assign_stages
+from .assign import N_WARPS as assign_warps
+from .assign import filter_kernel, settle_kernel
 from .attention import N_STAGES, ROWS, SPLIT, combine_kernel, entries_of_step, split_kernel
 from .attention import N_WARPS as attention_warps
 from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel
 from .match import N_WARPS as match_warps
 from .merge import BLOCK_ENTRIES, merge_kernel
 from .merge import N_WARPS as merge_warps
+from .recalled_attention import recalled_kernel
 from .score import BLOCK_SOURCES, score_kernel
 from .score import N_WARPS as score_warps
+from .select import BLOCK_CLUSTERS, cluster_scores_kernel
+from .select import N_WARPS as select_warps
 
 __all__ = ["KERNELS", "TARGETS", "TYPES", "Compiled", "compile_all"]
 
@@ -30,15 +40,16 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 8.0e12),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 5.3e12),
 }
-KERNELS = ("match", "score", "merge", "attend", "combine")
+KERNELS = ("match", "score", "merge", "attend", "combine", "assign", "settle", "select", "recall")
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The problem whose bytes are counted.
 # Strides that are multiples of 16 in a contiguous cache.
-STRIDES = {"stride_batch", "stride_head", "stride_token"} | {
+STRIDES = {"stride_batch", "stride_head", "stride_problem", "stride_token"} | {
     f"{array}_{axis}" for array in ("key", "value") for axis in ("batch", "head", "entry")
 }
 HEADS, TOKENS, CHUNK_SIZE, GROUP = 8, 32_768, 64, 4
+TOKENS_PER_CLUSTER, RECALLED = 8, 1024  # of a recall cache
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ class Compiled:
     registers, spills, shared : registers of a thread; bytes that did not fit them; bytes of shared memory of a block.
     tensor_core_products, wide_loads : such instructions in the code (16-byte loads).
     bytes_moved : what the kernel must read and write for one round on 8 heads x 32,768 tokens in chunks of 64; in
-        attention, for one new token and 4 query heads that share a KV head.
+        attention, for one new token and 4 query heads that share a KV head; in recall, 8 tokens a cluster and 1,024
+        recalled tokens.
     predicted_seconds : `bytes_moved` over the published bandwidth of the target. A prediction, not a measurement.
     """
 
@@ -77,7 +89,8 @@ def compile_all(targets: tuple[str, ...] = tuple(TARGETS), dim: int = 128) -> It
         raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset, got 1")
     for target in targets:
         for dtype in TYPES:
-            for kernel, code, options in sources(dtype, TARGETS[target][0].backend, dim):
+            asked = dtype, TARGETS[target][0].backend, dim
+            for kernel, code, options in (*sources(*asked), *recall_sources(*asked)):
                 yield compile_one(kernel, code, options, dtype, target, dim)
 
 
@@ -113,6 +126,32 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
     )
 
 
+def recall_sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+    """The same of the kernels that only recall needs; clusters are scored by bfloat16 features unless in float32."""
+    shape = {"DIM": dim, "BLOCK_DIM": dim}
+    canonical = shape | {"STEPS": dim.bit_length() - 1}
+    types = {"keys": TYPES[dtype], "centroids": "*fp32", "labels_out": "*i64", "threshold_in": "*fp32"}
+    types |= {"threshold_out": "*fp32", "lead": "fp32"}
+    types |= dict.fromkeys(("blocks", "tokens", "clusters", "stride_problem", "stride_token"), "i32")
+    blocks = {"ROWS": assign_rows, "COLUMNS": assign_columns, "WIDEN": dtype == "float32", "stride_dim": 1}
+    options = {"num_warps": assign_warps[getattr(torch, dtype)], "num_stages": assign_stages}
+    yield "assign", source(filter_kernel, types, shape | blocks), options
+    yield "settle", source(settle_kernel, types, canonical | {"SCORED": assign_scored, "stride_dim": 1}), options
+    features = TYPES["float32" if dtype == "float32" else "bfloat16"]
+    types = {"probe": "*fp32", "features": features, "mean": "*fp32", "scores_out": "*fp64"}
+    types |= dict.fromkeys(("blocks", "clusters", "group"), "i32")
+    constants = canonical | {"CLUSTERS": BLOCK_CLUSTERS}
+    yield "select", source(cluster_scores_kernel, types, constants), {"num_warps": select_warps}
+    types = {"query": TYPES[dtype], "keys": TYPES[dtype], "values": TYPES[dtype], "rows": "*i64", "scale": "fp32"}
+    types |= {"outputs": "*fp32", "sums": "*fp32", "highest_out": "*fp32"}
+    types |= dict.fromkeys(("heads", "group", "recalled", "row_problem"), "i32")
+    types |= {f"{array}_{axis}": "i32" for array in ("key", "value") for axis in ("batch", "head", "entry")}
+    blocks = {"ROWS": ROWS, "SPLIT": SPLIT, "WIDEN": False, "ENTRIES": entries_of_step(dim, dtype == "float32")}
+    constants = shape | {"DIM_VALUE": dim, "BLOCK_VALUE": dim, "key_dim": 1, "value_dim": 1, "row_entry": 1} | blocks
+    options = {"num_warps": attention_warps, "num_stages": N_STAGES}
+    yield "recall", source(recalled_kernel, types, constants), options
+
+
 def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
     """What the launcher's just-in-time compiler would see: pointers and strides are multiples of 16."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -144,8 +183,12 @@ def compile_one(kernel: str, code: ASTSource, options: dict[str, int], dtype: st
 def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids.
 
-    In attention all keys, values and counts, and the partial results, which are what is combined.
+    In attention all keys, values and counts, and the partial results, which are what is combined. To assign, all keys,
+    the centroids of every segment, and 9 bytes a token; to select, all features and 8 bytes a cluster; to recall, the
+    recalled keys and values, 8 bytes for each, and the partial results.
     """
+    if kernel in ("assign", "settle", "select", "recall"):
+        return recall_bytes_moved(kernel, dtype, dim)
     if kernel in ("attend", "combine"):
         partial = HEADS * GROUP * TOKENS // SPLIT * (dim + 2) * 4
         return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel == "attend" else 0)
@@ -154,6 +197,16 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     if kernel != "merge":
         return keys + entries * (9 if kernel == "match" else 16)
     return keys + HEADS * TOKENS * 8 + entries * (16 + dim * 4)
+
+
+def recall_bytes_moved(kernel: str, dtype: str, dim: int) -> int:
+    clusters = HEADS * TOKENS // TOKENS_PER_CLUSTER
+    if kernel in ("assign", "settle"):
+        return HEADS * TOKENS * (dim * ITEM_BYTES[dtype] + 9) + clusters * dim * 4
+    if kernel == "select":
+        return clusters * (2 * dim * (4 if dtype == "float32" else 2) + 8)
+    partial = HEADS * GROUP * RECALLED // SPLIT * (dim + 2) * 4
+    return partial + HEADS * RECALLED * (2 * dim * ITEM_BYTES[dtype] + 8)
 
 
 def cuda_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:

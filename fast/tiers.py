@@ -1,0 +1,351 @@
+"""A recall cache in two tiers: all keys and values in slow memory, the clusters selected lately in fast memory."""
+
+import contextlib
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from .arguments import check_integer, check_shape
+from .backends import AttentionBackend
+from .body_clusters import BodyClusters, longer
+from .cpu import recall as cpp
+from .entry_attention import attend_entries
+from .recall_cache import RecallCache, choose_step_backend, gathered
+from .selection import recalled_places
+
+__all__ = ["TierStatistics", "TieredRecallCache"]
+
+
+@dataclass
+class TierStatistics:
+    """What the fast tier was good for; a cluster of each KV head of each batch row counts by itself.
+
+    Attributes
+    ----------
+    n_asked : clusters that steps took tokens of; n_hits : of these, those that lay in the fast tier already.
+    n_evicted : clusters that left the fast tier.
+    nbytes_moved : bytes of keys and values of whole clusters copied to the fast tier. Sinks and recent tokens, which
+        come once each, are not counted.
+    """
+
+    n_asked: int = 0
+    n_hits: int = 0
+    n_evicted: int = 0
+    nbytes_moved: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the hits; NaN before the first step."""
+        return self.n_hits / self.n_asked if self.n_asked else float("nan")
+
+
+class TieredRecallCache(RecallCache):
+    """A `RecallCache` whose keys and values lie in slow memory, but for those of the last steps' clusters.
+
+    Clusters, recalled tokens and outputs are those of a `RecallCache`, bit for bit. Slow memory is a file for CPU
+    tensors, mapped into the address space, and pinned host memory for CUDA tensors.
+
+    Parameters
+    ----------
+    folder : where the file lies; the system's folder for temporary files by default, which may be memory. CPU only.
+    n_steps : the fast tier holds, whole, the clusters of which the last `n_steps` calls of `attend` took tokens; R in
+        the paper (arXiv:2412.03213, DAC 2025), which uses 1.
+    The others : as in `RecallCache`.
+
+    Attributes
+    ----------
+    statistics : see `TierStatistics`.
+    stored : views of the slow tier; `keys` and `values` are on the device of what was appended.
+    nbytes_reserved : bytes of fast memory: clusters and fast tier. nbytes_slow : of the slow tier, room included.
+
+    Raises
+    ------
+    ValueError : a folder that is none, or a folder for CUDA tensors; and all that `RecallCache` raises.
+    OSError : from `append`, `extend` and `select`, where the disk is full. The cache is then as it was, and usable.
+
+    Notes
+    -----
+    The file has no name from the moment it is mapped, so the system removes it when the process ends in any way, and
+    no run can read that of another. Its blocks are reserved before it is written to: a full disk is an error of
+    `append`, not a signal later. It moves to a larger one, at times beside the old one, where its room (1 / 8) ends.
+
+    On CUDA a step copies on a stream of its own, which waits for the attention that may still read what is overwritten,
+    and for which the attention of this step waits. This part was written without a GPU and has never run.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str | Path | None = None,
+        n_steps: int = 1,
+        backend: AttentionBackend = "auto",
+        **parameters: Any,  # of RecallCache, with its defaults
+    ) -> None:
+        super().__init__(**parameters, backend="torch")  # the right one is known when something is appended
+        check_integer("n_steps", n_steps, least=1)
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
+        self.body: BodyOfSlowTokens = BodyOfSlowTokens(
+            max_iter=self.body.max_iter,
+            is_centred=self.body.is_centred,
+            spread=self.body.spread,
+            mass=self.body.mass,
+            centroids_for_rest=self.body.centroids_for_rest,
+            backend="torch",
+        )
+        self.folder, self.n_steps, self.step_backend = folder, n_steps, backend
+        self.device = torch.device("cpu")
+        self.statistics = TierStatistics()
+        self._near: FastTier | None = None
+
+    @property
+    def nbytes_reserved(self) -> int:
+        return self.body.nbytes + (0 if self._near is None else sum(array.nbytes for array in self._near.held))
+
+    @property
+    def nbytes_slow(self) -> int:
+        return 0 if self._held is None else sum(array.nbytes for array in self._held)
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        check_shape("keys", keys)
+        check_shape("values", values)
+        device = keys.device if self._held is None else self.device
+        for name, new in (("keys", keys), ("values", values)):
+            if new.device != device:
+                raise ValueError(f"{name} must be on the device of the cache, {device}, got {new.device}")
+        if device.type == "cuda" and self.folder is not None:
+            raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
+        step_backend = choose_step_backend(self.step_backend, keys, values) if self._held is None else self.body.backend
+        self.device, was_prompt = device, self._is_prompt
+        try:
+            super().extend(keys.detach().cpu(), values.detach().cpu())
+        except OSError:
+            self._is_prompt = was_prompt
+            raise
+        self.body.backend, self.body.device = step_backend, device
+
+    def attend(
+        self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
+    ) -> Float[Tensor, "*lead group dim_value"]:
+        self._check_query(query)
+        taken = None if self.n_clustered == 0 else self._take(query, scale)
+        near = self._with_clusters_of(taken)
+        keys, values = near.held
+        is_plain = self.body.mass is None and not self.body.centroids_for_rest
+        if taken is not None and is_plain and self.body.backend == "cpp":
+            output = cpp.attend_body(
+                self._flat(query),
+                keys,
+                values,
+                near.first_row,
+                taken,
+                n_sink=0,  # exact rows come first, and `first_row` counts from the very first
+                n_exact=self.n_seen - self.n_clustered,
+                n_body=0,
+                scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            )
+            return output.reshape(query.shape)
+        keys, values, counts = self._entries(taken)
+        flat, counts = self._flat(query).unsqueeze(0), None if counts is None else counts.unsqueeze(0)
+        output = attend_entries(flat, keys.unsqueeze(0), values.unsqueeze(0), counts, scale=scale)
+        return output.reshape(*query.shape[:-1], values.shape[-1])
+
+    def select(self, indices: Int64[Tensor, " batch"]) -> None:
+        if self._held is None:
+            return
+        moved = tuple(self._slow((len(indices), *array.shape[1:]), array.dtype) for array in self._held)
+        for new, old in zip(moved, self._held, strict=True):
+            torch.index_select(old, 0, indices.cpu(), out=new)
+        rows = torch.arange(self._held[0].shape[:-2].numel(), device=self.device)
+        rows = rows.reshape(len(self._held[0]), -1).index_select(0, indices.to(self.device)).flatten()
+        self.body.select_rows(rows)
+        if self._near is not None:
+            self._near.select_rows(rows)
+        self._held = moved[0], moved[1]
+
+    def _with_clusters_of(self, taken: Int64[Tensor, "problems clusters"] | None) -> "FastTier":
+        """The fast tier, once all that this step attends to lies there."""
+        if self._near is None:
+            self._near = FastTier(self._held, self.device, self.plan.budget)
+        near, n_exact, problems = self._near, self.n_seen - self.n_clustered, len(self._flat(self._held[0]))
+        counts, first_member, n_sink = self.body.counts, self.body.first_member, self.plan.n_sink
+        if taken is None:
+            taken = counts = first_member = torch.zeros(problems, 0, dtype=torch.int64, device=self.device)
+        sizes = near.replace(taken > 0, counts, self.n_steps, self.statistics)
+        near.make_room(n_exact, sizes)
+        rows = torch.arange(near.first_new_exact(self.n_clustered, n_sink), n_exact, device=self.device)
+        of = torch.where(rows < n_sink, rows, rows + self.n_clustered)
+        near.copy(self._held, of.expand(problems, -1), rows.expand(problems, -1))
+        near.n_exact, near.n_clustered = n_exact, self.n_clustered
+        near.copy(self._held, recalled_places(n_sink + first_member, sizes), near.place(sizes))
+        self.statistics.nbytes_moved += int(sizes.sum()) * near.nbytes_of_token
+        return near
+
+    def _entries(self, taken: Int64[Tensor, "problems clusters"] | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        body, near, n_exact = self.body, self._near, self.n_seen - self.n_clustered
+        if taken is None:
+            return near.held[0][:, :n_exact], near.held[1][:, :n_exact], None
+        n_recalled = min(self.plan.budget - n_exact, body.n_tokens) if body.mass is None else None
+        recalled = recalled_places(near.first_row, taken, n_recalled)
+        exact = torch.arange(n_exact, device=taken.device).expand(len(taken), -1)
+        rows = torch.cat([exact, recalled.clamp(min=0)], dim=1)
+        keys, values = (gathered(array, rows) for array in near.held)
+        if n_recalled is not None and not body.centroids_for_rest:
+            return keys, values, None
+        counts = torch.cat([torch.ones_like(exact), (recalled >= 0).long()], dim=1)
+        if body.centroids_for_rest:
+            keys = torch.cat([keys.float(), body.scored.features.chunk(2, dim=-1)[0].float()], dim=1)
+            values = torch.cat([values.float(), body.value_centroids], dim=1)
+            counts = torch.cat([counts, body.counts - taken], dim=1)
+        return keys, values, counts.int()
+
+    def _in_order_of_arrival(self, array: Tensor) -> Tensor:
+        return super()._in_order_of_arrival(array.to(self.device))
+
+    def _move_to_room_for(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
+        room = tokens + max(self.plan.segment_size, tokens // 8)
+        moved = tuple(self._slow((*new.shape[:-2], room, new.shape[-1]), new.dtype) for new in like)
+        if self._held is not None:
+            for new, old in zip(moved, self.stored, strict=True):
+                new[..., : self.n_seen, :] = old
+        self._held = moved[0], moved[1]
+
+    def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Slow memory that belongs to this process alone."""
+        if self.device.type == "cuda":
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return mapped_memory(shape, dtype, self.folder)
+
+
+class BodyOfSlowTokens(BodyClusters):
+    """Clusters on `device` of keys and values that lie on the host."""
+
+    device = torch.device("cpu")
+
+    def add(self, keys: Tensor, values: Tensor, n_clusters: int) -> Int64[Tensor, "problems tokens"]:
+        return super().add(keys.to(self.device), values.to(self.device), n_clusters).to(keys.device)
+
+
+class FastTier:
+    """Rows of keys and values: first those of sinks and recent tokens, then whole clusters, each in one span.
+
+    Attributes
+    ----------
+    held : keys and values (problems, rows, .).
+    first_row : (problems, clusters), int64: where each cluster begins; -1 if it is not here.
+    last_step : (problems, clusters), int64: when it was selected last.
+    """
+
+    def __init__(self, slow: tuple[Tensor, Tensor], device: torch.device, n_exact: int) -> None:
+        problems = slow[0].shape[:-2].numel()
+        self.held = tuple(torch.zeros(problems, 0, x.shape[-1], dtype=x.dtype, device=device) for x in slow)
+        self.nbytes_of_token = sum(x.shape[-1] * x.itemsize for x in slow)
+        self.room_for_exact = n_exact
+        self.n_exact, self.n_clustered = 0, 0  # when exact rows were copied last
+        self.step = 0
+        self.first_row = self.last_step = torch.zeros(problems, 0, dtype=torch.int64, device=device)
+        self.counts = self.first_row
+        self.end = torch.zeros(problems, dtype=torch.int64, device=device)  # of the rows in use
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def replace(
+        self, asked: Bool[Tensor, "problems clusters"], counts: Tensor, n_steps: int, statistics: TierStatistics
+    ) -> Int64[Tensor, "problems clusters"]:
+        """Let go of what was not selected in the last `n_steps`, this one included; sizes of what has to come."""
+        new = asked.shape[1] - self.first_row.shape[1]
+        unheld = torch.full_like(counts[:, :new], -1)
+        self.first_row, self.last_step = longer(self.first_row, unheld), longer(self.last_step, unheld)
+        self.counts = counts
+        self.step += 1
+        self.last_step = self.last_step.masked_fill(asked, self.step)
+        is_held = self.first_row >= 0
+        leaves = is_held & (self.last_step <= self.step - n_steps)
+        self.first_row = self.first_row.masked_fill(leaves, -1)
+        statistics.n_asked += int(asked.sum())
+        statistics.n_hits += int((asked & is_held).sum())
+        statistics.n_evicted += int(leaves.sum())
+        return torch.where(asked & ~is_held, counts, 0)
+
+    def make_room(self, n_exact: int, sizes: Int64[Tensor, "problems clusters"]) -> None:
+        """Have rows for `n_exact` exact tokens and, behind those in use, for clusters of such sizes."""
+        end, rows = self.end + sizes.sum(dim=1), self.held[0].shape[1]
+        if n_exact <= self.room_for_exact <= rows and (not len(end) or int(end.max()) <= rows):
+            return
+        self.room_for_exact = max(n_exact, self.room_for_exact)
+        kept = torch.where(self.first_row >= 0, self.counts, 0)
+        old, of = self.held, recalled_places(self.first_row, kept)
+        self.end = torch.full_like(self.end, self.room_for_exact)
+        to = self.place(kept)
+        needed = 0 if not len(end) else int((kept.sum(dim=1) + sizes.sum(dim=1)).max())
+        if self.room_for_exact + needed > rows:  # twice that, so that rows are moved now and then
+            shape = (len(end), self.room_for_exact + 2 * needed)
+            self.held = tuple(array.new_zeros(*shape, array.shape[-1]) for array in old)
+            for new, array in zip(self.held, old, strict=True):
+                new[:, : self.n_exact] = array[:, : self.n_exact]
+        self.copy(old, of, to)
+
+    def place(self, sizes: Int64[Tensor, "problems clusters"]) -> Int64[Tensor, "problems rows"]:
+        """Rows, behind those in use, for the clusters whose size here is not 0."""
+        first_row = self.end.unsqueeze(1) + sizes.cumsum(dim=1) - sizes
+        self.first_row = torch.where(sizes > 0, first_row, self.first_row)
+        self.end = self.end + sizes.sum(dim=1)
+        return recalled_places(first_row, sizes)
+
+    def first_new_exact(self, n_clustered: int, n_sink: int) -> int:
+        """The first row whose exact token is not here: clustering moves all recent tokens."""
+        return self.n_exact if n_clustered == self.n_clustered else min(self.n_exact, n_sink)
+
+    def copy(self, source: tuple[Tensor, ...], of: Tensor, to: Tensor) -> None:
+        """Copy rows `of` of `source` (..., rows, .) to rows `to`, both (problems, copied), -1 where there are fewer."""
+        problem = torch.arange(len(to), device=to.device).unsqueeze(1)
+        of, to = ((rows + problem * x.shape[-2])[rows >= 0] for rows, x in ((of, source[0]), (to, self.held[0])))
+        with self.copying():
+            for held, array in zip(self.held, source, strict=True):
+                is_far = array.device != held.device
+                shape = len(of), array.shape[-1]
+                rows = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=is_far)
+                torch.index_select(array.reshape(-1, array.shape[-1]), 0, of.to(array.device), out=rows)
+                held.view(-1, array.shape[-1]).index_copy_(0, to, rows.to(held.device, non_blocking=True))
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """On CUDA: a stream that waits for what was queued before, and that what is queued later waits for."""
+        if self.side is None:
+            yield
+            return
+        computing = torch.cuda.current_stream(self.side.device)
+        self.side.wait_event(computing.record_event())
+        with torch.cuda.stream(self.side):
+            yield
+        computing.wait_event(self.side.record_event())
+
+    def select_rows(self, indices: Int64[Tensor, " rows"]) -> None:
+        """Keep the problems `indices`, in their order."""
+        self.held = tuple(array.index_select(0, indices) for array in self.held)
+        self.first_row, self.last_step, self.counts, self.end = (
+            array.index_select(0, indices) for array in (self.first_row, self.last_step, self.counts, self.end)
+        )
+
+
+def mapped_memory(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:
+    """Memory that a file without a name stands behind, its blocks reserved, as a tensor."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            memory = mmap.mmap(file.fileno(), nbytes)  # keeps the file open
+    except OSError as error:
+        where = tempfile.gettempdir() if folder is None else str(folder)
+        rule = f"the slow tier needs a file of {nbytes:,} bytes and got none, the cache is as it was"
+        raise OSError(error.errno, f"{error.strerror}: {rule}", where) from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
