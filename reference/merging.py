@@ -49,7 +49,8 @@ def merge(
     token alone in its cluster is left as it is, bit for bit.
 
     One centroid per cluster: arXiv:2506.11418v1. That it is the plain mean of the original tokens, for
-    keys and for values: our choice; the paper's text was not available to us. Costs `tokens * dim` additions.
+    keys and for values: our choice; the paper's text was not available to us. Costs `tokens * dim` additions. What
+    attention loses by it: theory/merging.md, M3 to M5.
 
     Examples
     --------
