@@ -62,7 +62,8 @@ def test_every_layer_attends_to_what_the_reference_recalls(decoded, monkeypatch)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, listening)
     after(model, cache, tokens[:, -1:])
     assert len(heard) == 3
-    for query, keys, values, output in heard:
+    for layer, (query, _, _, output) in zip(cache.layers, heard, strict=True):
+        keys, values = layer.keys, layer.values  # in order of arrival
         expected = reference.RecallCache(**SMALL)
         expected.append(keys[:, :, :150].numpy(), values[:, :, :150].numpy())
         for token in range(150, keys.shape[2]):

@@ -76,6 +76,10 @@ class EntryLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.entries.extend(key_states, value_states)
+        return self.held()
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that new tokens attend to, themselves last."""
         return self.entries.keys, self.entries.values
 
     def attends(self, queries: int) -> bool:

@@ -96,6 +96,10 @@ class RecallLayer(EntryLayer):
         self.entries = LayerCache(**self.parameters)
         super().reset()
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """In the order of memory, clusters together: `keys` and `values` would be copies."""
+        return self.entries.stored
+
     def attends(self, queries: int) -> bool:
         return queries == 1 and not self.is_dense and self.entries.n_seen > self.parameters["budget"]
 
