@@ -60,7 +60,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4_096, help="of each text")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, metavar="N", help="entries per KV head")
     parser.add_argument("--step-tokens", type=int, default=32_768, help="of the attention step that is timed")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no context after this long")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin nothing more after this long; another run goes on"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -124,15 +126,17 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], progress: Pr
         write()
     advance = bar("needles", sum(map(len, todo.values())))
     for number, pairs in todo.items():
-        if not pairs or time.monotonic() - begun > 60 * arguments.minutes:
-            continue
-        context = plant(tokenizer, arguments.needles, number, **size)
-        read = prefill(model, context)
+        read = None
         for setting, tokens in pairs:
+            if time.monotonic() - begun > 60 * arguments.minutes:
+                return
+            if read is None:
+                context = plant(tokenizer, arguments.needles, number, **size)
+                read = prefill(model, context)
             made = score(model, context, read, lambda exact, layer: setting.of_layer(exact, layer, tokens))  # noqa: B023
             results["runs"].append({"context": number, "setting": setting.name, "budget": tokens, **vars(made)})
+            write()
             advance()
-        write()
 
 
 def missing(

@@ -1,5 +1,6 @@
 """Checks of the claims C1 to C5 of complexity.md: what every algorithm costs, counted and timed while it runs."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def exponents(claim: str, chunked: float, whole: float, cases: int, what: str) -
     return Check(claim, f"exponent {what} beyond 1.05, 1.9", cases, max(chunked - 1.05, 1.9 - whole), 0, note)
 
 
-def check_time_exponents(chunk_size_of: Callable[[int], int] = lambda tokens: 64) -> Check:
+def check_time_exponents(chunk_size_of: Callable[[int], int] = lambda tokens: 64, turns: int = 5) -> Check:
     """C4, time: processor seconds, the least of several runs taken in turn.
 
     Chunked is the reference. Un-chunked is the torch path: the reference holds all products of all pairs, which are
@@ -155,7 +156,7 @@ def check_time_exponents(chunk_size_of: Callable[[int], int] = lambda tokens: 64
     chunked_sizes, whole_sizes = [4096, 8192, 16384, 32768], [2048, 4096, 8192]
     runs = [(chunked_run(tokens), 32768 // tokens) for tokens in chunked_sizes]
     runs += [(whole_run(tokens), (8192 // tokens) ** 2) for tokens in whole_sizes]
-    seconds = least_seconds(runs, turns=7)
+    seconds = least_seconds(runs, turns)
     chunked = fitted_exponent(chunked_sizes, seconds[: len(chunked_sizes)])
     whole = fitted_exponent(whole_sizes, seconds[len(chunked_sizes) :])
     return exponents("C4", chunked, whole, len(seconds), "of time")
@@ -164,16 +165,31 @@ def check_time_exponents(chunk_size_of: Callable[[int], int] = lambda tokens: 64
 def least_seconds(runs: list[tuple[Callable[[], object], int]], turns: int) -> list[float]:
     """Processor seconds of each run, the least of `turns`: what other programs do to the machine only ever adds.
 
-    Each is repeated as often as said, so that all are timed for about as long.
+    Each is repeated as often as said, so that all are timed for about as long. On one thread: threads that wait for
+    each other on a busy machine spend processor time as well.
     """
     least = [math.inf] * len(runs)
-    for _ in range(turns):
-        for i, (run, repeats) in enumerate(runs):
-            start = time.process_time()
-            for _ in range(repeats):
-                run()
-            least[i] = min(least[i], (time.process_time() - start) / repeats)
+    with one_thread():
+        for _ in range(turns):
+            for i, (run, repeats) in enumerate(runs):
+                start = time.process_time()
+                for _ in range(repeats):
+                    run()
+                least[i] = min(least[i], (time.process_time() - start) / repeats)
     return least
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """While open, torch computes on one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_break_even(break_even: Callable = closed_forms.break_even) -> Check:
