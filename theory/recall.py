@@ -80,6 +80,11 @@ def left_out(weights: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return np.where(taken[:, None], 0, weights).sum(axis=-1)
 
 
+def farthest(some: np.ndarray, others: np.ndarray) -> float:
+    """Largest distance of a row of `some` to one of `others`; 0 if there are none."""
+    return float(lengths(some[:, None].astype(np.float64) - others[None]).max(initial=0))
+
+
 def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_out) -> Check:
     """R1: error over mass left out times the distance of the values, and rounding."""
     worst, cases, errors, masses = 0.0, 0, [], []
@@ -88,8 +93,9 @@ def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_
         weights, taken = softmax(scaled_logits(one.query, one.keys, one.scale)), one.taken
         ours = recall_attention(*full, one.clusters, budget=one.budget)
         error = lengths(attention(*full) - ours)
-        apart = lengths(one.values[:, :, None].astype(np.float64) - one.values[:, None])
-        apart = np.where(taken[:, :, None] & ~taken[:, None], apart, 0).max(axis=(1, 2))
+        apart = np.array(
+            [farthest(values[mine], values[~mine]) for values, mine in zip(one.values, taken, strict=True)]
+        )
         mass = share(weights, taken)
         bound = mass * apart[:, None] + 2 * attention_rounding(*full, scale=one.scale)
         worst, cases = max(worst, float((error / bound).max())), cases + error.size

@@ -23,7 +23,7 @@ __all__ = [
 
 BLOCK_ROWS = 32  # tokens of a program
 BLOCK_COLUMNS = 32  # clusters that are filtered together
-BLOCK_SCORED = 1  # clusters that are scored canonically together; more need more registers
+BLOCK_SCORED = 4  # clusters that are scored canonically together
 N_STAGES = 2
 N_WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}  # fewer spill registers on sm_100 in float32
 # Centroids of length 1 as the sum of two 16-bit numbers are off by at most 2**-18 (bfloat16) or 2**-20 (float16, whose
