@@ -91,7 +91,7 @@ def random_trials() -> Iterator[Trial]:
 
 
 def real_trials(keep_ratio: float) -> Iterator[Trial]:
-    """Every layer of SmolLM2 after 512 tokens, as `ClusteredCache` stores them; the queries of the next 8 tokens."""
+    """Every layer of SmolLM2 after 512 tokens, as `ClusteredCache` stores them; the queries of the next 16 tokens."""
     cache = real_cache()
     for query, keys, values in zip(cache.queries, cache.keys, cache.values, strict=True):
         yield Trial(query, keys, values, cache_clustering(keys, keep_ratio))

@@ -12,7 +12,7 @@ from .claims import NotInstalledError
 __all__ = ["RealCache", "real_cache"]
 
 N_TOKENS = 512
-N_QUERIES = 8  # tokens after these, whose queries look back
+N_QUERIES = 16  # tokens after these, whose queries look back
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class RealCache:
 
 @functools.cache
 def real_cache() -> RealCache:
-    """SmolLM2-135M's after 512 tokens of the Python language reference, with the queries of the next 8.
+    """SmolLM2-135M's after 512 tokens of the Python language reference, with the queries of the next 16.
 
     Raises
     ------
