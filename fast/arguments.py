@@ -5,7 +5,16 @@ from numbers import Integral, Real
 
 import torch
 
-__all__ = ["check_array", "check_finite", "check_integer", "check_keep_ratio", "check_shape", "entries_of_chunk"]
+__all__ = [
+    "check_append",
+    "check_array",
+    "check_finite",
+    "check_integer",
+    "check_keep_ratio",
+    "check_shape",
+    "entries_of_chunk",
+    "with_four_axes",
+]
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
@@ -14,6 +23,22 @@ def check_array(name: str, array: torch.Tensor) -> None:
     """Refuse what is not a finite float16, bfloat16 or float32 tensor `(..., tokens, dim)`, dim >= 1."""
     check_shape(name, array)
     check_finite(name, array)
+
+
+def check_append(keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, ...] | None) -> None:
+    """Refuse keys and values that do not fit each other, or what a cache holds: its keys and values, if any."""
+    check_array("keys", keys)
+    check_array("values", values)
+    shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
+    for name, new, old in zip(("keys", "values"), (keys, values), held or (), strict=False):
+        if new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]:
+            raise ValueError(f"{name} must fit what the cache holds, got {tuple(new.shape)} after {tuple(old.shape)}")
+        if new.dtype != old.dtype:
+            raise ValueError(f"{name} must have the dtype of the cache, {dtype_name(old)}, got {dtype_name(new)}")
+        if new.device != old.device:
+            raise ValueError(f"{name} must be on the device of the cache, {old.device}, got {new.device}")
 
 
 def check_finite(name: str, array: torch.Tensor) -> None:
@@ -34,6 +59,11 @@ def check_shape(name: str, array: torch.Tensor) -> None:
         raise ValueError(f"{name} must have shape (..., tokens, dim), got {tuple(array.shape)}")
     if array.shape[-1] < 1:
         raise ValueError(f"{name} must have dim >= 1, got shape {tuple(array.shape)}")
+
+
+def with_four_axes(array: torch.Tensor) -> torch.Tensor:
+    """`array` (..., rows, dim) as (batch, heads, rows, dim), the kernels' shape; other leading axes become heads."""
+    return array if array.ndim == 4 else array.reshape(1, array.shape[:-2].numel(), *array.shape[-2:])
 
 
 def dtype_name(array: torch.Tensor) -> str:

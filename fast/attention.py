@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_array
+from .arguments import check_array, with_four_axes
 from .backends import AttentionBackend
 from .entry_attention import attend_entries
 
@@ -32,11 +32,6 @@ def attend_any(
     query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, scale: float | None, backend: AttentionBackend
 ) -> Tensor:
     """`attend_entries` of tensors with any leading axes."""
-
-    def with_four_axes(array: Tensor) -> Tensor:
-        problems = keys.shape[:-2].numel()
-        return array if array.ndim == 4 else array.reshape(1, problems, *array.shape[-2:])
-
     if counts is not None:
         counts = with_four_axes(counts.to(torch.int32).unsqueeze(-1)).squeeze(-1)
     rows, keys4, values4 = map(with_four_axes, (query, keys, values))

@@ -1,5 +1,6 @@
 """Which implementation does the work: plain torch on any device, Triton kernels on CUDA, for attention C++ on CPUs."""
 
+import functools
 import importlib.util
 import warnings
 from typing import Literal
@@ -90,8 +91,9 @@ def refused_by_cpp(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
     return None
 
 
+@functools.cache  # a compiler that failed is not asked again at every step
 def has_cpp() -> bool:
-    """Whether the C++ implementation can be used; says so, once, where its compiler fails."""
+    """Whether the C++ implementation can be used; warns, once, where its compiler fails."""
     if cpu.compiler() is None:
         return False
     try:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .arguments import check_array, check_integer, check_keep_ratio, dtype_name, entries_of_chunk
+from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
 from .backends import Backend
 from .chunk_compression import compress
 from .clustered_attention import clustered_attention
@@ -89,7 +89,7 @@ class ClusteredCache:
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        self._check(keys, values)
+        check_append(keys, values, None if self._held is None else (self.keys, self.values))
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
         n_stored = self.n_stored + keys.shape[-2]
         if self._held is None or n_stored > self._held[0].shape[-2]:
@@ -161,21 +161,3 @@ class ClusteredCache:
                 room[..., : self.n_stored, :] = self._held[place][..., : self.n_stored, :]
             moved.append(room)
         self._held = moved[0], moved[1], moved[2]
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        check_array("keys", keys)
-        check_array("values", values)
-        shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
-        if values.shape[:-1] != keys.shape[:-1]:
-            raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
-        for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
-            if held is None:
-                continue
-            if new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]:
-                raise ValueError(
-                    f"{name} must fit what the cache holds, got {tuple(new.shape)} after {tuple(held.shape)}"
-                )
-            if new.dtype != held.dtype:
-                raise ValueError(f"{name} must have the dtype of the cache, {dtype_name(held)}, got {dtype_name(new)}")
-            if new.device != held.device:
-                raise ValueError(f"{name} must be on the device of the cache, {held.device}, got {new.device}")

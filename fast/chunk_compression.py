@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from .arguments import with_four_axes
 from .backends import choose_backend
 from .exact_mean import certified_mean, sums_are_exact
 from .exact_similarity import certified_matches, certified_top
@@ -56,8 +57,7 @@ def compress(
     if choose_backend(backend, *arrays) == "triton":
         from .kernels.compress import compress as compress_by_kernels
 
-        problems = keys.shape[:-2].numel()
-        four_axes = [x if x.ndim == 4 else x.reshape(1, problems, *x.shape[-2:]) for x in arrays]
+        four_axes = [with_four_axes(array) for array in arrays]
         return compress_by_kernels(four_axes[0], four_axes[1] if len(arrays) == 2 else None, chunk_size, target)
 
     dim = keys.shape[-1]

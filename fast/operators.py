@@ -7,7 +7,7 @@ arguments' shapes alone, which is what the fake kernels say.
 import torch
 from torch import Tensor
 
-from .arguments import check_finite
+from .arguments import check_finite, with_four_axes
 from .backends import choose_backend
 from .chunk_compression import CompressedChunks, compress, count_members
 from .exact_mean import ordered_mean
@@ -46,8 +46,7 @@ def merge(array: Tensor, labels: Tensor, counts: Tensor, backend: str) -> Tensor
     from .kernels.merge import merge as merge_by_kernel
 
     problems = array.shape[:-2].numel()
-    four_axes = array if array.ndim == 4 else array.reshape(1, problems, *array.shape[-2:])
-    means = merge_by_kernel(four_axes, *(x.reshape(problems, x.shape[-1]) for x in (labels, counts)))
+    means = merge_by_kernel(with_four_axes(array), *(x.reshape(problems, x.shape[-1]) for x in (labels, counts)))
     return means.reshape(*counts.shape, array.shape[-1])
 
 

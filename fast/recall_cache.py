@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_array, dtype_name
-from .backends import AttentionBackend, choose_backend, has_cpp
+from .arguments import check_append, check_array, dtype_name
+from .backends import AttentionBackend, choose_backend, has_cpp, refused_by_cpp
 from .body_clusters import BodyClusters, StepBackend
 from .cpu import LANES, library
 from .cpu import recall as cpp
@@ -117,7 +117,7 @@ class RecallCache:
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        self._check(keys, values)
+        check_append(keys, values, None if self._held is None else self.stored)
         if keys.shape[-2] == 0 and self._held is not None:
             return
         n_seen = self.n_seen + keys.shape[-2]
@@ -261,24 +261,6 @@ class RecallCache:
                 f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
             )
 
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        check_array("keys", keys)
-        check_array("values", values)
-        shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
-        if values.shape[:-1] != keys.shape[:-1]:
-            raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
-        if self._held is None:
-            return
-        for name, new, held in zip(("keys", "values"), (keys, values), self.stored, strict=True):
-            if new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]:
-                raise ValueError(
-                    f"{name} must fit what the cache holds, got {tuple(new.shape)} after {tuple(held.shape)}"
-                )
-            if new.dtype != held.dtype:
-                raise ValueError(f"{name} must have the dtype of the cache, {dtype_name(held)}, got {dtype_name(new)}")
-            if new.device != held.device:
-                raise ValueError(f"{name} must be on the device of the cache, {held.device}, got {new.device}")
-
 
 def gathered(array: Float[Tensor, "problems rows dim"], rows: Int64[Tensor, "problems chosen"]) -> Tensor:
     """The chosen rows, (problems, chosen, dim): one copy of each."""
@@ -295,14 +277,15 @@ def choose_step_backend(backend: AttentionBackend, keys: Tensor, values: Tensor)
     ValueError : an unknown backend, or one that does not take these tensors.
     ModuleNotFoundError : triton, or a C++ compiler, where it is not installed.
     """
+    is_taken = refused_by_cpp(keys, keys, values) is None
     if backend == "cpp":
-        if not cpp.is_taken_by_cpp(keys, values):
+        if not is_taken:
             raise ValueError(
                 f"keys and values must be on the CPU, with one dtype and one dim, a multiple of {LANES}, for 'cpp', "
                 f"got {dtype_name(keys)} {tuple(keys.shape)} and {dtype_name(values)} {tuple(values.shape)}"
             )
         library("recall")
         return "cpp"
-    if backend == "auto" and cpp.is_taken_by_cpp(keys, values) and has_cpp():
+    if backend == "auto" and is_taken and has_cpp():
         return "cpp"
     return choose_backend(backend, keys, values)

@@ -5,7 +5,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-__all__ = ["check_array", "check_integer", "check_keep_ratio", "entries_of_chunk"]
+__all__ = ["check_append", "check_array", "check_integer", "check_keep_ratio", "entries_of_chunk"]
 
 # All three are exactly representable in float32; NumPy knows bfloat16 through the package ml_dtypes.
 DTYPES = ("float16", "bfloat16", "float32")
@@ -23,6 +23,21 @@ def check_array(name: str, array: np.ndarray) -> None:
         raise ValueError(f"{name} must have dim >= 1, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite values")
+
+
+def check_append(keys: np.ndarray, values: np.ndarray, held: tuple[np.ndarray | None, np.ndarray | None]) -> None:
+    """Refuse keys and values that do not fit each other, or the keys and values that a cache holds, if any."""
+    check_array("keys", keys)
+    check_array("values", values)
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(
+            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
+        )
+    for name, new, old in zip(("keys", "values"), (keys, values), held, strict=True):
+        if old is not None and (new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]):
+            raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {old.shape}")
+        if old is not None and new.dtype != old.dtype:
+            raise ValueError(f"{name} must have the dtype of the cache, {old.dtype.name}, got {new.dtype.name}")
 
 
 def check_integer(name: str, value: int, least: int) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float64, Int32
 
-from .arguments import check_array, check_integer, check_keep_ratio
+from .arguments import check_append, check_integer, check_keep_ratio
 from .clustered_attention import clustered_attention
 from .merging import merge
 from .soft_matching import chunked_soft_matching
@@ -95,7 +95,7 @@ class ClusteredCache:
         ------
         ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
         """
-        self._check(keys, values)
+        check_append(keys, values, (self.keys, self.values))
         counts = np.ones(keys.shape[:-1], dtype=np.int32)
         if self.keys is None:
             keys, values = keys.copy(), values.copy()  # what the caller does to its arrays later is its own business
@@ -139,19 +139,6 @@ class ClusteredCache:
         self.counts = np.concatenate([self.counts[..., :start], counts, self.counts[..., stop:]], axis=-1)
         self.n_clustered += leaving
         self._n_body += clustering.counts.shape[-1]
-
-    def _check(self, keys: np.ndarray, values: np.ndarray) -> None:
-        check_array("keys", keys)
-        check_array("values", values)
-        if values.shape[:-1] != keys.shape[:-1]:
-            raise ValueError(
-                f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
-            )
-        for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
-            if held is not None and (new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]):
-                raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {held.shape}")
-            if held is not None and new.dtype != held.dtype:
-                raise ValueError(f"{name} must have the dtype of the cache, {held.dtype.name}, got {new.dtype.name}")
 
 
 def replace_span(array: np.ndarray, start: int, stop: int, centroids: np.ndarray) -> np.ndarray:

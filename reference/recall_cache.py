@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from .arguments import check_array, check_integer
+from .arguments import check_append, check_integer
 from .attention import check_attention
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, kmeans
@@ -123,7 +123,7 @@ class RecallCache:
         ------
         ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
         """
-        self._check(keys, values)
+        check_append(keys, values, (self.keys, self.values))
         is_first = self.n_seen == 0
         if self.keys is None:
             self.keys, self.values = keys.copy(), values.copy()
@@ -207,16 +207,3 @@ class RecallCache:
         if self.keys is None:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         check_attention(query, self.keys, self.values)
-
-    def _check(self, keys: np.ndarray, values: np.ndarray) -> None:
-        check_array("keys", keys)
-        check_array("values", values)
-        if values.shape[:-1] != keys.shape[:-1]:
-            raise ValueError(
-                f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
-            )
-        for name, new, held in (("keys", keys, self.keys), ("values", values, self.values)):
-            if held is not None and (new.shape[:-2] != held.shape[:-2] or new.shape[-1] != held.shape[-1]):
-                raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {held.shape}")
-            if held is not None and new.dtype != held.dtype:
-                raise ValueError(f"{name} must have the dtype of the cache, {held.dtype.name}, got {new.dtype.name}")

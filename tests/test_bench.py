@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from agreement import equal_in_float32
 from models import greedy, random_tokens, tiny_llama
 from transformers import DynamicCache
 from typer.testing import CliRunner
@@ -42,8 +43,6 @@ def test_the_full_cache_generates_stocks_tokens():
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 16, 17])
 def test_hastened_linear_layers_give_the_same_sums(rows):
-    from agreement import equal_in_float32
-
     model = tiny_llama()
     layer = model.model.layers[0].mlp.up_proj
     hidden = torch.randn(rows, 1, 64)

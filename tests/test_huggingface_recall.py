@@ -82,6 +82,19 @@ def test_every_layer_attends_to_what_the_reference_recalls(decoded, monkeypatch)
             assert not attention_agrees(ours[place], group[place], *(x[:-1] for x in arrays))
 
 
+def test_generating_never_copies_the_cache_into_the_order_of_arrival(monkeypatch):
+    model = tiny_llama()
+    cache = RecallCache.for_model(model, **SMALL)
+
+    def refuse(*_):
+        raise AssertionError("the whole cache was copied")
+
+    monkeypatch.setattr(fast.RecallCache, "_in_order_of_arrival", refuse)
+    greedy(model, random_tokens(150, batch=2), num_beams=2, past_key_values=cache)
+    with pytest.raises(AssertionError, match="the whole cache was copied"):
+        _ = cache.layers[0].keys
+
+
 def test_a_second_turn_feeds_only_its_new_tokens():
     model = tiny_llama()
     tokens = random_tokens(120)

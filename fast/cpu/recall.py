@@ -5,17 +5,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from . import DTYPES, LANES
+from . import DTYPES
 from .compiling import library
 
-__all__ = ["attend_body", "is_taken_by_cpp", "take"]
-
-
-def is_taken_by_cpp(keys: Tensor, values: Tensor) -> bool:
-    """Whether keys and values (..., dim) may lie in a cache that C++ attends to."""
-    dims = keys.shape[-1], values.shape[-1]
-    is_on_cpu = keys.device.type == "cpu" and keys.dtype == values.dtype and keys.dtype in DTYPES
-    return is_on_cpu and dims[0] == dims[1] and dims[0] % LANES == 0
+__all__ = ["attend_body", "take"]
 
 
 def take(probe: Tensor, features: Tensor, mean: Tensor, largest: Tensor, counts: Tensor, budget: int) -> Tensor:

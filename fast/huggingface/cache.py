@@ -91,23 +91,19 @@ class ClusteredLayer(EntryLayer):
         return self.has_centroids
 
     def attend(self, query: Tensor, *, scale: float) -> Tensor:
-        batch, heads, queries, dim = query.shape
-        kv_heads = self.entries.keys.shape[1]
-        rows = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
-        held = self.entries.keys, self.entries.values, self.entries.counts
-        output = attend_entries(rows, *held, queries=queries, scale=scale)
-        return output.reshape(batch, heads, queries, -1)
+        keys, values = self.held()
+        rows, counts = self.by_kv_head(query), self.entries.counts
+        output = attend_entries(rows, keys, values, counts, queries=query.shape[2], scale=scale)
+        return output.reshape(*query.shape[:-1], -1)
 
-    def mask_with_log_counts(self, mask: Tensor | None, queries: int, group: int, dtype: torch.dtype) -> Tensor | None:
-        """`mask` (batch, 1 or heads, queries, entries + queries) for the next `queries` tokens, log counts added."""
+    def mask_with_log_counts(self, mask: Tensor | None, queries: int, group: int) -> Tensor | None:
+        """`mask` (batch, 1, queries, entries + queries), float, for the next `queries` tokens, log counts added."""
         if not self.has_centroids:
             return mask
-        bias = torch.nn.functional.pad(log_counts(self.entries.counts), (0, queries)).to(dtype)  # (batch, kv_heads, n)
+        bias = torch.nn.functional.pad(log_counts(self.entries.counts), (0, queries))  # (batch, kv_heads, n)
         bias = bias.repeat_interleave(group, dim=1).unsqueeze(-2)  # (batch, heads, 1, entries + queries)
         if mask is None:
             if queries > 1:
                 raise RuntimeError("several new tokens need a causal mask beside a clustered cache, got none")
             return bias
-        if mask.dtype == torch.bool:
-            return torch.where(mask, bias, torch.finfo(dtype).min)
         return mask + bias

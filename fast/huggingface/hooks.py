@@ -111,7 +111,7 @@ def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
     if hasattr(mask, "has_log_counts"):  # a copied model has the hook twice, copied and its own
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (batch, queries, features)
-    biased = layer.mask_with_log_counts(mask, hidden.shape[1], module.num_key_value_groups, hidden.dtype)
+    biased = layer.mask_with_log_counts(mask, hidden.shape[1], module.num_key_value_groups)
     if biased is not mask:
         biased.has_log_counts = True
     return args, {**kwargs, "attention_mask": biased}

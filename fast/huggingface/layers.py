@@ -82,6 +82,11 @@ class EntryLayer(CacheLayerMixin):
         """Keys and values that new tokens attend to, themselves last."""
         return self.entries.keys, self.entries.values
 
+    def by_kv_head(self, query: Tensor) -> Tensor:
+        """`query` (batch, heads, queries, dim) as rows of each KV head, (batch, kv_heads, group * queries, dim)."""
+        batch, _, _, dim = query.shape
+        return query.reshape(batch, self.held()[0].shape[1], -1, dim)
+
     def attends(self, queries: int) -> bool:
         """Whether `attend` does the work for `queries` new tokens, rather than transformers."""
         raise NotImplementedError
@@ -117,7 +122,7 @@ class EntryLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.batch_select_indices(torch.arange(len(self.entries.keys)).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(len(self.held()[0])).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:

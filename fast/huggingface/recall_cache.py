@@ -48,7 +48,7 @@ class RecallCache(ModelCache):
         ----------
         model : a transformers model of type `llama` with `sdpa` attention.
         budget : tokens that a new token attends to per KV head, sinks and recent tokens included.
-        n_dense_layers : first layers that attend to all tokens; 2 in the paper (arXiv:2412.03213), where it was needed.
+        n_dense_layers : first layers that attend to all tokens; 2 in the paper (arXiv:2412.03213).
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
 
         Raises
@@ -104,10 +104,7 @@ class RecallLayer(EntryLayer):
         return queries == 1 and not self.is_dense and self.entries.n_seen > self.parameters["budget"]
 
     def attend(self, query: Tensor, *, scale: float) -> Tensor:
-        batch, heads, _, dim = query.shape
-        kv_heads = self.entries.keys.shape[1]
-        group = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-        return self.entries.attend(group, scale=scale).reshape(batch, heads, 1, -1)
+        return self.entries.attend(self.by_kv_head(query), scale=scale).reshape(*query.shape[:-1], -1)
 
     def finish(self) -> None:
         if not self.is_dense:
