@@ -77,6 +77,7 @@ class BodyClusters:
         Returns their tokens (problems, segments * size) in cluster order, counted from the first of them.
         """
         problems, segments, size, dim = keys.shape
+        backend = "triton" if self.backend == "triton" else "torch"
         flat = keys.reshape(problems * segments, size, dim)
         init = torch.arange(n_clusters, device=keys.device) * size // n_clusters
         made = fit(
@@ -84,10 +85,10 @@ class BodyClusters:
             flat[:, init].float(),
             max_iter=self.max_iter,
             is_centred=self.is_centred,
-            backend="triton" if self.backend == "triton" else "torch",
+            backend=backend,
         )
         clusters = Clusters(made.labels, made.counts, made.centroids)
-        features = torch.cat([made.centroids, mean_deviations(flat, clusters)], dim=-1)
+        features = torch.cat([made.centroids, mean_deviations(flat, clusters, backend)], dim=-1)
         features = features.clamp(-LARGEST_BFLOAT16, LARGEST_BFLOAT16).bfloat16()
         first_token = self.n_tokens + torch.arange(segments, device=keys.device) * size
         members = (clusters.members.unflatten(0, (problems, segments)) + first_token[:, None]).flatten(1)
@@ -98,7 +99,7 @@ class BodyClusters:
         held = None if self.scored is None else self.scored.features
         self.scored = score_clusters(longer(held, features.reshape(problems, -1, 2 * dim)), self.counts)
         if self.centroids_for_rest:
-            means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters)
+            means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, backend)
             self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
         self.n_tokens += segments * size
         return members - (self.n_tokens - segments * size)

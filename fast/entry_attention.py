@@ -5,14 +5,20 @@ and value once for all query heads that share them.
 """
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from . import cpu
 from .backends import AttentionBackend, choose_attention_backend
 
-__all__ = ["attend_entries", "log_counts"]
+__all__ = ["Rest", "attend_entries", "attend_places", "entries_at", "log_counts", "rows_of"]
 
+# Centroids of keys and of values, and how many tokens each stands for.
+Rest = tuple[
+    Float32[Tensor, "problems clusters dim"],
+    Float32[Tensor, "problems clusters dim_value"],
+    Int32[Tensor, "problems clusters"],
+]
 WORKING_BYTES = 64 * 2**20  # of logits that the torch implementation holds at once
 
 
@@ -52,6 +58,49 @@ def attend_entries(
     from .kernels.attention import attend
 
     return attend(query, keys, values, counts, queries, scale).to(query.dtype)
+
+
+def attend_places(
+    query: Float[Tensor, "problems rows dim"],
+    keys: Float[Tensor, "problems tokens dim"],
+    values: Float[Tensor, "problems tokens dim_value"],
+    places: Int64[Tensor, "problems entries"],
+    rest: Rest | None = None,
+    *,
+    scale: float | None = None,
+    backend: AttentionBackend = "auto",
+) -> Float[Tensor, "problems rows dim_value"]:
+    """`attend_entries` to `entries_at(keys, values, places, rest)`.
+
+    Without `rest` the Triton implementation reads them where they lie. The others make a copy.
+    """
+    chosen = choose_attention_backend(backend, query, keys, values)
+    if chosen == "triton" and rest is None:
+        from .kernels.attention import attend
+
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        arrays = (query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+        return attend(*arrays, None, 1, scale, places=places)[0].to(query.dtype)
+    arrays = (query, *entries_at(keys, values, places, rest))
+    return attend_entries(*(array.unsqueeze(0) for array in arrays), scale=scale, backend=chosen)[0]
+
+
+def entries_at(keys: Tensor, values: Tensor, places: Tensor, rest: Rest | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and counts of the tokens `places`, count 0 where that is -1; then those that stand for the rest."""
+    keys, values = (rows_of(array, places.clamp(min=0)) for array in (keys, values))
+    counts = (places >= 0).int()
+    if rest is None:
+        return keys, values, counts
+    pairs = zip((keys.float(), values.float(), counts), rest, strict=True)
+    keys, values, counts = (torch.cat(pair, dim=1) for pair in pairs)
+    return keys, values, counts
+
+
+def rows_of(array: Float[Tensor, "problems rows dim"], places: Int64[Tensor, "problems chosen"]) -> Tensor:
+    """The chosen rows, (problems, chosen, dim): one copy of each."""
+    flat = array.reshape(-1, array.shape[-1])
+    index = places + torch.arange(len(array), device=places.device)[:, None] * array.shape[1]
+    return flat.index_select(0, index.flatten()).view(*places.shape, array.shape[-1])
 
 
 def attend_by_torch(

@@ -1,5 +1,6 @@
 """k-means over keys by cosine on torch tensors: the reference's labels, by a filter with a proof."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,31 +93,47 @@ class Fit:
 def fit(keys: Tensor, centroids: Tensor, *, max_iter: int, is_centred: bool = False, backend: str = "torch") -> Fit:
     """k-means of keys (problems, tokens, dim) from the given centroids (problems, clusters, dim), float32, on."""
     if not is_centred:
-        return lloyd(keys, centroids, max_iter)
+        return lloyd(keys, centroids, max_iter, backend)
     one_cluster = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
-    mean = update(keys, one_cluster, centroids[:, :1])[1]  # (problems, 1, dim)
-    made = lloyd(shift(keys, -mean), shift(centroids, -mean), max_iter)
-    counts, centroids = update(keys, made.labels, shift(made.centroids, mean))
+    mean = update(keys, one_cluster, centroids[:, :1], backend)[1]  # (problems, 1, dim)
+    made = lloyd(shift(keys, -mean), shift(centroids, -mean), max_iter, backend)
+    counts, centroids = update(keys, made.labels, shift(made.centroids, mean), backend)
     return Fit(made.labels, counts, centroids, made.n_rows, made.n_scored_rows)
 
 
-def lloyd(keys: Tensor, centroids: Tensor, max_iter: int) -> Fit:
+def lloyd(keys: Tensor, centroids: Tensor, max_iter: int, backend: str) -> Fit:
     """The rounds. A problem whose labels repeat goes on without changing until those of all do."""
-    unit_keys, is_safe = normalized(keys)
+    labels_of = assignment_to(keys, backend)
     labels = torch.full(keys.shape[:2], -1, device=keys.device)
     counts = labels.new_zeros(centroids.shape[:2])
     n_rows = n_scored_rows = 0
     for _ in range(max_iter):
         before = labels
-        labels, n_scored = assign(keys, unit_keys, is_safe, centroids)
+        labels, n_scored = labels_of(centroids)
         n_rows, n_scored_rows = n_rows + labels.numel(), n_scored_rows + n_scored
         if torch.equal(labels, before):
             break
-        counts, centroids = update(keys, labels, centroids)
+        counts, centroids = update(keys, labels, centroids, backend)
     return Fit(labels, counts, centroids, n_rows, n_scored_rows)
 
 
-def update(keys: Tensor, labels: Tensor, kept: Tensor, *, away_from: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def assignment_to(keys: Tensor, backend: str) -> Callable[[Tensor], tuple[Tensor, int]]:
+    """What gives `keys` their labels for such and such centroids, and how many of them needed canonical scores."""
+    if backend == "torch":
+        unit_keys, is_safe = normalized(keys)
+        return lambda centroids: assign(keys, unit_keys, is_safe, centroids)
+    from .kernels.assign import assign as assign_by_kernel
+
+    def labels_of(centroids: Tensor) -> tuple[Tensor, int]:
+        labels, is_scored = assign_by_kernel(keys, centroids)
+        return labels, int(is_scored.sum())
+
+    return labels_of
+
+
+def update(
+    keys: Tensor, labels: Tensor, kept: Tensor, backend: str = "torch", *, away_from: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Counts and means of the clusters of `keys` (problems, tokens, dim); an empty cluster keeps what `kept` has.
 
     With `away_from` (problems, clusters, dim) means of |key - away_from of its cluster|.
@@ -125,6 +142,8 @@ def update(keys: Tensor, labels: Tensor, kept: Tensor, *, away_from: Tensor | No
     rows = keys.reshape(-1, dim)
     labels = (labels + torch.arange(problems, device=keys.device)[:, None] * n_clusters).flatten()
     counts = torch.bincount(labels, minlength=problems * n_clusters)
+    if backend == "triton":
+        return update_by_kernel(keys, labels, counts, kept, away_from)
     points = None if away_from is None else away_from.double().reshape(-1, dim)
     pieces = zip(
         *(x.split(max(1, WORKING_BYTES // (dim * torch.float64.itemsize))) for x in (rows, labels)), strict=True
@@ -145,6 +164,22 @@ def update(keys: Tensor, labels: Tensor, kept: Tensor, *, away_from: Tensor | No
         rows = torch.cat([part for _, part in parts])
         means[is_used] = ordered_mean(rows, (is_used.cumsum(0) - 1)[labels], counts[is_used])
     return counts.reshape(problems, n_clusters), means.reshape(kept.shape)
+
+
+def update_by_kernel(
+    keys: Tensor, labels: Tensor, counts: Tensor, kept: Tensor, away_from: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`update`, its means by the merge kernel; labels and counts of all problems together."""
+    from .kernels.merge import merge
+
+    problems, n_clusters, dim = kept.shape
+    if away_from is not None:
+        centre = away_from.double().reshape(-1, dim).index_select(0, labels).view(keys.shape)
+        keys = (keys.double() - centre).abs()
+    counts = counts.reshape(problems, n_clusters)
+    labels = labels.reshape(keys.shape[:2]) - torch.arange(problems, device=keys.device)[:, None] * n_clusters
+    means = merge(keys.unsqueeze(0), labels, counts)
+    return counts, torch.where(counts.unsqueeze(-1) > 0, means, kept)
 
 
 def shift(keys: Tensor, by: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .arguments import check_integer
 from .attention import check_attention
-from .backends import Backend
-from .entry_attention import attend_entries
+from .backends import Backend, choose_backend
+from .entry_attention import attend_places
 from .kmeans import Clusters, update
 from .selection import select_clusters
 
@@ -41,27 +41,23 @@ def recall_attention(
         )
     flat = Clusters(*(with_one_lead(x, keys) for x in (clusters.labels, clusters.counts, clusters.centroids)))
     flat_keys, flat_values, flat_query = (with_one_lead(x.detach(), keys) for x in (keys, values, query))
+    chosen = choose_backend(backend, query, keys, values)
     selection = select_clusters(
         flat_query,
         flat.centroids,
         flat.counts,
         budget=budget,
-        deviations=mean_deviations(flat_keys, flat),
+        deviations=mean_deviations(flat_keys, flat, chosen),
         spread=spread,
         mass=mass,
         scale=scale,
-        backend=backend,
+        backend=chosen,
     )
     tokens = selection.tokens(flat)  # (problems, recalled)
-    entries = [
-        x.gather(1, tokens.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (flat_keys, flat_values)
-    ]
-    counts = (tokens >= 0).int()
+    rest = None
     if centroids_for_rest:
-        rest = flat.centroids, mean_of_members(flat_values, flat)
-        entries = [torch.cat([x.float(), y], dim=1) for x, y in zip(entries, rest, strict=True)]
-        counts = torch.cat([counts, (flat.counts - selection.taken).int()], dim=1)
-    output = attend_entries(*(x.unsqueeze(0) for x in (flat_query, *entries, counts)), scale=scale)
+        rest = flat.centroids, mean_of_members(flat_values, flat, chosen), (flat.counts - selection.taken).int()
+    output = attend_places(flat_query, flat_keys, flat_values, tokens, rest, scale=scale, backend=backend)
     return output.reshape(*query.shape[:-1], values.shape[-1])
 
 
@@ -70,13 +66,17 @@ def with_one_lead(array: Tensor, keys: Tensor) -> Tensor:
     return array.reshape(keys.shape[:-2].numel(), *array.shape[keys.ndim - 2 :])
 
 
-def mean_of_members(values: Tensor, clusters: Clusters) -> Float32[Tensor, "problems clusters dim_value"]:
+def mean_of_members(
+    values: Tensor, clusters: Clusters, backend: str = "torch"
+) -> Float32[Tensor, "problems clusters dim_value"]:
     """Value centroids, by the rules of centroids; 0 for an empty cluster."""
     nothing = values.new_zeros(*clusters.counts.shape, values.shape[-1], dtype=torch.float32)
-    return update(values, clusters.labels, nothing)[1]
+    return update(values, clusters.labels, nothing, backend)[1]
 
 
-def mean_deviations(keys: Tensor, clusters: Clusters) -> Float32[Tensor, "problems clusters dim"]:
+def mean_deviations(
+    keys: Tensor, clusters: Clusters, backend: str = "torch"
+) -> Float32[Tensor, "problems clusters dim"]:
     """Mean of |key - centroid| of each cluster, feature by feature, by the rules of centroids; 0 for an empty one."""
     nothing = torch.zeros_like(clusters.centroids)
-    return update(keys, clusters.labels, nothing, away_from=clusters.centroids)[1]
+    return update(keys, clusters.labels, nothing, backend, away_from=clusters.centroids)[1]

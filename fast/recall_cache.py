@@ -1,5 +1,7 @@
 """The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
@@ -9,12 +11,28 @@ from .backends import AttentionBackend, choose_backend, has_cpp, refused_by_cpp
 from .body_clusters import BodyClusters, StepBackend
 from .cpu import LANES, library
 from .cpu import recall as cpp
-from .entry_attention import attend_entries
+from .entry_attention import Rest, attend_places, entries_at, rows_of
 from .kmeans import Clusters
 from .segments import SegmentPlan
 from .selection import Selection, recalled_places
 
 __all__ = ["RecallCache"]
+
+
+class Reached(NamedTuple):
+    """Memory in which a step finds its tokens: sinks, then `n_body` rows, then recent tokens; clusters anywhere.
+
+    Attributes
+    ----------
+    keys, values : (problems, rows, .).
+    first_row : (problems, clusters), int64: where each cluster begins; None while there is no body.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first_row: Tensor | None
+    n_sink: int
+    n_body: int
 
 
 class RecallCache:
@@ -142,7 +160,7 @@ class RecallCache:
             in_segments = [part.unflatten(1, (segments, size)) for part in parts]
             places = self.body.add(in_segments[0], in_segments[1], n_clusters=self.plan.n_clusters(size))
             for part, held in zip(parts, self._held, strict=True):
-                part.copy_(gathered(self._flat(held), start + places))
+                part.copy_(rows_of(self._flat(held), start + places))
 
     def select_clusters(
         self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
@@ -156,37 +174,40 @@ class RecallCache:
     ) -> Float[Tensor, "*lead group dim_value"]:
         """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
         self._check_query(query)
-        if self.n_clustered == 0:
-            entries = *map(self._flat, self.stored), None
-        elif self.body.backend == "cpp" and self.body.mass is None and not self.body.centroids_for_rest:
-            rows, keys, values = map(self._flat, (query, *self._held))
+        taken = None if self.n_clustered == 0 else self._take(query, scale)
+        reached = self._reached(taken)
+        is_plain = self.body.mass is None and not self.body.centroids_for_rest
+        if taken is not None and is_plain and self.body.backend == "cpp":
             output = cpp.attend_body(
-                rows,
-                keys,
-                values,
-                self.body.first_member,
-                self._take(query, scale),
-                n_sink=self.plan.n_sink,
+                self._flat(query),
+                reached.keys,
+                reached.values,
+                reached.first_row - reached.n_sink,
+                taken,
+                n_sink=reached.n_sink,
                 n_exact=self.n_seen - self.n_clustered,
-                n_body=self.n_clustered,
+                n_body=reached.n_body,
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
             )
             return output.reshape(query.shape)
-        else:
-            entries = self._entries(self._take(query, scale))
-        keys, values, counts = (None if array is None else array.unsqueeze(0) for array in entries)
-        output = attend_entries(self._flat(query).unsqueeze(0), keys, values, counts, scale=scale)
-        return output.reshape(*query.shape[:-1], values.shape[-1])
+        output = attend_places(
+            self._flat(query),
+            reached.keys,
+            reached.values,
+            self._places(taken, reached),
+            self._rest(taken),
+            scale=scale,
+            backend=self.body.backend,
+        )
+        return output.reshape(*query.shape[:-1], output.shape[-1])
 
     def entries(self, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and counts (..., entries, .) of what is attended to: sinks, recent tokens, what is recalled."""
-        if selection is None:
-            keys, values = self.stored
-            return keys, values, torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
-        keys, values, counts = self._entries(selection.taken.reshape(-1, self.body.n_clusters))
-        if counts is None:
-            counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
-        return self._with_leads(keys), self._with_leads(values), self._with_leads(counts)
+        taken = None if selection is None else selection.taken.reshape(-1, self.body.n_clusters)
+        reached = self._reached(taken)
+        entries = entries_at(reached.keys, reached.values, self._places(taken, reached), self._rest(taken))
+        keys, values, counts = map(self._with_leads, entries)
+        return keys, values, counts
 
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
@@ -201,25 +222,31 @@ class RecallCache:
         budget = self.plan.budget - (self.n_seen - self.n_clustered)
         return self.body.take(self._flat(query.detach()), budget, scale)
 
-    def _entries(self, taken: Int64[Tensor, "problems clusters"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and counts (problems, entries, .) of what is attended to; no counts where all are 1."""
-        body, n_sink = self.body, self.plan.n_sink
-        n_exact = self.n_seen - body.n_tokens
-        n_recalled = min(self.plan.budget - n_exact, body.n_tokens) if body.mass is None else None
-        places = recalled_places(body.first_member, taken, n_recalled)  # (problems, recalled)
-        exact = torch.arange(n_exact, device=taken.device)
-        exact = torch.where(exact < n_sink, exact, exact + body.n_tokens)
-        rows = torch.cat([exact.expand(len(taken), -1), n_sink + places.clamp(min=0)], dim=1)
-        keys, values = (gathered(self._flat(array), rows) for array in self._held)
-        counts = None
-        if n_recalled is None:
-            counts = torch.cat([torch.ones_like(rows[:, :n_exact]), (places >= 0).long()], dim=1).int()
-        if body.centroids_for_rest:
-            counts = torch.ones_like(rows, dtype=torch.int32) if counts is None else counts
-            keys = torch.cat([keys.float(), body.scored.features.chunk(2, dim=-1)[0].float()], dim=1)
-            values = torch.cat([values.float(), body.value_centroids], dim=1)
-            counts = torch.cat([counts, (body.counts - taken).int()], dim=1)
-        return keys, values, counts
+    def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> "Reached":
+        """Where a step that takes so much of each cluster finds its tokens."""
+        first_row = None if taken is None else self.plan.n_sink + self.body.first_member
+        keys, values = map(self._flat, self._held)
+        return Reached(keys, values, first_row, self.plan.n_sink, self.n_clustered)
+
+    def _places(
+        self, taken: Int64[Tensor, "problems clusters"] | None, reached: "Reached"
+    ) -> Int64[Tensor, "problems entries"]:
+        """Rows of `reached` that are attended to: sinks, recent tokens, what is recalled; -1 where there are fewer."""
+        n_exact = self.n_seen - self.n_clustered
+        exact = torch.arange(n_exact, device=reached.keys.device)
+        if taken is None:
+            return exact.expand(len(reached.keys), -1)
+        exact = torch.where(exact < reached.n_sink, exact, exact + reached.n_body)
+        n_recalled = min(self.plan.budget - n_exact, self.n_clustered) if self.body.mass is None else None
+        recalled = recalled_places(reached.first_row, taken, n_recalled)
+        return torch.cat([exact.expand(len(taken), -1), recalled], dim=1)
+
+    def _rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:
+        """The clusters, for the tokens of them that are not recalled; None if nothing stands for these."""
+        if taken is None or not self.body.centroids_for_rest:
+            return None
+        centroids = self.body.scored.features.chunk(2, dim=-1)[0].float()
+        return centroids, self.body.value_centroids, (self.body.counts - taken).int()
 
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
         """`array` (..., n_seen, dim) with its body in token order."""
@@ -260,13 +287,6 @@ class RecallCache:
                 "query must have the leading axes and dim of keys, "
                 f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
             )
-
-
-def gathered(array: Float[Tensor, "problems rows dim"], rows: Int64[Tensor, "problems chosen"]) -> Tensor:
-    """The chosen rows, (problems, chosen, dim): one copy of each."""
-    flat = array.view(-1, array.shape[-1])
-    index = rows + torch.arange(len(array), device=rows.device)[:, None] * array.shape[1]
-    return flat.index_select(0, index.flatten()).view(*rows.shape, array.shape[-1])
 
 
 def choose_step_backend(backend: AttentionBackend, keys: Tensor, values: Tensor) -> StepBackend:

@@ -104,19 +104,12 @@ def take(
 ) -> Int64[Tensor, "problems clusters"]:
     """Tokens taken of each cluster, whole clusters by descending score."""
     probe = make_probe(query, spread)
-    scores, lead = approximate_scores(probe, clusters)
-    n_clusters = counts.shape[1]
-    n_ranked = n_clusters
-    if mass is None:  # try with about twice as many as the budget needs if clusters are of equal size
-        tokens = int(counts.sum()) // max(1, len(counts))
-        n_ranked = min(n_clusters, 2 * budget * n_clusters // max(1, tokens) + 32)
-    while True:
-        ranking, is_open, is_enough = filtered_ranking(scores, counts, lead, budget, n_ranked)
-        if is_enough:
-            break
-        n_ranked = n_clusters
-    if bool((is_open.sum(dim=-1) > 1).any()):
-        ranking = settle(ranking, is_open, probe, clusters)
+    if backend == "triton":
+        from .kernels.select import rank
+
+        ranking = rank(probe, clusters.features, clusters.mean)
+    else:
+        ranking = certified_ranking(probe, clusters, counts, budget, is_whole=mass is not None)
     ranked = counts.gather(1, ranking)
     before = ranked.cumsum(dim=-1) - ranked
     taken = (budget - before).clamp(min=0).minimum(ranked)
@@ -124,6 +117,23 @@ def take(
         shares = estimated_shares(query, clusters.features[..., : query.shape[-1]], counts, scale).gather(1, ranking)
         taken = torch.where(shares.cumsum(dim=-1) - shares < mass, taken, 0)
     return torch.zeros_like(counts).scatter_(1, ranking, taken)
+
+
+def certified_ranking(
+    probe: Tensor, clusters: ScoredClusters, counts: Tensor, budget: int, *, is_whole: bool
+) -> Int64[Tensor, "problems ranked"]:
+    """Clusters by descending score: all of them if `is_whole`, else at least as many as the budget reaches."""
+    scores, lead = approximate_scores(probe, clusters)
+    n_clusters = n_ranked = counts.shape[1]
+    if not is_whole:  # try with about twice as many as the budget needs if clusters are of equal size
+        tokens = int(counts.sum()) // max(1, len(counts))
+        n_ranked = min(n_clusters, 2 * budget * n_clusters // max(1, tokens) + 32)
+    while True:
+        ranking, is_open, is_enough = filtered_ranking(scores, counts, lead, budget, n_ranked)
+        if is_enough:
+            break
+        n_ranked = n_clusters
+    return settle(ranking, is_open, probe, clusters) if bool((is_open.sum(dim=-1) > 1).any()) else ranking
 
 
 def filtered_ranking(

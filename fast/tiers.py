@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from .arguments import check_integer, check_shape
 from .backends import AttentionBackend
 from .body_clusters import BodyClusters, longer
-from .cpu import recall as cpp
-from .entry_attention import attend_entries
-from .recall_cache import RecallCache, choose_step_backend, gathered
+from .recall_cache import Reached, RecallCache, choose_step_backend
 from .selection import recalled_places
 
 __all__ = ["TierStatistics", "TieredRecallCache"]
@@ -124,39 +122,9 @@ class TieredRecallCache(RecallCache):
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
         step_backend = choose_step_backend(self.step_backend, keys, values) if self._held is None else self.body.backend
-        self.device, was_prompt = device, self._is_prompt
-        try:
-            super().extend(keys.detach().cpu(), values.detach().cpu())
-        except OSError:
-            self._is_prompt = was_prompt
-            raise
+        self.device = device
+        super().extend(keys.detach().cpu(), values.detach().cpu())
         self.body.backend, self.body.device = step_backend, device
-
-    def attend(
-        self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
-    ) -> Float[Tensor, "*lead group dim_value"]:
-        self._check_query(query)
-        taken = None if self.n_clustered == 0 else self._take(query, scale)
-        near = self._with_clusters_of(taken)
-        keys, values = near.held
-        is_plain = self.body.mass is None and not self.body.centroids_for_rest
-        if taken is not None and is_plain and self.body.backend == "cpp":
-            output = cpp.attend_body(
-                self._flat(query),
-                keys,
-                values,
-                near.first_row,
-                taken,
-                n_sink=0,  # exact rows come first, and `first_row` counts from the very first
-                n_exact=self.n_seen - self.n_clustered,
-                n_body=0,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            )
-            return output.reshape(query.shape)
-        keys, values, counts = self._entries(taken)
-        flat, counts = self._flat(query).unsqueeze(0), None if counts is None else counts.unsqueeze(0)
-        output = attend_entries(flat, keys.unsqueeze(0), values.unsqueeze(0), counts, scale=scale)
-        return output.reshape(*query.shape[:-1], values.shape[-1])
 
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._held is None:
@@ -189,23 +157,10 @@ class TieredRecallCache(RecallCache):
         self.statistics.nbytes_moved += int(sizes.sum()) * near.nbytes_of_token
         return near
 
-    def _entries(self, taken: Int64[Tensor, "problems clusters"] | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        body, near, n_exact = self.body, self._near, self.n_seen - self.n_clustered
-        if taken is None:
-            return near.held[0][:, :n_exact], near.held[1][:, :n_exact], None
-        n_recalled = min(self.plan.budget - n_exact, body.n_tokens) if body.mass is None else None
-        recalled = recalled_places(near.first_row, taken, n_recalled)
-        exact = torch.arange(n_exact, device=taken.device).expand(len(taken), -1)
-        rows = torch.cat([exact, recalled.clamp(min=0)], dim=1)
-        keys, values = (gathered(array, rows) for array in near.held)
-        if n_recalled is not None and not body.centroids_for_rest:
-            return keys, values, None
-        counts = torch.cat([torch.ones_like(exact), (recalled >= 0).long()], dim=1)
-        if body.centroids_for_rest:
-            keys = torch.cat([keys.float(), body.scored.features.chunk(2, dim=-1)[0].float()], dim=1)
-            values = torch.cat([values.float(), body.value_centroids], dim=1)
-            counts = torch.cat([counts, body.counts - taken], dim=1)
-        return keys, values, counts.int()
+    def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> Reached:
+        near = self._with_clusters_of(taken)
+        keys, values = near.held
+        return Reached(keys, values, near.first_row, n_sink=0, n_body=0)  # exact rows come first, then clusters
 
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
         return super()._in_order_of_arrival(array.to(self.device))

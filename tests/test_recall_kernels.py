@@ -1,5 +1,7 @@
 """The kernels of recall, interpreted where there is no GPU: the reference's clusters, ranking and tokens."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,18 +9,18 @@ from agreement import assert_same_bits, attention_agrees
 from inputs import DTYPES, KINDS, make_keys, skip_what_the_interpreter_misreads, to_numpy, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast import assignment, exact_similarity, selection
-from kvcluster.fast.chunk_compression import count_members
+from kvcluster.fast import assignment, exact_similarity
 from kvcluster.fast.cluster_scores import canonical_scores, make_probe, score_clusters
 from kvcluster.fast.kernels import assign as assign_module
 from kvcluster.fast.kernels.assign import assign
-from kvcluster.fast.kernels.merge import merge
-from kvcluster.fast.kernels.recalled_attention import attend_rows
+from kvcluster.fast.kernels.attention import attend
 from kvcluster.fast.kernels.select import cluster_scores, rank
+from kvcluster.fast.kmeans import update
 from kvcluster.reference.cluster_scores import cluster_scores as reference_scores
 from kvcluster.reference.kmeans import assign as reference_assign
 from kvcluster.reference.kmeans import update as reference_update
-from kvcluster.reference.recall import mean_deviations
+from kvcluster.reference.recall import mean_deviations, mean_of_members, recalled_entries
+from kvcluster.reference.recall_cache import RecallCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("few_programs")
@@ -107,16 +109,25 @@ def test_wrong_twins_of_the_assignment_are_told_apart(twin, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update_is_the_merge_kernel_and_empty_clusters_keep_their_centroid(dtype):
+def test_means_are_the_references_and_empty_clusters_keep_their_centroid(dtype):
     keys = make_keys("normal", (2, 70, 80), DTYPES[dtype], seed=9)
     kept = centroids_of(keys, 9, seed=10)
     labels = np.random.default_rng(11).integers(0, 8, (2, 70))  # nothing in cluster 8
     labels[labels == 2] = 3
-    counts = count_members(on_device(labels), 9)
-    means = merge(on_device(keys)[None], on_device(labels), counts)
-    means = torch.where((counts > 0).unsqueeze(-1), means, on_device(kept))
+    counts, means = update(*map(on_device, (keys, labels, kept)), "triton")
     expected = [reference_update(*one) for one in zip(keys, labels, kept, strict=True)]
     assert_same_bits(means.cpu(), np.stack(expected))
+    assert_same_bits(counts.cpu(), np.stack([np.bincount(one, minlength=9) for one in labels]))
+
+
+@pytest.mark.parametrize("option", [{}, {"is_centred": True}, {"max_iter": 1}])
+@pytest.mark.parametrize("kind", ["normal", "signs", "duplicates"])
+def test_kmeans_by_kernels_is_the_references(kind, option):
+    keys = make_keys(kind, (2, 90, 64), DTYPES["f16"], seed=12)
+    expected = reference.kmeans(keys, n_clusters=11, **option)
+    made = fast.kmeans(on_device(keys), n_clusters=11, backend="triton", **option)
+    for name in ("labels", "counts", "centroids"):
+        assert_same_bits(getattr(made, name).cpu(), getattr(expected, name))
 
 
 def scored_clusters(kind, seed, *, tokens=90, clusters=13, dim=64, group=3, dtype="f32"):
@@ -175,18 +186,52 @@ def test_wrong_twins_of_the_ranking_are_told_apart(twin):
 
 
 @pytest.mark.parametrize("budget", [0, 1, 37, 90, 1000])
-def test_taken_tokens_are_the_references(budget, monkeypatch):
-    """With the kernel's ranking in the place of the filter's."""
-    query, _, made, deviations = scored_clusters("duplicates", seed=40)
+def test_taken_tokens_are_the_references(budget):
+    query, keys, made, deviations = scored_clusters("duplicates", seed=40)
     expected = reference.select_clusters(query, made.centroids, made.counts, budget=budget, deviations=deviations)
-    arguments, _ = ranked_by_kernel(query, made, deviations)
-    ranking = rank(*arguments).cpu()
-    monkeypatch.setattr(selection, "filtered_ranking", lambda *_: (ranking, ranking < 0, True))
-    tensors = [to_torch(x) for x in (query, made.centroids, made.counts)]
-    ours = fast.select_clusters(*tensors, budget=budget, deviations=to_torch(deviations))
-    assert_same_bits(ours.taken, expected.taken)
-    members = fast.kmeans(to_torch(scored_clusters("duplicates", seed=40)[1]), n_clusters=13, max_iter=2)
-    assert_same_bits(ours.tokens(members), expected.tokens(made))
+    tensors = map(on_device, (query, made.centroids, made.counts))
+    ours = fast.select_clusters(*tensors, budget=budget, deviations=on_device(deviations), backend="triton")
+    assert_same_bits(ours.taken.cpu(), expected.taken)
+    members = fast.kmeans(on_device(keys), n_clusters=13, max_iter=2, backend="triton")
+    assert_same_bits(ours.tokens(members).cpu(), expected.tokens(made))
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cache_by_kernels_holds_and_recalls_what_the_references_does(dtype, rest, monkeypatch):
+    """Its public names, with no part of the torch implementation left in the way."""
+    for module, name in (("kmeans", "assign"), ("selection", "certified_ranking")):
+        monkeypatch.delattr(sys.modules[f"kvcluster.fast.{module}"], name)
+    parameters = {"budget": 40, "n_sink": 4, "segment_size": 16, "prompt_segment_size": 48, "centroids_for_rest": rest}
+    expected, cache = RecallCache(**parameters), fast.RecallCache(**parameters, backend="triton")
+    for seed, tokens in enumerate((100, 1, 33, 1)):
+        arrays = [make_keys("normal", (1, 2, tokens, 64), DTYPES[dtype], seed=50 + 2 * seed + i) for i in range(2)]
+        expected.append(*arrays)
+        cache.append(*map(on_device, arrays))
+    for name in ("labels", "counts", "centroids"):
+        assert_same_bits(getattr(cache.clusters, name).cpu(), getattr(expected.clusters, name))
+    assert_same_bits(cache.deviations.cpu(), expected.deviations)
+    query = make_keys("normal", (1, 2, 3, 64), DTYPES[dtype], seed=60)
+    selection = expected.select_clusters(query)
+    assert_same_bits(cache.select_clusters(on_device(query)).taken.cpu(), selection.taken)
+    output = cache.attend(on_device(query)).cpu()
+    keys, values, counts = map(to_torch, expected.entries(selection))
+    assert attention_agrees(output, to_torch(query), keys, values, counts)
+    if not rest:
+        assert not attention_agrees(output, to_torch(query), keys[..., :-1, :], values[..., :-1, :], counts[..., :-1])
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_recall_attention_by_kernels_is_within_the_bound(rest):
+    query, keys, made, deviations = scored_clusters("normal", seed=70)
+    clusters = fast.Clusters(*map(on_device, (made.labels, made.counts, made.centroids)))
+    arrays = [on_device(x) for x in (query, keys, keys)]
+    selection = reference.select_clusters(query, made.centroids, made.counts, budget=30, deviations=deviations)
+    value_centroids = mean_of_members(keys, made) if rest else None
+    entries = [*map(to_torch, recalled_entries(keys, keys, made, selection, value_centroids))]
+    for budget in (30, 29):
+        output = fast.recall_attention(*arrays, clusters, budget=budget, centroids_for_rest=rest, backend="triton")
+        assert attention_agrees(output.cpu(), to_torch(query), *entries) == (budget == 30)
 
 
 def recalled(seed, *, tokens=300, n_recalled=70, dim=64, group=3, dtype="f32", spread=1.0):
@@ -197,6 +242,10 @@ def recalled(seed, *, tokens=300, n_recalled=70, dim=64, group=3, dtype="f32", s
     rows = np.stack([rng.permutation(tokens)[:n_recalled] for _ in range(2)])
     rows[1, n_recalled // 2 + 1 :] = -1  # one head recalls fewer
     return tuple(map(on_device, (query, keys, values, rows)))
+
+
+def attend_rows(query, keys, values, rows, scale):
+    return attend(query, keys, values, None, 1, scale, places=rows)
 
 
 def attended_rows_agree(output, query, keys, values, rows):

@@ -25,7 +25,6 @@ from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel
 from .match import N_WARPS as match_warps
 from .merge import BLOCK_ENTRIES, merge_kernel
 from .merge import N_WARPS as merge_warps
-from .recalled_attention import recalled_kernel
 from .score import BLOCK_SOURCES, score_kernel
 from .score import N_WARPS as score_warps
 from .select import BLOCK_CLUSTERS, cluster_scores_kernel
@@ -108,16 +107,7 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
     types = {"array": TYPES[dtype], "members": "*i64", "first_member": "*i64", "counts": "*i64", "means": "*fp32"}
     types |= dict.fromkeys(("n_entries", "heads", "tokens"), "i32") | strides
     yield "merge", source(merge_kernel, types, shape | {"ENTRIES": BLOCK_ENTRIES}), {"num_warps": merge_warps}
-    types = {"query": TYPES[dtype], "keys": TYPES[dtype], "values": TYPES[dtype], "counts": "*i32", "scale": "fp32"}
-    types |= {"outputs": "*fp32", "sums": "*fp32", "highest_out": "*fp32"}
-    types |= dict.fromkeys(("heads", "rows", "queries", "entries"), "i32")
-    types |= {f"{array}_{axis}": "i32" for array in ("key", "value", "count") for axis in ("batch", "head", "entry")}
-    ones = {"key_dim": 1, "value_dim": 1, "count_entry": 1}
-    sizes = {"DIM": dim, "BLOCK_DIM": dim, "DIM_VALUE": dim, "BLOCK_VALUE": dim}
-    blocks = {"HAS_COUNTS": True, "ROWS": ROWS, "SPLIT": SPLIT, "WIDEN": False}
-    blocks["ENTRIES"] = entries_of_step(dim, dtype == "float32")
-    options = {"num_warps": attention_warps, "num_stages": N_STAGES}
-    yield "attend", source(split_kernel, types, ones | sizes | blocks), options
+    yield "attend", *attention_source(dtype, dim, has_places=False)
     types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"rows": "i32", "splits": "i32"}
     yield (
         "combine",
@@ -142,14 +132,21 @@ def recall_sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, AS
     types |= dict.fromkeys(("blocks", "clusters", "group"), "i32")
     constants = canonical | {"CLUSTERS": BLOCK_CLUSTERS}
     yield "select", source(cluster_scores_kernel, types, constants), {"num_warps": select_warps}
-    types = {"query": TYPES[dtype], "keys": TYPES[dtype], "values": TYPES[dtype], "rows": "*i64", "scale": "fp32"}
-    types |= {"outputs": "*fp32", "sums": "*fp32", "highest_out": "*fp32"}
-    types |= dict.fromkeys(("heads", "group", "recalled", "row_problem"), "i32")
-    types |= {f"{array}_{axis}": "i32" for array in ("key", "value") for axis in ("batch", "head", "entry")}
-    blocks = {"ROWS": ROWS, "SPLIT": SPLIT, "WIDEN": False, "ENTRIES": entries_of_step(dim, dtype == "float32")}
-    constants = shape | {"DIM_VALUE": dim, "BLOCK_VALUE": dim, "key_dim": 1, "value_dim": 1, "row_entry": 1} | blocks
-    options = {"num_warps": attention_warps, "num_stages": N_STAGES}
-    yield "recall", source(recalled_kernel, types, constants), options
+    yield "recall", *attention_source(dtype, dim, has_places=True)
+
+
+def attention_source(dtype: str, dim: int, has_places: bool) -> tuple[ASTSource, dict[str, int]]:
+    """Code and options of attention to all entries with their counts, or to those that an index names."""
+    types = dict.fromkeys(("query", "keys", "values"), TYPES[dtype]) | {"scale": "fp32"}
+    types |= {"counts": TYPES[dtype] if has_places else "*i32", "places": "*i64" if has_places else TYPES[dtype]}
+    types |= dict.fromkeys(("outputs", "sums", "highest_out"), "*fp32")
+    types |= dict.fromkeys(("heads", "rows", "queries", "entries", "place_problem"), "i32")
+    types |= {f"{array}_{axis}": "i32" for array in ("key", "value", "count") for axis in ("batch", "head", "entry")}
+    constants = {"key_dim": 1, "value_dim": 1, "count_entry": 1, "place_entry": 1}
+    constants |= {"DIM": dim, "BLOCK_DIM": dim, "DIM_VALUE": dim, "BLOCK_VALUE": dim, "ROWS": ROWS, "SPLIT": SPLIT}
+    constants |= {"HAS_COUNTS": not has_places, "HAS_PLACES": has_places, "WIDEN": False}
+    constants["ENTRIES"] = entries_of_step(dtype == "float32")
+    return source(split_kernel, types, constants), {"num_warps": attention_warps, "num_stages": N_STAGES}
 
 
 def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:

@@ -16,12 +16,21 @@ SPLIT = 256  # entries of a program
 N_WARPS, N_STAGES = 4, 2
 
 
-def entries_of_step(block_dim: int, is_float32: bool) -> int:
+def entries_of_step(is_float32: bool) -> int:
     """Entries that a program works on at once: exact products in float32 need registers, which more would exceed."""
-    return max(16, 2048 // block_dim) if is_float32 else 64
+    return 16 if is_float32 else 64
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, queries: int, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    queries: int,
+    scale: float,
+    *,
+    places: Tensor | None = None,
+) -> Tensor:
     """Attention output (batch, heads, rows, dim_value), float32.
 
     Parameters
@@ -30,9 +39,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, q
     keys, values : (batch, heads, entries, dim or dim_value), any strides; dim and dim_value at most 256.
     counts : (batch, heads, entries), int32, any strides; None where every count is 1.
     queries : how many of the entries, the last ones, are the new tokens; each row sees the entries up to its own.
+    places : (batch * heads, entries), int64, any strides: where in keys and values each entry lies, -1 if there is none
+        (at least one of a head must be there). Read there: no gathered copy is made. None: in their order.
     """
     batch, heads, rows, dim = query.shape
-    entries, dim_value = values.shape[2:]
+    dim_value = values.shape[3]
+    entries = values.shape[2] if places is None else places.shape[1]
     splits = triton.cdiv(entries, SPLIT)
     problems = batch * heads
     outputs = torch.empty(problems, splits, rows, dim_value, dtype=torch.float32, device=query.device)
@@ -48,6 +60,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, q
         keys,
         values,
         keys if counts is None else counts,
+        keys if places is None else places,
         outputs,
         sums,
         highest,
@@ -59,13 +72,15 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, q
         *keys.stride(),
         *values.stride(),
         *((0, 0, 0) if counts is None else counts.stride()),
+        *((0, 0) if places is None else places.stride()),
         HAS_COUNTS=counts is not None,
+        HAS_PLACES=places is not None,
         DIM=dim,
         BLOCK_DIM=block_dim,
         DIM_VALUE=dim_value,
         BLOCK_VALUE=max(16, triton.next_power_of_2(dim_value)),
         ROWS=ROWS,
-        ENTRIES=entries_of_step(block_dim, widen or query.dtype == torch.float32),
+        ENTRIES=entries_of_step(widen or query.dtype == torch.float32),
         SPLIT=SPLIT,
         WIDEN=widen,
         num_warps=N_WARPS,
@@ -91,6 +106,7 @@ def split_kernel(
     keys,
     values,
     counts,
+    places,
     outputs,
     sums,
     highest_out,
@@ -110,7 +126,10 @@ def split_kernel(
     count_batch,
     count_head,
     count_entry,
+    place_problem,
+    place_entry,
     HAS_COUNTS: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     DIM_VALUE: tl.constexpr,
@@ -147,8 +166,12 @@ def split_kernel(
     for step in range(0, SPLIT, ENTRIES):
         entry = split * SPLIT + step + tl.arange(0, ENTRIES)
         is_entry = entry < entries
+        place = entry.to(tl.int64)
+        if HAS_PLACES:
+            place = tl.load(places + problem * place_problem + entry * place_entry, mask=is_entry, other=-1)
+            is_entry = place >= 0
         key = tl.load(
-            keys + entry[None, :].to(tl.int64) * key_entry + feature[:, None] * key_dim,
+            keys + place[None, :] * key_entry + feature[:, None] * key_dim,
             mask=is_entry[None, :] & (feature < DIM)[:, None],
             other=0.0,
         )  # (BLOCK_DIM, ENTRIES)
@@ -165,7 +188,7 @@ def split_kernel(
         weights = tl.exp(logits - base[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
         value = tl.load(
-            values + entry[:, None].to(tl.int64) * value_entry + feature_value[None, :] * value_dim,
+            values + place[:, None] * value_entry + feature_value[None, :] * value_dim,
             mask=is_entry[:, None] & (feature_value < DIM_VALUE)[None, :],
             other=0.0,
         )  # (ENTRIES, BLOCK_VALUE)

@@ -3,16 +3,14 @@
 import triton
 import triton.language as tl
 
-__all__ = ["canonical_similarity"]
+__all__ = ["canonical_similarity", "halving_sum"]
 
 
 @triton.jit
 def halving_sum(terms, ROWS: tl.constexpr, DIM: tl.constexpr, STEPS: tl.constexpr):
     """Sum of each row of `terms` (ROWS, DIM), float64, DIM = 2**STEPS: halves are added until one number is left."""
     for step in tl.static_range(STEPS):
-        halves = tl.reshape(terms, (ROWS, 2, DIM >> (step + 1)))
-        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
-        terms = low + high  # (ROWS, DIM >> (step + 1))
+        terms = tl.sum(tl.reshape(terms, (ROWS, 2, DIM >> (step + 1))), axis=1)  # low half + high half: one addition
     return tl.reshape(terms, (ROWS,))
 
 

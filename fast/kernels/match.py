@@ -13,7 +13,7 @@ __all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "BLOCK_SCORED", "N_WARPS", "match", "m
 
 BLOCK_ROWS = 16  # sources of a program
 BLOCK_COLUMNS = 32  # destinations that are filtered together
-BLOCK_SCORED = 4  # destinations that are scored canonically together; more of them would spill registers
+BLOCK_SCORED = 8  # destinations that are scored canonically together; 4 or 16 would spill registers
 N_WARPS = {"cuda": 8, "hip": 4}  # with others, registers spill
 # What one addition in float32 may lose. Tensor cores add products of 16-bit numbers less carefully than IEEE 754 asks.
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-21, torch.bfloat16: 2.0**-21}

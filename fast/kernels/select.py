@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .canonical import halving_sum
+
 __all__ = ["BLOCK_CLUSTERS", "N_WARPS", "cluster_scores", "cluster_scores_kernel", "rank"]
 
 BLOCK_CLUSTERS = 4  # clusters of a program; more of them would spill registers
@@ -56,14 +58,6 @@ def cluster_scores(probe: Tensor, features: Tensor, mean: Tensor) -> Tensor:
 
 
 @triton.jit
-def sum_of_halves(terms, ROWS: tl.constexpr, DIM: tl.constexpr, STEPS: tl.constexpr):
-    """`canonical.halving_sum` in fewer registers: a sum of two numbers is one addition, so the bits are the same."""
-    for step in tl.static_range(STEPS):
-        terms = tl.sum(tl.reshape(terms, (ROWS, 2, DIM >> (step + 1))), axis=1)
-    return tl.reshape(terms, (ROWS,))
-
-
-@triton.jit
 def load_features(rows, row, is_there, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Both halves, (rows, BLOCK_DIM) each, in float64, of the rows `row`; zeros where there are none."""
     feature = tl.arange(0, BLOCK_DIM)
@@ -97,7 +91,7 @@ def cluster_scores_kernel(
     scores = tl.full((CLUSTERS,), float("-inf"), tl.float64)
     for query in range(0, group):
         q, reach = load_features(probe, one + problem * group + query, one == 0, DIM, BLOCK_DIM)  # (1, BLOCK_DIM)
-        of_mean = sum_of_halves(q * mean_centroid + reach * mean_deviation, 1, BLOCK_DIM, STEPS)
-        of_clusters = sum_of_halves(q * centroid + reach * deviation, CLUSTERS, BLOCK_DIM, STEPS)
+        of_mean = halving_sum(q * mean_centroid + reach * mean_deviation, 1, BLOCK_DIM, STEPS)
+        of_clusters = halving_sum(q * centroid + reach * deviation, CLUSTERS, BLOCK_DIM, STEPS)
         scores = tl.maximum(scores, of_clusters - of_mean)
     tl.store(scores_out + problem * clusters + cluster, scores, mask=is_cluster)
