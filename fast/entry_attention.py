@@ -79,8 +79,8 @@ def attend_places(
         from .kernels.attention import attend
 
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        arrays = (query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
-        return attend(*arrays, None, 1, scale, places=places)[0].to(query.dtype)
+        on_heads = (query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+        return attend(*on_heads, None, 1, scale, places=places)[0].to(query.dtype)
     arrays = (query, *entries_at(keys, values, places, rest))
     return attend_entries(*(array.unsqueeze(0) for array in arrays), scale=scale, backend=chosen)[0]
 

@@ -1,6 +1,6 @@
 """The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -49,8 +49,11 @@ class RecallCache:
     next `append` may overwrite, and what dense attention needs, to which order is nothing; `keys` and `values`
     are copies, once there is a body.
 
-    A step reads the clusters' centroids and deviations, in bfloat16, and `budget` keys and values.
+    A step reads the clusters' centroids and deviations, in bfloat16, and `budget` keys and values. No gradient flows
+    through it.
     """
+
+    body_class: ClassVar[type[BodyClusters]] = BodyClusters
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class RecallCache:
         backend: AttentionBackend = "auto",
     ) -> None:
         self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
-        self.body = BodyClusters(
+        self.body = self.body_class(
             max_iter=max_iter,
             is_centred=is_centred,
             spread=spread,
@@ -179,7 +182,7 @@ class RecallCache:
         is_plain = self.body.mass is None and not self.body.centroids_for_rest
         if taken is not None and is_plain and self.body.backend == "cpp":
             output = cpp.attend_body(
-                self._flat(query),
+                self._flat(query.detach()),
                 reached.keys,
                 reached.values,
                 reached.first_row - reached.n_sink,
@@ -191,7 +194,7 @@ class RecallCache:
             )
             return output.reshape(query.shape)
         output = attend_places(
-            self._flat(query),
+            self._flat(query.detach()),
             reached.keys,
             reached.values,
             self._places(taken, reached),

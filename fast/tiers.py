@@ -5,9 +5,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64
@@ -39,10 +38,22 @@ class TierStatistics:
     n_evicted: int = 0
     nbytes_moved: int = 0
 
+    def __add__(self, other: "TierStatistics") -> "TierStatistics":
+        return TierStatistics(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def hit_rate(self) -> float:
         """Share of the hits; NaN before the first step."""
         return self.n_hits / self.n_asked if self.n_asked else float("nan")
+
+
+class BodyOfSlowTokens(BodyClusters):
+    """Clusters on `device` of keys and values that lie on the host."""
+
+    device = torch.device("cpu")
+
+    def add(self, keys: Tensor, values: Tensor, n_clusters: int) -> Int64[Tensor, "problems tokens"]:
+        return super().add(keys.to(self.device), values.to(self.device), n_clusters).to(keys.device)
 
 
 class TieredRecallCache(RecallCache):
@@ -56,7 +67,7 @@ class TieredRecallCache(RecallCache):
     folder : where the file lies; the system's folder for temporary files by default, which may be memory. CPU only.
     n_steps : the fast tier holds, whole, the clusters of which the last `n_steps` calls of `attend` took tokens; R in
         the paper (arXiv:2412.03213, DAC 2025), which uses 1.
-    The others : as in `RecallCache`.
+    budget, ... : as in `RecallCache`.
 
     Attributes
     ----------
@@ -79,26 +90,44 @@ class TieredRecallCache(RecallCache):
     and for which the attention of this step waits. This part was written without a GPU and has never run.
     """
 
+    body_class = BodyOfSlowTokens
+    body: BodyOfSlowTokens
+
     def __init__(
         self,
         *,
+        budget: int,
         folder: str | Path | None = None,
         n_steps: int = 1,
+        n_sink: int = 16,
+        n_recent: int = 1,
+        tokens_per_cluster: int = 8,
+        segment_size: int | None = None,
+        prompt_segment_size: int | None = 512,
+        max_iter: int = 4,
+        is_centred: bool = False,
+        spread: float = 0.5,
+        mass: float | None = None,
+        centroids_for_rest: bool = False,
         backend: AttentionBackend = "auto",
-        **parameters: Any,  # of RecallCache, with its defaults
     ) -> None:
-        super().__init__(**parameters, backend="torch")  # the right one is known when something is appended
+        super().__init__(
+            budget=budget,
+            n_sink=n_sink,
+            n_recent=n_recent,
+            tokens_per_cluster=tokens_per_cluster,
+            segment_size=segment_size,
+            prompt_segment_size=prompt_segment_size,
+            max_iter=max_iter,
+            is_centred=is_centred,
+            spread=spread,
+            mass=mass,
+            centroids_for_rest=centroids_for_rest,
+            backend="torch",  # until something is appended
+        )
         check_integer("n_steps", n_steps, least=1)
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
-        self.body: BodyOfSlowTokens = BodyOfSlowTokens(
-            max_iter=self.body.max_iter,
-            is_centred=self.body.is_centred,
-            spread=self.body.spread,
-            mass=self.body.mass,
-            centroids_for_rest=self.body.centroids_for_rest,
-            backend="torch",
-        )
         self.folder, self.n_steps, self.step_backend = folder, n_steps, backend
         self.device = torch.device("cpu")
         self.statistics = TierStatistics()
@@ -178,15 +207,6 @@ class TieredRecallCache(RecallCache):
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         return mapped_memory(shape, dtype, self.folder)
-
-
-class BodyOfSlowTokens(BodyClusters):
-    """Clusters on `device` of keys and values that lie on the host."""
-
-    device = torch.device("cpu")
-
-    def add(self, keys: Tensor, values: Tensor, n_clusters: int) -> Int64[Tensor, "problems tokens"]:
-        return super().add(keys.to(self.device), values.to(self.device), n_clusters).to(keys.device)
 
 
 class FastTier:

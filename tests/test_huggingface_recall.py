@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 from kvcluster import fast, reference
 from kvcluster.fast.huggingface import RecallCache
 from kvcluster.fast.huggingface.attention import NAME, attend
+from kvcluster.fast.tiers import TieredRecallCache
 
 OPTIONS = {"n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 SMALL = {"budget": 40, **OPTIONS}
@@ -32,6 +33,40 @@ def test_a_budget_that_covers_everything_is_stock_generate(kv_heads):
     cache = RecallCache.for_model(model, budget=124, **OPTIONS)
     assert torch.equal(greedy(model, tokens, past_key_values=cache), greedy(model, tokens))
     assert cache.n_seen == cache.n_stored == 123
+
+
+@pytest.mark.parametrize("n_dense_layers", [0, 1])
+def test_offloading_generates_the_tokens_of_memory_in_every_turn(n_dense_layers, tmp_path):
+    """Greedily and by beams; the folder holds no name while the files behind the tier are in use."""
+    model = tiny_llama()
+    tokens, more = random_tokens(150, batch=2), random_tokens(30, batch=2)
+    caches = [
+        RecallCache.for_model(model, n_dense_layers=n_dense_layers, **SMALL, **options)
+        for options in ({}, {"offloading": True, "folder": tmp_path, "n_steps": 2})
+    ]
+    first = [greedy(model, tokens, n_new=20, past_key_values=cache) for cache in caches]
+    assert torch.equal(*first)
+    conversation = torch.cat([tokens, first[0], more], dim=1)
+    assert torch.equal(*(greedy(model, conversation, n_new=20, past_key_values=cache) for cache in caches))
+    assert not any(tmp_path.iterdir())
+    statistics = caches[1].statistics
+    assert caches[0].statistics is None
+    assert 0 < statistics.n_hits < statistics.n_asked
+    assert statistics.n_asked == sum(layer.entries.statistics.n_asked for layer in caches[1].layers[n_dense_layers:])
+    assert all(isinstance(layer.entries, TieredRecallCache) for layer in caches[1].layers[n_dense_layers:])
+    for cache in caches:
+        cache.reset()
+    beams = [greedy(model, tokens, n_new=20, past_key_values=cache, num_beams=3) for cache in caches]
+    assert torch.equal(*beams)
+
+
+def test_offloading_options_are_refused_where_they_would_mean_nothing(tmp_path):
+    model = tiny_llama()
+    for options in ({"folder": tmp_path}, {"n_steps": 2}):
+        with pytest.raises(ValueError, match="offloading must be True for a folder or n_steps, got "):
+            RecallCache.for_model(model, **SMALL, **options)
+    with pytest.raises(ValueError, match="folder must be an existing folder, got "):
+        RecallCache.for_model(model, **SMALL, offloading=True, folder=tmp_path / "none")
 
 
 def test_all_layers_dense_is_stock_generate_and_none_is_not():

@@ -1,10 +1,12 @@
 """A transformers `Cache` that forgets nothing: each new token recalls the clusters nearest to it."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..recall_cache import RecallCache as LayerCache
+from ..tiers import TieredRecallCache, TierStatistics
 from .hooks import ModelHooks, check_model
 from .layers import EntryLayer, ModelCache
 
@@ -41,6 +43,9 @@ class RecallCache(ModelCache):
         spread: float = 0.5,
         mass: float | None = None,
         centroids_for_rest: bool = False,
+        offloading: bool = False,
+        folder: str | Path | None = None,
+        n_steps: int = 1,
     ) -> "RecallCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
@@ -50,6 +55,9 @@ class RecallCache(ModelCache):
         budget : tokens that a new token attends to per KV head, sinks and recent tokens included.
         n_dense_layers : first layers that attend to all tokens; 2 in the paper (arXiv:2412.03213).
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
+        offloading : keep keys and values in slow memory, but for those of the clusters that were recalled in the last
+            `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder`. Dense layers, whose steps
+            read all of them, stay in fast memory. The tokens generated are the same.
 
         Raises
         ------
@@ -81,24 +89,43 @@ class RecallCache(ModelCache):
             "mass": mass,
             "centroids_for_rest": centroids_for_rest,
         }
-        layers = [RecallLayer(index < n_dense_layers, parameters) for index in range(config.num_hidden_layers)]
+        tiers = {"folder": folder, "n_steps": n_steps} if offloading else {}
+        if not offloading and (folder is not None or n_steps != 1):
+            raise ValueError(f"offloading must be True for a folder or n_steps, got {folder!r} and {n_steps}")
+        layers = [
+            RecallLayer(index < n_dense_layers, parameters, {} if index < n_dense_layers else tiers)
+            for index in range(config.num_hidden_layers)
+        ]
         return cls(layers, ModelHooks.of(model))
+
+    @property
+    def statistics(self) -> TierStatistics | None:
+        """Sums over the layers that are offloaded; None if none is."""
+        tiered = [layer.entries for layer in self.layers if isinstance(layer.entries, TieredRecallCache)]
+        return sum((cache.statistics for cache in tiered), TierStatistics()) if tiered else None
 
 
 class RecallLayer(EntryLayer):
     """One layer of a `RecallCache`; a dense one keeps its tokens unclustered and attends to all of them."""
 
-    def __init__(self, is_dense: bool, parameters: dict[str, Any]) -> None:
-        self.is_dense, self.parameters = is_dense, parameters
+    def __init__(self, is_dense: bool, parameters: dict[str, Any], tiers: dict[str, Any]) -> None:
+        self.is_dense, self.parameters, self.tiers = is_dense, parameters, tiers
         super().__init__()
 
     def reset(self) -> None:
-        self.entries = LayerCache(**self.parameters)
+        made = TieredRecallCache(**self.parameters, **self.tiers) if self.tiers else LayerCache(**self.parameters)
+        self.entries = made
         super().reset()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        is_first = self.entries.n_seen == 0
+        held = super().update(key_states, value_states, *args, **kwargs)
+        return (key_states, value_states) if is_first else held
 
     def held(self) -> tuple[Tensor, Tensor]:
         """In the order of memory, clusters together: `keys` and `values` would be copies."""
-        return self.entries.stored
+        keys, values = self.entries.stored
+        return keys.to(self.device), values.to(self.device)
 
     def attends(self, queries: int) -> bool:
         return queries == 1 and not self.is_dense and self.entries.n_seen > self.parameters["budget"]
