@@ -25,7 +25,8 @@ class Reached(NamedTuple):
     Attributes
     ----------
     keys, values : (problems, rows, .).
-    first_row : (problems, clusters), int64: where each cluster begins; None while there is no body.
+    first_row : (problems, clusters), int64: where each cluster begins, counted from behind the sinks; None while there
+        is no body.
     """
 
     keys: Tensor
@@ -185,7 +186,7 @@ class RecallCache:
                 self._flat(query.detach()),
                 reached.keys,
                 reached.values,
-                reached.first_row - reached.n_sink,
+                reached.first_row,
                 taken,
                 n_sink=reached.n_sink,
                 n_exact=self.n_seen - self.n_clustered,
@@ -227,7 +228,7 @@ class RecallCache:
 
     def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> "Reached":
         """Where a step that takes so much of each cluster finds its tokens."""
-        first_row = None if taken is None else self.plan.n_sink + self.body.first_member
+        first_row = None if taken is None else self.body.first_member
         keys, values = map(self._flat, self._held)
         return Reached(keys, values, first_row, self.plan.n_sink, self.n_clustered)
 
@@ -241,7 +242,7 @@ class RecallCache:
             return exact.expand(len(reached.keys), -1)
         exact = torch.where(exact < reached.n_sink, exact, exact + reached.n_body)
         n_recalled = min(self.plan.budget - n_exact, self.n_clustered) if self.body.mass is None else None
-        recalled = recalled_places(reached.first_row, taken, n_recalled)
+        recalled = recalled_places(reached.n_sink + reached.first_row, taken, n_recalled)
         return torch.cat([exact.expand(len(taken), -1), recalled], dim=1)
 
     def _rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:

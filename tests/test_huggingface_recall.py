@@ -177,8 +177,11 @@ def test_unsupported_models_and_parameters_are_refused():
 
 
 def test_parameters_and_defaults_are_those_of_the_cache_of_a_layer():
-    ours = inspect.signature(RecallCache.for_model).parameters
-    theirs = inspect.signature(fast.RecallCache).parameters
-    assert {name: p.default for name, p in ours.items() if name not in ("model", "n_dense_layers")} == {
-        name: p.default for name, p in theirs.items() if name != "backend"
+    ours, of_layer, of_tiers = (
+        {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
+        for made in (RecallCache.for_model, fast.RecallCache, TieredRecallCache)
+    )
+    assert of_layer.items() <= of_tiers.items()
+    assert ours == {"model": inspect.Parameter.empty, "n_dense_layers": 0, "offloading": False} | {
+        name: default for name, default in of_tiers.items() if name != "backend"
     }
