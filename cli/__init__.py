@@ -5,6 +5,7 @@ from importlib.metadata import version
 import typer
 
 from .bench import bench
+from .check import check
 from .demo import demo
 from .kernels import kernels
 
@@ -12,6 +13,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(bench)
+app.command()(check)
 app.command()(demo)
 app.command()(kernels)
 

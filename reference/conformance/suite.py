@@ -1,0 +1,190 @@
+"""The conformance suite: every case put to an implementation, and for what differs the cause as far as it is known."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .cases import OPERATIONS, Case, all_cases
+from .comparing import SECTIONS, Difference, compare, expected
+from .implementation import Implementation, Outcome, run
+from .mistakes import explain
+from .shrinking import smallest_case
+
+__all__ = ["Counterexample", "OperationReport", "Report", "check"]
+
+N_EXPLAINED = 8  # failures that a cause must explain
+LEAST_SHARED_BITS = 18
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """A case that differs, as small as could be found.
+
+    Attributes
+    ----------
+    case, difference : what was asked, and the first thing that is wrong.
+    expected, got : arrays by name; empty where the call raised, or was to raise.
+    cause : what is wrong in the implementation, in words; None if nothing known explains it.
+    rule : the paragraph of SPECIFICATION.md that is broken, or its section.
+    """
+
+    case: Case
+    difference: Difference
+    expected: dict[str, np.ndarray]
+    got: dict[str, np.ndarray]
+    cause: str | None
+    rule: str
+
+
+@dataclass
+class OperationReport:
+    """What became of the cases of one operation; `skipped` says why how many were not put to the implementation."""
+
+    operation: str
+    n_cases: int = 0
+    n_failed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    counterexample: Counterexample | None = None
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        if self.n_failed:
+            return "differs"
+        return "agrees" if self.n_cases else "not checked"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of a whole run; `is_stopped`: there was no time for all cases."""
+
+    implementation: str
+    operations: list[OperationReport]
+    seconds: float
+    is_stopped: bool
+
+    @property
+    def agrees(self) -> bool:
+        """Whether something was checked and nothing differs."""
+        return any(each.n_cases for each in self.operations) and not any(each.n_failed for each in self.operations)
+
+
+def check(
+    implementation: Implementation,
+    *,
+    only: tuple[str, ...] = OPERATIONS,
+    seed: int = 0,
+    max_seconds: float = float("inf"),
+    on_case: Callable[[], Any] = lambda: None,
+    has_smallest: bool = True,
+) -> Report:
+    """Put every case of the operations `only` to an implementation.
+
+    Parameters
+    ----------
+    implementation : see `Implementation`.
+    only : names of `OPERATIONS`.
+    seed : puts other numbers into the same cases.
+    max_seconds : after this long no other case begins; the search for small counterexamples goes on for a while.
+    on_case : called after each case.
+    has_smallest : look for small counterexamples; else they are the smallest of the cases.
+
+    Raises
+    ------
+    ValueError : an operation that is none.
+
+    Notes
+    -----
+    A right NumPy implementation takes some seconds. The results are those of the reference, bit for bit; attention
+    outputs are within the bound of `attention_agreement`.
+    """
+    unknown = sorted(set(only) - set(OPERATIONS))
+    if unknown:
+        raise ValueError(f"only must be of {', '.join(OPERATIONS)}, got {', '.join(unknown)}")
+    begun = time.monotonic()
+    reports = {operation: OperationReport(operation) for operation in OPERATIONS if operation in only}
+    failures: dict[str, list[tuple[Case, Outcome, Difference]]] = {operation: [] for operation in reports}
+    is_stopped = False
+    for case in all_cases(tuple(reports), seed):
+        report = reports[case.operation]
+        reason = implementation.accepts(case)
+        if reason is None and time.monotonic() - begun > max_seconds:
+            reason, is_stopped = "no time left", True
+        if reason is not None:
+            report.skipped[reason] += 1
+        else:
+            outcome = run(implementation, case)
+            difference = compare(case, outcome)
+            report.n_cases += 1
+            if difference is not None:
+                report.n_failed += 1
+                report.failed.append(f"{case.name}: {difference.text}")
+                failures[case.operation].append((case, outcome, difference))
+        on_case()
+    for operation, failed in failures.items():
+        if failed:
+            reports[operation].counterexample = counterexample(implementation, failed, seed if has_smallest else None)
+    return Report(implementation.name, list(reports.values()), time.monotonic() - begun, is_stopped)
+
+
+def counterexample(
+    implementation: Implementation, failed: list[tuple[Case, Outcome, Difference]], seed: int | None
+) -> Counterexample:
+    """The smallest failure that can be found, and what explains all failures."""
+    by_size = sorted(failed, key=lambda failure: sum(array.size for array in failure[0].arrays.values()))
+    case, outcome, difference = by_size[0]
+    rule = str(SECTIONS[case.operation])
+    results = [failure for failure in by_size if not failure[0].is_refused]
+    if not results:
+        return Counterexample(case, difference, {}, outcome.arrays, "bad input is not refused", "14")
+    mistake = explain([(case, outcome) for case, outcome, _ in results[:: max(1, len(results) // N_EXPLAINED)]])
+    cause = (mistake.cause, mistake.rule) if mistake is not None else roughly(results)
+    case, outcome, difference = results[0]
+    if seed is not None:
+        small = smallest_case(case.operation, lambda case: bool(compare(case, run(implementation, case))), seed)
+        if small is not None:
+            again = run(implementation, small)
+            found = compare(small, again)
+            if found is not None:
+                case, outcome, difference = small, again, found
+    return Counterexample(case, difference, expected(case), outcome.arrays, cause[0], cause[1] or rule)
+
+
+def roughly(failed: list[tuple[Case, Outcome, Difference]]) -> tuple[str | None, str | None]:
+    """What can be said of failures that no known mistake explains."""
+    errors = {repr(outcome.error) for _, outcome, _ in failed}
+    if len(errors) == 1 and failed[0][1].error is not None:
+        return f"every failing call raises {errors.pop()}", None
+    if any(np.isnan(x).any() for _, outcome, _ in failed for x in outcome.arrays.values() if x.dtype == np.float64):
+        return "there is NaN: where a norm is 0 the similarity is 0", "4.2"
+    kinds = {case.name.partition("-")[0] for case, _, _ in failed}
+    names = {difference.what for _, _, difference in failed}
+    if names == {"labels"} and kinds <= {"near_ties", "huge", "tiny", "signs", "duplicates"}:
+        return (
+            "only ties, near ties and extreme numbers fail: decisions need float64 similarities by halving sums",
+            "2.1",
+        )
+    if names <= {"similarity", "centroids", "keys", "values"} and all(map(nearly_equal, failed)):
+        return (
+            "nearly equal, but not bit for bit: float64, the order of additions and one rounding are the contract",
+            "2.1",
+        )
+    return None, None
+
+
+def nearly_equal(failure: tuple[Case, Outcome, Difference]) -> bool:
+    """Whether all numbers share their leading bits with the right ones."""
+    case, outcome, _ = failure
+    for name, right in expected(case).items():
+        mine = outcome.arrays.get(name)
+        if mine is not None and right.dtype.kind in "fV" and name != "output":
+            wide = right.astype(np.float64)
+            if np.abs(mine.astype(np.float64) - wide).max(initial=0) > 2.0**-LEAST_SHARED_BITS * np.abs(wide).max(
+                initial=0
+            ):
+                return False
+    return True
