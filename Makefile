@@ -2,6 +2,7 @@
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
 # make bench   the cost of certified decisions, then attention, decoding and serving on this CPU; run it alone
+# make recall  answers and costs of recalled clusters beside full attention and pages, 20 minutes; run it alone
 # make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
@@ -17,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo check test lint bench gpu clean
+.PHONY: install demo check test lint bench recall gpu clean
 
 install: .venv/.installed
 
@@ -47,6 +48,10 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/matching.py
 	$(BIN)/kvcluster bench --json benchmarks/decoding.json --figures docs
+
+recall: install
+	rm -f benchmarks/recall-results.json
+	$(BIN)/python benchmarks/recall.py --parts step index needles options
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:

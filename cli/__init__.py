@@ -8,6 +8,7 @@ from .bench import bench
 from .check import check
 from .demo import demo
 from .kernels import kernels
+from .vectors import vectors
 
 __all__ = ["app", "main"]
 
@@ -16,6 +17,7 @@ app.command()(bench)
 app.command()(check)
 app.command()(demo)
 app.command()(kernels)
+app.command()(vectors)
 
 
 @app.callback(invoke_without_command=True)

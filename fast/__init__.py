@@ -17,6 +17,8 @@ from .recall_cache import RecallCache
 from .selection import Selection, select_clusters
 from .soft_matching import chunked_soft_matching
 
+ARRAYS = "torch"  # what `kvcluster check` gives to the names below
+
 __all__ = [
     "ClusteredCache",
     "Clustering",

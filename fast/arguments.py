@@ -9,6 +9,7 @@ __all__ = [
     "check_append",
     "check_array",
     "check_finite",
+    "check_half_range",
     "check_integer",
     "check_keep_ratio",
     "check_shape",
@@ -69,6 +70,14 @@ def with_four_axes(array: torch.Tensor) -> torch.Tensor:
 def dtype_name(array: torch.Tensor) -> str:
     """`float64`, not `torch.float64`."""
     return str(array.dtype).removeprefix("torch.")
+
+
+def check_half_range(keys: torch.Tensor) -> None:
+    """Refuse keys that less their mean might overflow float32."""
+    half = torch.finfo(torch.float32).max / 2
+    largest = float(keys.abs().max()) if keys.numel() else 0.0
+    if largest > half:
+        raise ValueError(f"keys must be at most {half:.3g} in size with is_centred, got {largest:.3g}")
 
 
 def check_integer(name: str, value: int, least: int) -> None:

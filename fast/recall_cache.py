@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_array, dtype_name
+from .arguments import check_append, check_array, check_half_range, dtype_name
 from .backends import AttentionBackend, choose_backend, has_cpp, refused_by_cpp
 from .body_clusters import BodyClusters, StepBackend
 from .cpu import LANES, library
@@ -140,6 +140,8 @@ class RecallCache:
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else self.stored)
+        if self.body.is_centred:
+            check_half_range(keys)
         if keys.shape[-2] == 0 and self._held is not None:
             return
         n_seen = self.n_seen + keys.shape[-2]
@@ -291,6 +293,8 @@ class RecallCache:
                 "query must have the leading axes and dim of keys, "
                 f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
             )
+        if query.shape[-2] == 0:
+            raise ValueError(f"query must not be empty, got {tuple(query.shape)}")
 
 
 def choose_step_backend(backend: AttentionBackend, keys: Tensor, values: Tensor) -> StepBackend:

@@ -5,7 +5,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-__all__ = ["check_append", "check_array", "check_integer", "check_keep_ratio", "entries_of_chunk"]
+__all__ = ["check_append", "check_array", "check_half_range", "check_integer", "check_keep_ratio", "entries_of_chunk"]
 
 # All three are exactly representable in float32; NumPy knows bfloat16 through the package ml_dtypes.
 DTYPES = ("float16", "bfloat16", "float32")
@@ -38,6 +38,14 @@ def check_append(keys: np.ndarray, values: np.ndarray, held: tuple[np.ndarray | 
             raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {old.shape}")
         if old is not None and new.dtype != old.dtype:
             raise ValueError(f"{name} must have the dtype of the cache, {old.dtype.name}, got {new.dtype.name}")
+
+
+def check_half_range(keys: np.ndarray) -> None:
+    """Refuse keys that less their mean might overflow float32."""
+    half = float(np.finfo(np.float32).max) / 2
+    largest = float(np.abs(keys.astype(np.float64)).max(initial=0))
+    if largest > half:
+        raise ValueError(f"keys must be at most {half:.3g} in size with is_centred, got {largest:.3g}")
 
 
 def check_integer(name: str, value: int, least: int) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from .arguments import check_append, check_integer
+from .arguments import check_append, check_half_range, check_integer
 from .attention import check_attention
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, kmeans
@@ -121,9 +121,12 @@ class RecallCache:
 
         Raises
         ------
-        ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
+        ValueError : wrong dtype or shape, NaN or infinity; with `is_centred`, keys above half of the largest float32
+            number, which less their mean might overflow. The cache is then as it was.
         """
         check_append(keys, values, (self.keys, self.values))
+        if self.is_centred:
+            check_half_range(keys)
         is_first = self.n_seen == 0
         if self.keys is None:
             self.keys, self.values = keys.copy(), values.copy()
@@ -207,3 +210,5 @@ class RecallCache:
         if self.keys is None:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         check_attention(query, self.keys, self.values)
+        if query.shape[-2] == 0:
+            raise ValueError(f"query must not be empty, got {query.shape}")

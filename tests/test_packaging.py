@@ -7,6 +7,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from ports import RIGHT_PORT, WRONG_PORT
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
@@ -44,6 +45,37 @@ def test_neither_torch_nor_stray_packages_are_installed(python):
     names = "('torch', 'transformers', 'reference', 'fast', 'cli', 'tests')"
     code = f"import importlib.util as u; print([name for name in {names} if u.find_spec(name)])"
     assert run(python, "-c", code) == "[]\n"
+
+
+@pytest.fixture(scope="module")
+def oracle(python, tmp_path_factory):
+    """The same environment with the extra for the oracle: a folder with a right and a wrong port, and the command."""
+    wheel = next(python.parent.parent.parent.glob("*.whl"))
+    run(python, "-m", "pip", "install", "--constraint", ROOT / "constraints.txt", f"{wheel}[oracle]")
+    folder = tmp_path_factory.mktemp("ports")
+    (folder / "right_port.py").write_text(RIGHT_PORT)
+    (folder / "wrong_port.py").write_text(WRONG_PORT)
+    return python.parent, folder
+
+
+def test_the_oracle_judges_ports_without_torch(python, oracle):
+    programs, folder = oracle
+    for port, status, text in (("right", 0, "agrees"), ("wrong", 1, "sources and destinations are swapped")):
+        command = [programs / "kvcluster", "check", folder / f"{port}_port.py"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+        assert (done.returncode, text in done.stdout) == (status, True), done.stdout + done.stderr
+    command = [programs / "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "kvcluster.reference.conformance"]
+    done = run(*command, "--implementation", folder / "right_port.py")
+    assert " passed" in done
+    assert " failed" not in done
+    code = "import importlib.util as u; print([name for name in ('torch', 'triton') if u.find_spec(name)])"
+    assert run(python, "-c", code) == "[]\n"
+
+
+def test_vectors_are_written_and_verified_without_torch(oracle):
+    programs, folder = oracle
+    run(programs / "kvcluster", "vectors", folder / "vectors")
+    run(programs / "kvcluster", "vectors", folder / "vectors", "--verify")
 
 
 def test_the_command_is_there(python):

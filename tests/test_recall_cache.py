@@ -205,6 +205,27 @@ def test_a_refused_append_leaves_the_cache_as_it_was(package):
     assert before == (back(cache.keys).tobytes(), cache.n_seen, cache.n_clustered, cache.nbytes)
 
 
+@pytest.mark.parametrize("package", [reference, fast])
+def test_keys_that_might_overflow_less_their_mean_are_refused_before_they_are_held(package):
+    cache, convert = package.RecallCache(**SMALL, is_centred=True), to_torch if package is fast else np.asarray
+    keys = make_keys("huge", (2, 60, 16), DTYPES["f32"], seed=16)
+    keys[0, 50] = 3e38
+    with pytest.raises(ValueError, match=r"keys must be at most 1.7e\+38 in size with is_centred, got 3e\+38"):
+        cache.append(convert(keys), convert(keys))
+    assert (cache.n_seen, cache.keys) == (0, None)
+    cache.append(convert(keys[:, :50]), convert(keys[:, :50]))
+    assert cache.n_clustered > 0
+
+
+@pytest.mark.parametrize("n_tokens", [3, 100])
+def test_an_empty_query_is_refused_with_a_body_and_without(n_tokens):
+    keys, values = tokens_of(17, n_tokens)
+    for package, convert in ((reference, np.asarray), (fast, to_torch)):
+        cache = filled(package.RecallCache(**SMALL), keys, values, convert=convert)
+        with pytest.raises(ValueError, match="query must not be empty, got"):
+            cache.attend(convert(keys[:, :0]))
+
+
 def test_appending_a_token_copies_no_other():
     keys, values = (to_torch(array) for array in tokens_of(12, 1100))
     cache = fast.RecallCache(**{**SMALL, "budget": 700, "segment_size": 300})

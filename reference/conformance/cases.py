@@ -220,14 +220,15 @@ def clustered_cache_cases(base: int) -> Iterator[Case]:
         for name, pieces in (("prompt", (150,)), ("split", (1, 2, 60, 1, 0, 37, 49)), ("tokens", (100, *[1] * 50))):
             yield Case("ClusteredCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
     arrays = attention_arrays("normal", (1, 2), 2, 200, 8, "f32", base + 120)
-    for name, changed in {
+    changes: dict[str, dict[str, Any]] = {
         "defaults": {"keep_ratio": 0.25},
         "keep-all": {**plan, "keep_ratio": 1.0},
         "no-sink": {**plan, "n_sink": 0},
         "no-recent": {**plan, "n_recent": 0},
         "just-due": {**plan, "n_sink": 4, "pieces": (4 + 20 + 16 * 3, 15, 1)},
         "three-rounds": {**plan, "keep_ratio": 0.2, "chunk_size": 13},
-    }.items():
+    }
+    for name, changed in changes.items():
         yield Case("ClusteredCache", name, arrays, {"pieces": (120, 80), **changed})
     short = attention_arrays("normal", (1,), 1, 5, 8, "f32", base + 121)
     yield Case("ClusteredCache", "shorter-than-sinks", short, {**plan, "n_sink": 9, "pieces": (2, 3)})
@@ -242,7 +243,7 @@ def recall_cache_cases(base: int) -> Iterator[Case]:
         for name, pieces in (("prompt", (150,)), ("tokens", (101, *[1] * 49)), ("pieces", (1, 60, 0, 40, 49))):
             yield Case("RecallCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
     arrays = attention_arrays("smooth", (1, 2), 2, 200, 8, "f32", base + 140)
-    for name, changed in {
+    changes: dict[str, dict[str, Any]] = {
         "absolute-segments": {**plan, "prompt_segment_size": 0},
         "one-segment": {**plan, "prompt_segment_size": None},
         "no-spread": {**plan, "spread": 0.0},
@@ -250,7 +251,8 @@ def recall_cache_cases(base: int) -> Iterator[Case]:
         "rest": {**plan, "centroids_for_rest": True},
         "budget-covers-all": {**plan, "budget": 300},
         "scale": {**plan, "scale": 0.7},
-    }.items():
+    }
+    for name, changed in changes.items():
         yield Case("RecallCache", name, arrays, {**changed, "pieces": (150, 1, 49)})
 
 

@@ -85,7 +85,7 @@ class NumPyWithExponential:
 @contextmanager
 def same_exponential_everywhere() -> Iterator[None]:
     """Let `agreement` take its exponentials from here; needless if it did not use np.exp in float32 itself."""
-    agreement.np = NumPyWithExponential()  # type: ignore[attr-defined]
+    agreement.np = NumPyWithExponential()  # type: ignore[assignment, attr-defined]
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class Implementation:
 
     def __init__(self, namespace: Any, name: str | None = None) -> None:
         self.namespace = namespace
-        self.name = name or getattr(namespace, "__name__", type(namespace).__name__)
+        self.name = str(name or getattr(namespace, "__name__", type(namespace).__name__))
         self.operations = tuple(name for name in OPERATIONS if hasattr(namespace, name))
         self.dtypes = tuple(getattr(namespace, "DTYPES", ("f16", "bf16", "f32")))
         is_torch = getattr(namespace, "ARRAYS", "numpy") == "torch"

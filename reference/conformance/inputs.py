@@ -1,5 +1,7 @@
 """Inputs that are awkward on purpose, and the same to the last bit on every machine."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
@@ -21,7 +23,7 @@ def make_array(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> Floa
     `signs` (all numbers +-1) give exact ties by the dozen, `near_ties` differ in the last bit, of `zeros` half of the
     rows are zero, `huge` and `tiny` are near the ends of the dtype, in `smooth` neighbours are alike, as in a model.
     """
-    made = DTYPES[dtype]
+    made: Any = DTYPES[dtype]
     bell = bell_shaped(shape, seed)
     if kind == "signs":
         array = np.where(bell < 0, -1.0, 1.0)
@@ -48,7 +50,8 @@ def bell_shaped(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Numbers of standard deviation 1, at most 3.5, float64, with bits in every place: sums of four uniform ones."""
     words = random_bits(shape, seed)
     pieces = [(words >> np.uint64(16 * i) & np.uint64(0xFFFF)).astype(np.float64) for i in range(4)]
-    return (sum(pieces) - 131070.0) / 2.0**15 * 0.8660254037844386
+    total = pieces[0] + pieces[1] + pieces[2] + pieces[3]
+    return (total - 131070.0) / 2.0**15 * 0.8660254037844386
 
 
 def random_bits(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -53,11 +53,14 @@ class Mistake:
 
 
 def explain(failures: list[tuple[Case, Outcome]]) -> Mistake | None:
-    """The first mistake that gives each of these outcomes, all of one operation."""
+    """The mistake that gives most of these outcomes, all of one operation; None if none gives more than half."""
+    most, best = len(failures) // 2, None
     for mistake in MISTAKES:
-        if failures[0][0].operation in mistake.operations and all(gives(mistake, *failure) for failure in failures):
-            return mistake
-    return None
+        if failures[0][0].operation in mistake.operations:
+            given = sum(gives(mistake, *failure) for failure in failures)
+            if given > most:
+                most, best = given, mistake
+    return best
 
 
 def gives(mistake: Mistake, case: Case, outcome: Outcome) -> bool:
@@ -248,6 +251,18 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake("the recent tokens are clustered too", "9.2", ("ClusteredCache",), change=wrong.given("n_recent", 0)),
     Mistake("sinks are clustered too", "9.2", ("ClusteredCache",), change=wrong.given("n_sink", 0)),
+    Mistake(
+        "a chunk is clustered a token late: it is due as soon as n_recent tokens are younger",
+        "9.4",
+        ("ClusteredCache",),
+        (("", "ClusteredCache", wrong.ClusteredLate),),
+    ),
+    Mistake(
+        "an append clusters one chunk at most: every chunk that is due is clustered",
+        "9.4",
+        ("ClusteredCache",),
+        (("", "ClusteredCache", wrong.OneChunkAnAppend),),
+    ),
     Mistake(
         "the cache depends on how the tokens arrived: chunks lie at absolute positions",
         "9.6",

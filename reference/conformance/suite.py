@@ -12,12 +12,12 @@ from .cases import OPERATIONS, Case, all_cases
 from .comparing import SECTIONS, Difference, compare, expected
 from .implementation import Implementation, Outcome, run
 from .mistakes import explain
+from .patterns import pattern
 from .shrinking import smallest_case
 
 __all__ = ["Counterexample", "OperationReport", "Report", "check"]
 
 N_EXPLAINED = 8  # failures that a cause must explain
-LEAST_SHARED_BITS = 18
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def counterexample(
     if not results:
         return Counterexample(case, difference, {}, outcome.arrays, "bad input is not refused", "14")
     mistake = explain([(case, outcome) for case, outcome, _ in results[:: max(1, len(results) // N_EXPLAINED)]])
-    cause = (mistake.cause, mistake.rule) if mistake is not None else roughly(results)
+    cause = (mistake.cause, mistake.rule) if mistake is not None else pattern(results)
     case, outcome, difference = results[0]
     if seed is not None:
         small = smallest_case(case.operation, lambda case: bool(compare(case, run(implementation, case))), seed)
@@ -152,39 +152,3 @@ def counterexample(
             if found is not None:
                 case, outcome, difference = small, again, found
     return Counterexample(case, difference, expected(case), outcome.arrays, cause[0], cause[1] or rule)
-
-
-def roughly(failed: list[tuple[Case, Outcome, Difference]]) -> tuple[str | None, str | None]:
-    """What can be said of failures that no known mistake explains."""
-    errors = {repr(outcome.error) for _, outcome, _ in failed}
-    if len(errors) == 1 and failed[0][1].error is not None:
-        return f"every failing call raises {errors.pop()}", None
-    if any(np.isnan(x).any() for _, outcome, _ in failed for x in outcome.arrays.values() if x.dtype == np.float64):
-        return "there is NaN: where a norm is 0 the similarity is 0", "4.2"
-    kinds = {case.name.partition("-")[0] for case, _, _ in failed}
-    names = {difference.what for _, _, difference in failed}
-    if names == {"labels"} and kinds <= {"near_ties", "huge", "tiny", "signs", "duplicates"}:
-        return (
-            "only ties, near ties and extreme numbers fail: decisions need float64 similarities by halving sums",
-            "2.1",
-        )
-    if names <= {"similarity", "centroids", "keys", "values"} and all(map(nearly_equal, failed)):
-        return (
-            "nearly equal, but not bit for bit: float64, the order of additions and one rounding are the contract",
-            "2.1",
-        )
-    return None, None
-
-
-def nearly_equal(failure: tuple[Case, Outcome, Difference]) -> bool:
-    """Whether all numbers share their leading bits with the right ones."""
-    case, outcome, _ = failure
-    for name, right in expected(case).items():
-        mine = outcome.arrays.get(name)
-        if mine is not None and right.dtype.kind in "fV" and name != "output":
-            wide = right.astype(np.float64)
-            if np.abs(mine.astype(np.float64) - wide).max(initial=0) > 2.0**-LEAST_SHARED_BITS * np.abs(wide).max(
-                initial=0
-            ):
-                return False
-    return True

@@ -2,25 +2,25 @@
 
 import pytest
 
-from kvcluster.reference.conformance import all_cases, load_implementation
+from kvcluster.reference.conformance import Case, Implementation, all_cases, load_implementation
 from kvcluster.reference.conformance.comparing import compare
 from kvcluster.reference.conformance.implementation import run
 from kvcluster.reference.conformance.mistakes import explain
 
 
 @pytest.fixture(scope="session")
-def implementation(request):
+def implementation(request: pytest.FixtureRequest) -> Implementation:
     return load_implementation(request.config.getoption("--implementation"))
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.config.getoption("--implementation") is None:
         raise pytest.UsageError("--implementation must name a module or a .py file, got none")
     cases = list(all_cases())
     metafunc.parametrize("case", cases, ids=[f"{case.operation}-{case.name}" for case in cases])
 
 
-def test_result_is_the_references(implementation, case):
+def test_result_is_the_references(implementation: Implementation, case: Case) -> None:
     reason = implementation.accepts(case)
     if reason is not None:
         pytest.skip(reason)

@@ -63,8 +63,9 @@ def one_round(case: Case) -> Case:
 
 def of_first_head(keys: np.ndarray, **parameters: Any) -> Clustering:
     made = right_matching(keys, **parameters)
-    first = (0,) * (keys.ndim - 2)
-    return Clustering(*(np.broadcast_to(x[first], x.shape) for x in (made.labels, made.counts)))
+    if keys.ndim == 2:
+        return made
+    return Clustering(*(np.broadcast_to(x[..., :1, :], x.shape) for x in (made.labels, made.counts)))
 
 
 right_matching = reference.chunked_soft_matching
@@ -395,6 +396,22 @@ class ClusteredByArrival(reference.ClusteredCache):
             self.n_recent = kept
             return made
         return super().append(keys, values)
+
+
+class ClusteredLate(reference.ClusteredCache):
+    def _cluster_what_left_the_window(self) -> None:
+        self.n_recent += 1
+        super()._cluster_what_left_the_window()
+        self.n_recent -= 1
+
+
+class OneChunkAnAppend(reference.ClusteredCache):
+    def _cluster_what_left_the_window(self) -> None:
+        kept, recent = self.n_recent, self.n_seen - self.n_sink - self.n_clustered
+        if recent - self.n_recent >= self.chunk_size:
+            self.n_recent = recent - self.chunk_size
+        super()._cluster_what_left_the_window()
+        self.n_recent = kept
 
 
 class WithCountsChanged(reference.RecallCache):
