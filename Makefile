@@ -51,7 +51,7 @@ bench: install
 
 recall: install
 	rm -f benchmarks/recall-results.json
-	$(BIN)/python benchmarks/recall.py --parts step index needles options
+	$(BIN)/python benchmarks/recall.py --parts step index tiers needles options
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:

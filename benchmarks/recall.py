@@ -23,6 +23,7 @@ from recall_needles import plant
 from recall_scoring import prefill, score
 from recall_settings import BUDGETS, FULL, OURS, PAGES, PAPER, SETTINGS, TOP, Setting
 from recall_tables import attention_table, collect, needle_table, option_table
+from recall_tiers import time_tiers
 from recall_timing import time_index, time_step
 from rich.console import Console
 from rich.progress import Progress
@@ -36,7 +37,7 @@ __all__ = ["main"]
 RESULTS = Path(__file__).resolve().parent / "recall-results.json"
 FIGURES = Path(__file__).resolve().parent.parent / "docs"
 MAIN = (FULL, TOP, OURS, PAPER, PAGES)
-PARTS = ("step", "index", "needles", "options")
+PARTS = ("step", "index", "tiers", "needles", "options")
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
         "--parts",
         nargs="+",
         choices=PARTS,
-        default=PARTS[:3],
+        default=PARTS[:4],
         metavar="PART",
         help=f"of {', '.join(PARTS)}; not the last",
     )
@@ -115,14 +116,18 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], progress: Pr
     wanted = [setting for setting in SETTINGS if ("needles" if setting.name in MAIN else "options") in arguments.parts]
     budgets = {0, *arguments.budgets}  # 0: the full cache's
     todo = {number: missing(results["runs"], wanted, budgets, number) for number in range(arguments.contexts)}
-    is_index_missing = "index" in arguments.parts and "index" not in results["times"]
-    if not is_index_missing and not any(todo.values()):
+    parts = [part for part in ("index", "tiers") if part in arguments.parts and part not in results["times"]]
+    if not parts and not any(todo.values()):
         return
     model, tokenizer = load_llama(smollm2_folder())
     size = {"n_tokens": arguments.tokens, "n_needles": arguments.per_context}
-    if is_index_missing:
+    for part in parts:
         context = plant(tokenizer, arguments.needles, 0, **size)
-        results["times"]["index"] = pack(time_index(model, context, 512, 3, bar("index", 8)))
+        if part == "index":
+            section = time_index(model, context, 512, 3, bar("index", 8))
+        else:
+            section = time_tiers(model, context, 512, 48, bar("tiers", 5 * 49))
+        results["times"][part] = pack(section)
         write()
     advance = bar("needles", sum(map(len, todo.values())))
     for number, pairs in todo.items():

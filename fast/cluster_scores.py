@@ -49,12 +49,12 @@ def make_probe(query: Tensor, spread: float) -> Float32[Tensor, "problems group 
 def approximate_scores(probe: Tensor, clusters: ScoredClusters) -> tuple[Tensor, Tensor]:
     """Scores (problems, clusters) in float32, and the lead (problems, 1) above which their order is certain.
 
-    A float32 product of `2 * dim` features is wrong by at most `(2 * dim + 8) * u` times the lengths that it
-    multiplies, in any order; the canonical one by next to nothing; taking off the mean cluster, and comparing, by a few
-    more `u`. A maximum over the group is no more wrong than the worst of its scores. Both of two scores may be wrong.
+    theory/exactness.md, E9. The mean cluster's score is made in float64: its error, other for each query of the group,
+    would count as much as a cluster's.
     """
     with torch.autocast(probe.device.type, enabled=False):
-        scores = probe @ clusters.features.float().mT - probe @ clusters.mean.mT  # (problems, group, clusters)
+        of_mean = (probe.double() * clusters.mean.double()).sum(dim=-1, keepdim=True).float()
+        scores = probe @ clusters.features.float().mT - of_mean  # (problems, group, clusters)
     lengths = torch.linalg.vector_norm(probe.unflatten(-1, (2, -1)), dim=-1)  # (problems, group, 2)
     reached = (lengths * clusters.largest.unsqueeze(1)).sum(dim=-1).amax(dim=-1, keepdim=True)
     unit = matmul_unit(probe.device)

@@ -1,17 +1,22 @@
 """The checks of theory/exactness.py hold, and each one fails for a false variant of its claim."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from kvcluster.fast import exact_mean, exact_similarity
+from kvcluster.fast import exact_mean, exact_similarity, selection
+from kvcluster.fast.cluster_scores import approximate_scores
 from kvcluster.reference.similarity import halving_sum
-from kvcluster.theory import exactness
+from kvcluster.theory import exactness, recalling
+
+CHECKS = [(module, name) for module in (exactness, recalling) for name in module.__all__ if name.startswith("check_")]
 
 
-@pytest.mark.parametrize("name", [name for name in exactness.__all__ if name.startswith("check_")])
-def test_claim_holds(name):
-    result = getattr(exactness, name)()
+@pytest.mark.parametrize(("module", "name"), CHECKS, ids=[name for _, name in CHECKS])
+def test_claim_holds(module, name):
+    result = getattr(module, name)()
     assert result.holds, result
 
 
@@ -105,3 +110,25 @@ def test_e6_needs_its_condition():
     assert exactness.check_sums(condition(2.0**29, is_signed=True)).holds
     assert not exactness.check_sums(condition(2.0**30, is_signed=True)).holds
     assert not exactness.check_sums(condition(2.0**29, is_signed=False)).holds
+
+
+def test_e8_is_false_for_ties_to_the_last(monkeypatch):
+    module = sys.modules["kvcluster.fast.kmeans"]
+    right = module.assign
+
+    def last(keys, unit_keys, is_safe, centroids):
+        labels, n_scored = right(keys, unit_keys, is_safe, centroids.flip(1))
+        return centroids.shape[1] - 1 - labels, n_scored
+
+    monkeypatch.setattr(module, "assign", last)
+    assert not recalling.check_kmeans().holds
+
+
+def test_e9_is_false_without_a_lead(monkeypatch):
+    def without(probe, clusters):
+        scores, lead = approximate_scores(probe, clusters)
+        return scores, torch.zeros_like(lead)
+
+    assert not recalling.check_lead(without).holds
+    monkeypatch.setattr(selection, "approximate_scores", without)
+    assert not recalling.check_selection().holds

@@ -112,6 +112,13 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("E5", "exactness", "The filter's cut takes the right sources", ("exactness.check_cut",)),
     Claim("E6", "exactness", "Narrow sums do not depend on their order", ("exactness.check_sums",)),
     Claim("E7", "exactness", "Every backend ends with the reference's bits", ("exactness.check_decisions",)),
+    Claim("E8", "exactness", "k-means ends with the reference's bits", ("recalling.check_kmeans",)),
+    Claim(
+        "E9",
+        "exactness",
+        "The filter's lead settles a selection",
+        ("recalling.check_lead", "recalling.check_selection"),
+    ),
     Claim(
         "R1",
         "recall",
