@@ -49,7 +49,8 @@ def scored() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
                 (np.sign(far), near),
             ):
                 counts = rng.integers(0, 9, (1, 40))
-                yield *(x.astype(np.float32) for x in (query, some, np.abs(away))), counts
+                rounded = [x.astype(np.float32) for x in (query, some, np.abs(away))]
+                yield rounded[0], rounded[1], rounded[2], counts
 
 
 def check_lead(scores: Scores = approximate_scores) -> Check:
@@ -70,11 +71,10 @@ def check_selection() -> Check:
     """E9: tokens taken by the torch path, with every budget from nothing to everything."""
     wrong = cases = 0
     for query, centroids, deviations, counts in scored():
-        tensors = [torch.from_numpy(x) for x in (query, centroids, counts)]
+        tensors = [torch.from_numpy(x) for x in (query, centroids, counts, deviations)]
         for budget in (0, 1, 17, 60, 100, 400):
-            options = {"budget": budget, "spread": SPREAD}
-            expected = reference.select_clusters(query, centroids, counts, deviations=deviations, **options)
-            made = fast.select_clusters(*tensors, deviations=torch.from_numpy(deviations), **options)
-            wrong += not np.array_equal(made.taken.numpy(), expected.taken)
+            right = reference.select_clusters(query, centroids, counts, budget=budget, deviations=deviations)
+            made = fast.select_clusters(*tensors[:3], budget=budget, deviations=tensors[3])
+            wrong += not np.array_equal(made.taken.numpy(), right.taken)
             cases += 1
     return Check("E9", "selections that differ", cases, wrong, 0)
