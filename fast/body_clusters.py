@@ -1,5 +1,6 @@
 """The clusters of a recall cache's body: they grow segment by segment, and a query takes tokens of them."""
 
+import time
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from .cpu import recall as cpp
 from .kmeans import Clusters, fit
 from .recall import mean_deviations, mean_of_members
 from .selection import check_share, take
+from .work import ClusteringWork
 
 __all__ = ["BodyClusters", "StepBackend"]
 
@@ -29,6 +31,7 @@ class BodyClusters:
     members : (problems, n_tokens), int64: the tokens, segment after segment, cluster after cluster.
     scored : centroids and deviations, in bfloat16; None while there is no segment.
     value_centroids : (problems, clusters, dim_value), float32; None unless `centroids_for_rest`.
+    work : what clustering has cost.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class BodyClusters:
         self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
         self.backend = backend
         self.n_tokens = 0
+        self.work = ClusteringWork()
         self.scored: ScoredClusters | None = None
         self.counts: Int64[Tensor, "problems clusters"] | None = None
         self.first_member: Int64[Tensor, "problems clusters"] | None = None
@@ -76,6 +80,7 @@ class BodyClusters:
 
         Returns their tokens (problems, segments * size) in cluster order, counted from the first of them.
         """
+        begun = time.perf_counter()
         problems, segments, size, dim = keys.shape
         backend = "triton" if self.backend == "triton" else "torch"
         flat = keys.reshape(problems * segments, size, dim)
@@ -102,6 +107,7 @@ class BodyClusters:
             means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, backend)
             self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
         self.n_tokens += segments * size
+        self.work.add(made.n_rows, made.n_scored_rows, time.perf_counter() - begun)
         return members - (self.n_tokens - segments * size)
 
     def take(

@@ -1,5 +1,7 @@
 """The online cache on torch tensors."""
 
+import time
+
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
@@ -8,6 +10,7 @@ from .arguments import check_append, check_integer, check_keep_ratio, entries_of
 from .backends import Backend
 from .chunk_compression import compress
 from .clustered_attention import clustered_attention
+from .work import ClusteringWork
 
 __all__ = ["ClusteredCache"]
 
@@ -46,6 +49,12 @@ class ClusteredCache:
         self._n_stored = 0
         self._n_body = 0  # entries of the body
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, counts with room to grow
+        self.work = ClusteringWork()
+
+    @property
+    def n_body(self) -> int:
+        """Entries of the body: centroids, each of a clustered chunk."""
+        return self._n_body
 
     @property
     def n_stored(self) -> int:
@@ -110,6 +119,7 @@ class ClusteredCache:
         stop = start + leaving
         n_entries = leaving // self.chunk_size * target
         if target < self.chunk_size:
+            begun = time.perf_counter()
             made = compress(
                 self.keys[..., start:stop, :],
                 self.values[..., start:stop, :],
@@ -121,6 +131,7 @@ class ClusteredCache:
                 recent = held[..., stop : self.n_stored, :].clone()
                 held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
                 held[..., start + n_entries : start + n_entries + recent.shape[-2], :] = recent
+            self.work.add(made.n_rows, made.n_scored_rows, time.perf_counter() - begun)
         self.n_clustered += leaving
         self._n_body += n_entries
         self._n_stored -= leaving - n_entries

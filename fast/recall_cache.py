@@ -15,6 +15,7 @@ from .entry_attention import Rest, attend_places, entries_at, rows_of
 from .kmeans import Clusters
 from .segments import SegmentPlan
 from .selection import Selection, recalled_places
+from .work import ClusteringWork
 
 __all__ = ["RecallCache"]
 
@@ -117,6 +118,11 @@ class RecallCache:
     @property
     def n_stored(self) -> int:
         return self.n_seen
+
+    @property
+    def work(self) -> ClusteringWork:
+        """What clustering has cost."""
+        return self.body.work
 
     @property
     def n_clustered(self) -> int:

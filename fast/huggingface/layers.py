@@ -1,12 +1,17 @@
 """What transformers asks of the cache of a model and of its layers, as far as all of ours answer alike."""
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .hooks import ModelHooks
+from .plot import plot_cache
+from .report import CacheReport, report_cache
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["EntryLayer", "ModelCache"]
 
@@ -37,6 +42,14 @@ class ModelCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the stored entries of all layers."""
         return sum(layer.entries.nbytes for layer in self.layers)
+
+    def report(self) -> CacheReport:
+        """What every layer holds and has cost: a table for rich, `as_dict()` for JSON."""
+        return report_cache(self)
+
+    def plot(self, row: int = 0) -> "Figure":
+        """Cluster sizes along the sequence, every layer and KV head of one batch row, as a matplotlib figure."""
+        return plot_cache(self, row)
 
     @property
     def nbytes_reserved(self) -> int:

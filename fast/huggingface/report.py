@@ -1,0 +1,121 @@
+"""What a cache of a whole model holds and has cost, layer by layer: as a table, or as a dictionary."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..recall_cache import RecallCache
+from ..tiers import TieredRecallCache
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["CacheReport", "LayerReport", "report_cache"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes
+    ----------
+    layer : its index; kind : "clustered", "recalled", "dense" or "stock" (left to transformers, as sliding windows).
+    n_seen, n_stored : tokens seen; entries held per KV head.
+    nbytes, ratio : bytes of what is held; `n_stored / n_seen`.
+    rescored : share of the clustering decisions that needed canonical scores; None before the first.
+    seconds : time spent on clustering.
+    hit_rate : of the fast tier; None without tiers.
+    """
+
+    layer: int
+    kind: str
+    n_seen: int
+    n_stored: int
+    nbytes: int
+    ratio: float | None
+    rescored: float | None
+    seconds: float
+    hit_rate: float | None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """All layers. Print it with rich for a table, or take `as_dict()`."""
+
+    layers: list[LayerReport]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Totals, and the layers as dictionaries: ready for JSON."""
+        stored, seen = (sum(getattr(layer, name) for layer in self.layers) for name in ("n_stored", "n_seen"))
+        return {
+            "n_seen": max((layer.n_seen for layer in self.layers), default=0),
+            "nbytes": sum(layer.nbytes for layer in self.layers),
+            "ratio": stored / seen if seen else None,
+            "seconds": sum(layer.seconds for layer in self.layers),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table
+
+        total = self.as_dict()
+        table = Table(title=f"Cache of {total['n_seen']:,} tokens", show_footer=True)
+        columns = {
+            "layer": "all",
+            "kind": "",
+            "entries": "",
+            "bytes": f"{total['nbytes']:,}",
+            "ratio": shown(total["ratio"], ".3f"),
+            "rescored": "",
+            "clustering": f"{total['seconds']:.3f} s",
+            "hit rate": "",
+        }
+        for name, footer in columns.items():
+            table.add_column(name, footer=footer, justify="left" if name == "kind" else "right")
+        for layer in self.layers:
+            table.add_row(
+                str(layer.layer),
+                layer.kind,
+                f"{layer.n_stored:,}",
+                f"{layer.nbytes:,}",
+                shown(layer.ratio, ".3f"),
+                shown(layer.rescored, ".2%"),
+                f"{layer.seconds:.3f} s",
+                shown(layer.hit_rate, ".0%"),
+            )
+        return table
+
+
+def shown(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)
+
+
+def report_cache(cache: Any) -> CacheReport:
+    """The report of a `ClusteredCache` or `RecallCache` made by `for_model`."""
+    return CacheReport([report_layer(index, layer) for index, layer in enumerate(cache.layers)])
+
+
+def report_layer(index: int, layer: Any) -> LayerReport:
+    entries = getattr(layer, "entries", None)
+    if entries is None:
+        seen = layer.get_seq_length()
+        held = [x for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
+        stored = held[0].shape[-2] if held else 0
+        nbytes = sum(x.nbytes for x in held)
+        return LayerReport(index, "stock", seen, stored, nbytes, stored / seen if seen else None, None, 0.0, None)
+    kind = "clustered"
+    if isinstance(entries, RecallCache):
+        kind = "dense" if layer.is_dense else "recalled"
+    work = entries.work
+    return LayerReport(
+        index,
+        kind,
+        entries.n_seen,
+        entries.n_stored,
+        entries.nbytes,
+        entries.n_stored / entries.n_seen if entries.n_seen else None,
+        work.n_scored_rows / work.n_rows if work.n_rows else None,
+        work.seconds,
+        entries.statistics.hit_rate if isinstance(entries, TieredRecallCache) and entries.statistics.n_asked else None,
+    )
