@@ -130,6 +130,22 @@ class BodyClusters:
         sorted_labels = clusters.repeat_interleave(self.counts.flatten()).reshape(problems, -1)
         return torch.empty_like(self.members).scatter_(1, self.members, sorted_labels)
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that `restore` makes the same clusters of; none while there is no segment."""
+        if self.scored is None:
+            return {}
+        tensors = {"counts": self.counts, "members": self.members, "features": self.scored.features}
+        return tensors | ({} if self.value_centroids is None else {"value_centroids": self.value_centroids})
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Hold what `state` gave, some of `tensors`."""
+        if "features" in tensors:
+            self.counts, self.members = tensors["counts"], tensors["members"]
+            self.first_member = self.counts.cumsum(dim=-1) - self.counts
+            self.scored = score_clusters(tensors["features"], self.counts)
+            self.value_centroids = tensors.get("value_centroids")
+            self.n_tokens = self.members.shape[1]
+
     def select_rows(self, indices: Int64[Tensor, " rows"]) -> None:
         """Keep the problems `indices`, in their order."""
         if self.scored is None:

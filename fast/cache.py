@@ -152,6 +152,20 @@ class ClusteredCache:
             keys, values, counts = (tensor.index_select(0, indices) for tensor in self._held)
             self._held = keys, values, counts
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and integers that `restore` makes the same cache of; no tensors before the first `append`."""
+        if self._held is None:
+            return {}, {}
+        tensors = {"keys": self.keys, "values": self.values, "counts": self.counts}
+        return tensors, {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "n_body": self._n_body}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+        """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty."""
+        if tensors:
+            self.extend(tensors["keys"], tensors["values"])
+            self.counts.copy_(tensors["counts"])
+            self.n_seen, self.n_clustered, self._n_body = (numbers[x] for x in ("n_seen", "n_clustered", "n_body"))
+
     @property
     def _leaving(self) -> int:
         """Tokens in whole chunks that have left the recent window and are not clustered yet."""

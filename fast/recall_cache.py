@@ -230,6 +230,20 @@ class RecallCache:
         self.body.select_rows(problems.index_select(0, indices).flatten())
         self._held = self._held[0].index_select(0, indices), self._held[1].index_select(0, indices)
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and integers that `restore` makes the same cache of; no tensors before the first `append`."""
+        if self._held is None:
+            return {}, {}
+        tensors = dict(zip(("keys", "values"), self.stored, strict=True)) | self.body.state()
+        return tensors, {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "is_prompt": self._is_prompt}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+        """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty."""
+        if tensors:
+            self.extend(tensors["keys"], tensors["values"])
+            self._is_prompt = bool(numbers["is_prompt"])
+            self.body.restore(tensors)
+
     def _take(self, query: Tensor, scale: float | None) -> Int64[Tensor, "problems clusters"]:
         budget = self.plan.budget - (self.n_seen - self.n_clustered)
         return self.body.take(self._flat(query.detach()), budget, scale)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..cache import ClusteredCache as LayerCache
 from ..entry_attention import attend_entries, log_counts
 from .hooks import ModelHooks, check_model
-from .layers import EntryLayer, ModelCache
+from .layers import EntryLayer, ModelCache, layers_of_model
 
 __all__ = ["ClusteredCache", "ClusteredLayer"]
 
@@ -16,7 +16,8 @@ __all__ = ["ClusteredCache", "ClusteredLayer"]
 class ClusteredCache(ModelCache):
     """The key-value cache of a whole model, clustered layer by layer; made by `for_model`.
 
-    Every layer holds a `kvcluster.fast.ClusteredCache` (batch, kv_heads, entries, dim) as `layers[i].entries`.
+    Every layer holds a `kvcluster.fast.ClusteredCache` (batch, kv_heads, entries, dim) as `layers[i].entries`, but for
+    layers that attend to a sliding window: those stay transformers' own and keep the window.
 
     Notes
     -----
@@ -43,12 +44,14 @@ class ClusteredCache(ModelCache):
 
         Parameters
         ----------
-        model : a transformers model of type `llama` with `sdpa` or `eager` attention.
+        model : a transformers model of type `llama`, `mistral`, `qwen2`, `qwen3`, `smollm3` or `gemma3_text`, with
+            `sdpa` or `eager` attention.
         keep_ratio, chunk_size, n_sink, n_recent : as in `kvcluster.reference.ClusteredCache`, for every layer.
 
         Raises
         ------
-        ValueError : another type of model or of attention; a parameter out of range.
+        ValueError : another type of model or of attention; a field of its config that is not served; a parameter out
+            of range.
 
         Examples
         --------
@@ -57,12 +60,14 @@ class ClusteredCache(ModelCache):
             cache = ClusteredCache.for_model(model, keep_ratio=0.25)
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
-        config = check_model(model)
-        layers = [
-            ClusteredLayer(keep_ratio=keep_ratio, chunk_size=chunk_size, n_sink=n_sink, n_recent=n_recent)
-            for _ in range(config.num_hidden_layers)
-        ]
-        return cls(layers, ModelHooks.of(model))
+        parameters: dict[str, Any] = {
+            "keep_ratio": keep_ratio,
+            "chunk_size": chunk_size,
+            "n_sink": n_sink,
+            "n_recent": n_recent,
+        }
+        layers = layers_of_model(check_model(model), lambda _: ClusteredLayer(**parameters))
+        return cls(layers, ModelHooks.of(model), parameters)
 
 
 class ClusteredLayer(EntryLayer):

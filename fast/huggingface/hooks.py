@@ -12,18 +12,39 @@ from .attention import NAME
 
 __all__ = ["ModelHooks", "check_model"]
 
-MODEL_TYPES = ("llama",)
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
+ONE_MASK = ("llama", "mistral")  # models that mask all their layers alike and do not read `layer_types`
+LAYER_TYPES = ("full_attention", "sliding_attention")
+REQUIRED = {
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "is_causal": True,
+    "is_heterogeneous": False,
+}
 ATTENTION = ("sdpa", "eager")
 
 
 def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
-    """The config of `model`, if it is one that hooks can serve, with one of the kinds of `attention`."""
+    """The config of `model`, if it is one that hooks can serve, with one of the kinds of `attention`.
+
+    Raises
+    ------
+    ValueError : another type of model or of attention, or a field of the config with a value that is not served.
+    """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model must be of type {' or '.join(MODEL_TYPES)}, got {model_type}")
     if config._attn_implementation not in attention:
         raise ValueError(f"attention of model must be {' or '.join(attention)}, got {config._attn_implementation}")
+    for field, required in REQUIRED.items():
+        value = getattr(config, field, required)
+        if bool(value) != bool(required):
+            raise ValueError(f"{field} of model must be {required}, got {value}")
+    layer_types, allowed = getattr(config, "layer_types", None), () if model_type in ONE_MASK else LAYER_TYPES
+    if not set(layer_types or ()) <= set(allowed):
+        rule = " or ".join(allowed) or f"absent, as {model_type} masks all layers alike"
+        raise ValueError(f"layer_types of model must be {rule}, got {layer_types}")
     return config
 
 
@@ -39,6 +60,7 @@ class ModelHooks:
     _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["ModelHooks"]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: Any) -> None:
+        self.model = weakref.ref(model)
         handles = [model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)]
         attention = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "num_key_value_groups")]
         for module in attention:
@@ -72,38 +94,45 @@ def remove(handles: list[Any], configs: list[tuple[Any, Any]]) -> None:
         module.config = config
 
 
-def clustered_layers(arguments: dict[str, Any]) -> Any:
-    """The layers of the cache that the model was called with, if it is one of ours."""
+def our_cache(arguments: dict[str, Any]) -> Any:
+    """The cache that the model was called with, if it is one of ours."""
     cache: Any = arguments.get("past_key_values")
-    return cache.layers if getattr(cache, "is_kvcluster", False) else None
+    return cache if getattr(cache, "is_kvcluster", False) else None
+
+
+def our_layer(module: Any, arguments: dict[str, Any]) -> Any:
+    """The layer of our cache for an attention module, if it is ours too and not one of transformers' sliding ones."""
+    cache = our_cache(arguments)
+    layer = None if cache is None else cache.layers[module.layer_idx]
+    return None if layer is None or layer.is_sliding else layer
 
 
 def check_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the base model: no padding may enter a cluster, and the layers must be in step."""
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    layers, mask = clustered_layers(arguments | arguments.get("kwargs", {})), arguments.get("attention_mask")
-    if layers is None:
+    cache, mask = our_cache(arguments | arguments.get("kwargs", {})), arguments.get("attention_mask")
+    if cache is None:
         return
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool(mask.all())):
         raise ValueError(
-            "attention_mask must be (batch, tokens) and all ones with a ClusteredCache: padding is not supported"
+            f"attention_mask must be (batch, tokens) and all ones with a {type(cache).__name__}: "
+            "padding is not supported"
         )
-    seen = sorted({layer.get_seq_length() for layer in layers})
+    seen = sorted({layer.get_seq_length() for layer in cache.layers})
     if len(seen) > 1:
         raise RuntimeError(
             f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}: "
             "an earlier call failed halfway; call reset() and start again"
         )
-    for layer in layers:
+    for layer in cache.own_layers:
         layer.is_announced = False
 
 
 def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an attention module: its layer for our attention function, or log counts in its mask."""
-    layers = clustered_layers(kwargs)
-    if layers is None:
+    layer = our_layer(module, kwargs)
+    if layer is None:
         return None
-    layer = layers[module.layer_idx]
     layer.is_announced = True
     if module.config._attn_implementation == NAME:
         return args, {**kwargs, "kvcluster_layer": layer}
@@ -119,6 +148,6 @@ def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
 
 def after_attention(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of an attention module: the new tokens have been attended to, their layer may cluster."""
-    layers = clustered_layers(kwargs)
-    if layers is not None:
-        layers[module.layer_idx].finish()
+    layer = our_layer(module, kwargs)
+    if layer is not None:
+        layer.finish()

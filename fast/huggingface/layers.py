@@ -1,47 +1,87 @@
 """What transformers asks of the cache of a model and of its layers, as far as all of ours answer alike."""
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .hooks import ModelHooks
 from .plot import plot_cache
 from .report import CacheReport, report_cache
+from .saving import load_cache, save_cache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EntryLayer", "ModelCache"]
+__all__ = ["EntryLayer", "ModelCache", "layers_of_model"]
 
 
 class ModelCache(Cache):
     """The key-value cache of a whole model; subclasses make it by `for_model`.
 
-    Every layer holds a cache of `kvcluster.fast` (batch, kv_heads, entries, dim) as `layers[i].entries`.
+    Every layer holds a cache of `kvcluster.fast` (batch, kv_heads, entries, dim) as `layers[i].entries`, but for those
+    that attend to a sliding window, which are transformers' own.
     """
 
     is_kvcluster = True
 
-    def __init__(self, layers: list[Any], hooks: ModelHooks) -> None:
+    def __init__(self, layers: list[Any], hooks: ModelHooks, parameters: dict[str, Any]) -> None:
         super().__init__(layers=layers)
-        self._hooks = hooks
+        self._hooks, self.parameters = hooks, parameters
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to the safetensors file `path`, the whole of it or nothing; see `load`.
+
+        Raises
+        ------
+        FileNotFoundError : no such folder.
+        RuntimeError : a call of the model failed halfway, or the model that the cache was made for is gone.
+        """
+        save_cache(self, self._hooks.model(), path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Self:
+        """The cache that `save` wrote to `path`, on the device of `model`: it continues as the one that was saved.
+
+        Raises
+        ------
+        FileNotFoundError : no such file.
+        ValueError : a file of another model, class or format, or one that is not whole; the first difference is named.
+
+        Notes
+        -----
+        Models are told apart by their config and by a sample of the weights: those that differ in their feed-forward
+        layers or in layers between the first and the last only are taken for one.
+        """
+        return load_cache(cls, path, model, {})
+
+    @property
+    def own_layers(self) -> list["EntryLayer"]:
+        """The layers that are ours, not transformers'."""
+        return [layer for layer in self.layers if not layer.is_sliding]
 
     @property
     def n_seen(self) -> int:
         """Tokens appended so far."""
-        return self.layers[0].entries.n_seen
+        return self.get_seq_length()
 
     @property
     def n_stored(self) -> int:
-        """Entries held per layer and KV head."""
-        return self.layers[0].entries.n_stored
+        """Entries held per KV head by each layer of ours; 0 for a model whose layers all slide."""
+        return self.own_layers[0].entries.n_stored if self.own_layers else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored entries of all layers."""
-        return sum(layer.entries.nbytes for layer in self.layers)
+        """Bytes of what all layers store."""
+        return sum(layer.entries.nbytes for layer in self.own_layers) + sum(x.nbytes for x in self.windows)
+
+    @property
+    def windows(self) -> list[Tensor]:
+        """Keys and values of the sliding layers."""
+        return [x for layer in self.layers if layer.is_sliding for x in (layer.keys, layer.values) if x is not None]
 
     def report(self) -> CacheReport:
         """What every layer holds and has cost: a table for rich, `as_dict()` for JSON."""
@@ -54,7 +94,19 @@ class ModelCache(Cache):
     @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory that all layers hold, room to grow included."""
-        return sum(layer.entries.nbytes_reserved for layer in self.layers)
+        of_windows = sum(x.untyped_storage().nbytes() for x in self.windows)
+        return sum(layer.entries.nbytes_reserved for layer in self.own_layers) + of_windows
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        raise NotImplementedError(
+            "crop: tokens that were clustered cannot be taken out again (assisted decoding needs it)"
+        )
+
+
+def layers_of_model(config: Any, make: Callable[[int], "EntryLayer"]) -> list[Any]:
+    """A layer for each of the model's: transformers' own where attention slides, ours made from its index elsewhere."""
+    stock = DynamicCache(config=config).layers
+    return [layer if layer.is_sliding else make(index) for index, layer in enumerate(stock)]
 
 
 class EntryLayer(CacheLayerMixin):
@@ -124,11 +176,6 @@ class EntryLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        raise NotImplementedError(
-            "crop: tokens that were clustered cannot be taken out again (assisted decoding needs it)"
-        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -1,14 +1,15 @@
 """A transformers `Cache` that forgets nothing: each new token recalls the clusters nearest to it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from ..recall_cache import RecallCache as LayerCache
 from ..tiers import TieredRecallCache, TierStatistics
 from .hooks import ModelHooks, check_model
-from .layers import EntryLayer, ModelCache
+from .layers import EntryLayer, ModelCache, layers_of_model
+from .saving import load_cache
 
 __all__ = ["RecallCache", "RecallLayer"]
 
@@ -16,7 +17,8 @@ __all__ = ["RecallCache", "RecallLayer"]
 class RecallCache(ModelCache):
     """The key-value cache of a whole model, recalled cluster by cluster; made by `for_model`.
 
-    Every layer holds a `kvcluster.fast.RecallCache` (batch, kv_heads, tokens, dim) as `layers[i].entries`.
+    Every layer holds a `kvcluster.fast.RecallCache` (batch, kv_heads, tokens, dim) as `layers[i].entries`, but for
+    layers that attend to a sliding window: those stay transformers' own and keep the window.
 
     Notes
     -----
@@ -51,9 +53,10 @@ class RecallCache(ModelCache):
 
         Parameters
         ----------
-        model : a transformers model of type `llama` with `sdpa` attention.
+        model : a transformers model with `sdpa` attention, of the types that `ClusteredCache.for_model` takes.
         budget : tokens that a new token attends to per KV head, sinks and recent tokens included.
-        n_dense_layers : first layers that attend to all tokens; 2 in the paper (arXiv:2412.03213).
+        n_dense_layers : first layers that attend to all tokens (sliding ones are counted, but keep to their window);
+            2 in the paper (arXiv:2412.03213).
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
         offloading : keep keys and values in slow memory, but for those of the clusters that were recalled in the last
             `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder`. Dense layers, whose steps
@@ -61,7 +64,8 @@ class RecallCache(ModelCache):
 
         Raises
         ------
-        ValueError : another type of model or of attention; a parameter out of range.
+        ValueError : another type of model or of attention; a field of its config that is not served; a parameter out
+            of range.
 
         Examples
         --------
@@ -92,16 +96,29 @@ class RecallCache(ModelCache):
         tiers = {"folder": folder, "n_steps": n_steps} if offloading else {}
         if not offloading and (folder is not None or n_steps != 1):
             raise ValueError(f"offloading must be True for a folder or n_steps, got {folder!r} and {n_steps}")
-        layers = [
-            RecallLayer(index < n_dense_layers, parameters, {} if index < n_dense_layers else tiers)
-            for index in range(config.num_hidden_layers)
-        ]
-        return cls(layers, ModelHooks.of(model))
+        layers = layers_of_model(
+            config,
+            lambda index: RecallLayer(index < n_dense_layers, parameters, {} if index < n_dense_layers else tiers),
+        )
+        return cls(layers, ModelHooks.of(model), {**parameters, "n_dense_layers": n_dense_layers})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        *,
+        offloading: bool = False,
+        folder: str | Path | None = None,
+        n_steps: int = 1,
+    ) -> Self:
+        """As `ModelCache.load`; `offloading`, `folder` and `n_steps` as in `for_model`, however it was saved."""
+        return load_cache(cls, path, model, {"offloading": offloading, "folder": folder, "n_steps": n_steps})
 
     @property
     def statistics(self) -> TierStatistics | None:
         """Sums over the layers that are offloaded; None if none is."""
-        tiered = [layer.entries for layer in self.layers if isinstance(layer.entries, TieredRecallCache)]
+        tiered = [layer.entries for layer in self.own_layers if isinstance(layer.entries, TieredRecallCache)]
         return sum((cache.statistics for cache in tiered), TierStatistics()) if tiered else None
 
 

@@ -4,6 +4,7 @@ A case is arrays and parameters by name, as the operation takes them. What must 
 says it, see `operations`.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,8 +55,12 @@ class Case:
 def all_cases(operations: tuple[str, ...] = OPERATIONS, seed: int = 0) -> Iterator[Case]:
     """Every case of `operations`, in their order; another `seed` puts other numbers into them."""
     for operation in operations:
-        yield from MAKERS[operation](1_000 * seed)
-        yield from refused(operation)
+        yield from cases_of(operation, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def cases_of(operation: str, seed: int) -> tuple[Case, ...]:
+    return (*MAKERS[operation](1_000 * seed), *refused(operation))
 
 
 def partition_cases(base: int) -> Iterator[Case]:

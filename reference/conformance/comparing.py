@@ -1,5 +1,6 @@
 """Whether an outcome is right: decisions and centroids bit for bit, attention within its bound."""
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class Difference(NamedTuple):
     text: str
 
 
+@functools.lru_cache(maxsize=1024)
 def expected(case: Case) -> dict[str, np.ndarray]:
     """What the reference gives; its attention outputs are the oracle."""
     outcome = run(THE_REFERENCE, case)
@@ -106,6 +108,7 @@ def compare_output(case: Case, output: np.ndarray) -> Difference | None:
     return Difference("output", f"within {bound:.2g} of the oracle", f"off by {error:.2g}", text)
 
 
+@functools.lru_cache(maxsize=1024)
 def oracle_arguments(case: Case) -> tuple[Any, ...]:
     """Query, keys, values, counts and scale of the attention that a case amounts to."""
     arrays, parameters = case.arrays, case.parameters
