@@ -1,6 +1,7 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
+# make test-versions   the tests of the transformers side on every supported version
 # make bench   the cost of certified decisions, then attention, decoding and serving on this CPU; run it alone
 # make recall  answers and costs of recalled clusters beside full attention and pages, 20 minutes; run it alone
 # make gpu     comparison and timings on a CUDA machine
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CACHES := $(CURDIR)/.cache
+HUGGINGFACE := tests/test_huggingface.py tests/test_huggingface_recall.py tests/test_huggingface_models.py tests/test_cache_report.py tests/test_saving.py tests/test_saving_refusals.py
 # For packages and for what builds them, which newer versions of pip keep apart.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
@@ -18,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo check test lint bench recall gpu clean
+.PHONY: install demo check test test-versions lint bench recall gpu clean
 
 install: .venv/.installed
 
@@ -36,6 +38,17 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Each beside the torch of .venv: wheels in a folder that comes first on the path.
+test-versions: $(patsubst tests/versions/%.txt,$(CACHES)/versions/%/.installed,$(wildcard tests/versions/*.txt))
+	for folder in $(^D); do \
+		echo "transformers $$(basename $$folder)"; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider $(HUGGINGFACE) || exit 1; \
+	done
+
+$(CACHES)/versions/%/.installed: tests/versions/%.txt .venv/.installed
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<
+	touch $@
 
 # The package's folders lie at the top, mypy wants them under their import names.
 lint: install

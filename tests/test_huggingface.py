@@ -282,7 +282,7 @@ def test_parameters_out_of_range_are_refused(parameters, message):
 
 
 def test_unsupported_models_are_refused():
-    with pytest.raises(ValueError, match="model must be of type llama or mistral or .* or gemma3_text, got Linear"):
+    with pytest.raises(ValueError, match=r"model must be of type llama or mistral or .* or gemma3_text, got Linear"):
         ClusteredCache.for_model(torch.nn.Linear(1, 1), keep_ratio=0.5)
     model = tiny_llama()
     model.config._attn_implementation = "flex_attention"

@@ -17,7 +17,7 @@ class ClusteredCache(ModelCache):
     """The key-value cache of a whole model, clustered layer by layer; made by `for_model`.
 
     Every layer holds a `kvcluster.fast.ClusteredCache` (batch, kv_heads, entries, dim) as `layers[i].entries`, but for
-    layers that attend to a sliding window: those stay transformers' own and keep the window.
+    layers that attend to a sliding window (all those of a `mistral` that has one): they stay transformers' own.
 
     Notes
     -----

@@ -45,6 +45,8 @@ def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
     if not set(layer_types or ()) <= set(allowed):
         rule = " or ".join(allowed) or f"absent, as {model_type} masks all layers alike"
         raise ValueError(f"layer_types of model must be {rule}, got {layer_types}")
+    if "sliding_attention" in (layer_types or ()) and config.sliding_window is None:
+        raise ValueError("sliding_window of model must be set for the sliding layers in its layer_types, got None")
     return config
 
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .hooks import ModelHooks
 from .plot import plot_cache
 from .report import CacheReport, report_cache
 from .saving import load_cache, save_cache
+from .versions import AnyVersionLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +110,7 @@ def layers_of_model(config: Any, make: Callable[[int], "EntryLayer"]) -> list[An
     return [layer if layer.is_sliding else make(index) for index, layer in enumerate(stock)]
 
 
-class EntryLayer(CacheLayerMixin):
+class EntryLayer(AnyVersionLayer):
     """One layer: new tokens are taken by `update`, attended to, and clustered by `finish`, which a hook calls."""
 
     is_sliding = False
@@ -167,9 +168,9 @@ class EntryLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.entries.n_seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def mask_sizes(self, queries: int) -> tuple[int, int]:
         """Columns of the mask, and the position that its first must claim for the new tokens' columns to be right."""
-        return self.entries.n_stored + query_length, self.entries.n_seen - self.entries.n_stored
+        return self.entries.n_stored + queries, self.entries.n_seen - self.entries.n_stored
 
     def get_max_length(self) -> int:
         return -1

@@ -18,7 +18,7 @@ class RecallCache(ModelCache):
     """The key-value cache of a whole model, recalled cluster by cluster; made by `for_model`.
 
     Every layer holds a `kvcluster.fast.RecallCache` (batch, kv_heads, tokens, dim) as `layers[i].entries`, but for
-    layers that attend to a sliding window: those stay transformers' own and keep the window.
+    layers that attend to a sliding window (all those of a `mistral` that has one): they stay transformers' own.
 
     Notes
     -----

@@ -1,0 +1,220 @@
+"""Caches of whole models in files: a long prompt is prefilled once and used many times.
+
+The file is in the safetensors format. Its header holds, as strings, `format_version`, `description` (JSON) and the
+SHA-256 of the description. The description holds `class`, `parameters` (of `for_model`), `kvcluster` (the version that
+wrote it), `n_seen`, `model` (see `fingerprint`), `layers` (the integers of each layer's state) and `tensors` (the
+SHA-256 of each). The tensors are those of each layer's state, as `layers.<index>.<name>`, in the dtype they had.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from importlib.metadata import version
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .hooks import check_model
+
+__all__ = ["fingerprint", "load_cache", "save_cache"]
+
+FORMAT_VERSION = "1"
+CONFIG_FIELDS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "vocab_size",
+    "rope_parameters",
+    "rope_theta",  # and the next: as transformers 4 has them
+    "rope_scaling",
+    "layer_types",
+    "no_rope_layers",
+    "sliding_window",
+)
+SAMPLED = 512  # numbers of each matrix of weights
+
+
+def save_cache(cache: Any, model: Any, path: str | Path) -> None:
+    """Write `cache`, a `ModelCache` made for `model`, to the file `path`: the whole of it or nothing.
+
+    The file is written under another name in the same folder, then put in the place of what `path` held.
+
+    Raises
+    ------
+    FileNotFoundError : no such folder.
+    RuntimeError : the layers have not seen the same tokens, or the model is gone.
+
+    Notes
+    -----
+    Takes as much memory on the host as the cache holds, offloaded layers included, until the file is written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
+    seen = sorted({layer.get_seq_length() for layer in cache.layers})
+    if len(seen) > 1:
+        raise RuntimeError(f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}")
+    if model is None:
+        raise RuntimeError("the model that the cache was made for must exist: the file tells it from others")
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for index, layer in enumerate(cache.layers):
+        held, numbers = state(layer)
+        tensors |= {f"layers.{index}.{name}": array.cpu().contiguous() for name, array in held.items()}
+        layers.append(numbers)
+    description = json.dumps(
+        {
+            "class": type(cache).__name__,
+            "parameters": cache.parameters,
+            "kvcluster": version("kvcluster"),
+            "n_seen": cache.n_seen,
+            "model": fingerprint(model),
+            "layers": layers,
+            "tensors": {name: digest(array) for name, array in tensors.items()},
+        },
+        default=plain,
+    )
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "description": description,
+        "description_sha256": hashlib.sha256(description.encode()).hexdigest(),
+    }
+    written = path.with_name(f".{uuid.uuid4().hex}.kvcluster")
+    try:
+        written.touch(exist_ok=False)
+        mode = written.stat().st_mode  # what the process gives to new files; `save_file` lets only the owner read
+        save_file(tensors, written, metadata)
+        written.chmod(mode)
+        with open(written, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any]) -> Any:
+    """The cache of class `kind` that `path` holds, on the device of `model`; `options` go to `kind.for_model`.
+
+    Raises
+    ------
+    FileNotFoundError : no such file.
+    ValueError : see `ModelCache.load`.
+    """
+    check_model(model)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            description = described(file, path)
+            if description["class"] != kind.__name__:
+                raise ValueError(f"path must hold a {kind.__name__}, got a {description['class']} in {path}")
+            check_fingerprint(fingerprint(model), description["model"], path)
+            check_names(set(file.keys()), set(description["tensors"]), path)
+            cache = kind.for_model(model, **description["parameters"], **options)
+            devices = [next(module.parameters()).device for module in attention_modules(model)]
+            for index, layer in enumerate(cache.layers):
+                prefix = f"layers.{index}."
+                tensors = {}
+                for name, expected in description["tensors"].items():
+                    if name.startswith(prefix):
+                        array = file.get_tensor(name).clone()  # of the file's pages, which others may overwrite
+                        if digest(array) != expected:
+                            raise ValueError(f"path must hold what was saved, got a damaged {name} in {path}")
+                        tensors[name.removeprefix(prefix)] = array.to(devices[index])
+                restore(layer, tensors, description["layers"][index])
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error
+    return cache
+
+
+def described(file: Any, path: str | Path) -> dict[str, Any]:
+    """The description in the header of an open file, if it is one of this format and as it was written."""
+    metadata = file.metadata() or {}
+    if "format_version" not in metadata:
+        raise ValueError(f"path must be a file that save wrote, got {path} without a format_version")
+    if metadata["format_version"] != FORMAT_VERSION:
+        got = metadata["format_version"]
+        raise ValueError(f"format_version of path must be {FORMAT_VERSION}, got {got} in {path}")
+    description = metadata.get("description", "")
+    if hashlib.sha256(description.encode()).hexdigest() != metadata.get("description_sha256"):
+        raise ValueError(f"path must hold what was saved, got a damaged description in {path}")
+    return json.loads(description)
+
+
+def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], path: str | Path) -> None:
+    for field in ours | theirs:
+        if ours.get(field) != theirs.get(field):
+            rule = f"{field} of the model that path was saved with must be that of model, {ours.get(field)}"
+            raise ValueError(f"{rule}, got {theirs.get(field)} in {path}")
+
+
+def check_names(names: set[str], expected: set[str], path: str | Path) -> None:
+    if names != expected:
+        lacking, more = sorted(expected - names), sorted(names - expected)
+        raise ValueError(f"path must hold the tensors that were saved, got {lacking} missing, {more} more in {path}")
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What tells `model` from others whose caches differ, as JSON has it.
+
+    Its type, dtype and the fields of its config that shape a cache; and a SHA-256 of some `SAMPLED` numbers, evenly
+    spaced, of each parameter of the first and of the last attention layer and of the embedding. So models that differ
+    elsewhere only are not told apart.
+    """
+    config = model.config.get_text_config()
+    fields = {"model_type": config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
+    fields |= {name: getattr(config, name, None) for name in CONFIG_FIELDS}
+    attention = attention_modules(model)
+    sampled = [(f"{end}.{name}", x) for end in (0, -1) for name, x in sorted(attention[end].named_parameters())]
+    sampled.append(("embedding", model.get_input_embeddings().weight))
+    total = hashlib.sha256()
+    for name, weight in sampled:
+        numbers = weight.detach().flatten()
+        step = -(-len(numbers) // SAMPLED) | 1  # odd, so that the columns of even matrices take turns
+        total.update(f"{name} {digest(numbers[::step].cpu())}\n".encode())
+    return json.loads(json.dumps(fields | {"weights": total.hexdigest()}, default=plain))
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """In the order of their layers."""
+    modules = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "num_key_value_groups")]
+    return sorted(modules, key=lambda module: module.layer_idx)
+
+
+def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors and integers of a layer of ours, or of one of transformers' with a sliding window."""
+    if not layer.is_sliding:
+        return layer.entries.state()
+    if not layer.is_initialized:
+        return {}, {}
+    return {"keys": layer.keys, "values": layer.values}, {"n_seen": layer.cumulative_length}
+
+
+def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+    """Fill an empty layer with what `state` gave."""
+    if not tensors:
+        return
+    if layer.is_sliding:
+        layer.update(tensors["keys"], tensors["values"])
+        layer.cumulative_length = numbers["n_seen"]
+    else:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.entries.restore(tensors, numbers)
+
+
+def digest(array: Tensor) -> str:
+    """SHA-256 of dtype, shape and numbers of a tensor on the host."""
+    total = hashlib.sha256(f"{array.dtype} {tuple(array.shape)} ".encode())
+    total.update(array.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def plain(number: Any) -> int | float:
+    """A number of another library as one that JSON knows."""
+    return int(number) if isinstance(number, Integral) else float(number)

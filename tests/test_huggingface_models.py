@@ -1,0 +1,200 @@
+"""Every model that the transformers caches take: stock where nothing is merged, the reference's entries where it is."""
+
+import pytest
+import torch
+import transformers
+from agreement import assert_same_bits, equal_in_float32
+from models import greedy, random_tokens, save_llama, tiny_llama
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from kvcluster import reference
+from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+RECALLED = {"budget": 30, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
+WINDOW = 24
+ROPE = {"rope_theta": 10_000.0, "factor": 4.0}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+GEMMA = {"query_pre_attn_scalar": 64, "layer_types": MIXED, "sliding_window": WINDOW}
+SIZES = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024, "head_dim": 16}
+HEADS = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+# name: (model type, fields of its config, indices of the layers that slide)
+MODELS = {
+    "llama": ("llama", {}, []),
+    "llama-llama3": ("llama", {"rope_parameters": {"rope_type": "llama3", **ROPE, **LLAMA3}}, []),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", **ROPE}}, []),
+    "mistral": ("mistral", {"sliding_window": None}, []),
+    "mistral-sliding": ("mistral", {"sliding_window": WINDOW}, [0, 1, 2, 3]),
+    "qwen2": ("qwen2", {}, []),
+    "qwen2-sliding": ("qwen2", {**SLIDING, "max_window_layers": 2}, [2, 3]),
+    "qwen3": ("qwen3", {"head_dim": 32}, []),
+    "qwen3-sliding": ("qwen3", {**SLIDING, "layer_types": MIXED}, [0, 2]),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}, []),
+    "smollm3-sliding": ("smollm3", {**SLIDING, "no_rope_layers": [0, 1, 1, 0]}, [0, 3]),
+    "gemma3_text": ("gemma3_text", GEMMA, [0, 2]),
+}
+SERVED = pytest.mark.parametrize("name", MODELS)
+CACHES = pytest.mark.parametrize(
+    ("cache_class", "parameters"), [(ClusteredCache, PARAMETERS), (RecallCache, RECALLED)], ids=["clustered", "recall"]
+)
+ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def tiny(name, *, attention="sdpa"):
+    """A random model of 4 layers with biases and norms that matter, and the indices of its sliding layers."""
+    model_type, fields, sliding = MODELS[name]
+    torch.manual_seed(0)
+    fields = {**SIZES, **HEADS, **NO_IDS, **fields, "attn_implementation": attention}
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.1 * torch.randn_like(parameter) + (parameter.ndim == 1) * parameter.data
+    return model, sliding
+
+
+def after(model, cache, tokens):
+    with torch.inference_mode():
+        return model(tokens, past_key_values=cache).logits
+
+
+def assert_stock_in_two_turns(model, cache, *, has_same_bits=True):
+    """Token for token, in what transformers asks of the cache to make its masks, and in the bits of the keys."""
+    stock = DynamicCache(config=model.config)
+    tokens, more = random_tokens(80, batch=2), random_tokens(10, batch=2, seed=1)
+    for n_seen in (109, 149):
+        made = greedy(model, tokens, n_new=30, past_key_values=stock)
+        assert torch.equal(greedy(model, tokens, n_new=30, past_key_values=cache), made)
+        assert (cache.n_seen, cache.get_seq_length()) == (n_seen, n_seen)
+        for layer, stock_layer in zip(cache.layers, stock.layers, strict=True):
+            assert layer.get_mask_sizes(7) == stock_layer.get_mask_sizes(7)
+            assert layer.keys.shape == stock_layer.keys.shape
+            assert torch.equal(layer.keys, stock_layer.keys) or not has_same_bits
+        tokens = torch.cat([tokens, made, more], dim=1)
+
+
+@ATTENTION
+@SERVED
+def test_keep_ratio_one_is_stock_generate(name, attention):
+    model, _ = tiny(name, attention=attention)
+    assert_stock_in_two_turns(model, ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": 1}))
+
+
+@SERVED
+def test_a_budget_that_covers_everything_is_stock_generate(name):
+    """The keys of later layers are rounded otherwise: a RecallCache attends in the order of memory."""
+    model, _ = tiny(name)
+    assert_stock_in_two_turns(model, RecallCache.for_model(model, **RECALLED | {"budget": 149}), has_same_bits=False)
+
+
+@ATTENTION
+@SERVED
+def test_layers_hold_what_the_reference_makes_and_windows_what_stock_makes(name, attention):
+    model, sliding = tiny(name, attention=attention)
+    tokens = random_tokens(80, batch=2)
+    cache, stock = ClusteredCache.for_model(model, **PARAMETERS), DynamicCache(config=model.config)
+    after(model, cache, tokens)
+    after(model, stock, tokens)
+    assert [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicSlidingWindowLayer] == sliding
+    for index, (layer, stock_layer) in enumerate(zip(cache.layers, stock.layers, strict=True)):
+        if index in sliding:
+            assert layer.keys.shape[2] == WINDOW - 1
+            assert torch.equal(layer.keys, stock_layer.keys)
+            assert torch.equal(layer.values, stock_layer.values)
+            continue
+        expected = reference.ClusteredCache(**PARAMETERS)
+        expected.append(stock_layer.keys.numpy(), stock_layer.values.numpy())
+        assert cache.n_stored == expected.keys.shape[2] < 45
+        for part in ("keys", "values", "counts"):
+            assert_same_bits(getattr(layer.entries, part), getattr(expected, part))
+    held = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    held += [layer.entries.counts for layer in cache.own_layers]
+    assert cache.nbytes == sum(x.nbytes for x in held) <= cache.nbytes_reserved
+
+
+@CACHES
+@SERVED
+def test_the_text_goes_on_otherwise_only_where_something_is_clustered(name, cache_class, parameters):
+    (model, sliding), tokens = tiny(name), random_tokens(80, batch=2)
+    cache = cache_class.for_model(model, **parameters)
+    ours, stock = greedy(model, tokens, n_new=30, past_key_values=cache), greedy(model, tokens, n_new=30)
+    assert torch.equal(ours, stock) == (len(sliding) == 4)
+    assert cache.n_seen == 109
+    assert all(cache.layers[i].keys.shape[2] == WINDOW - 1 for i in sliding)
+
+
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if len(model[2]) < 4])
+def test_our_attention_agrees_with_eager_and_its_log_counts(name, queries):
+    """Two routes, `attend_entries` and stock eager with a mask, see the same scale, positions and counts."""
+    logits = {}
+    for attention in ("sdpa", "eager"):
+        model, _ = tiny(name, attention=attention)
+        cache = ClusteredCache.for_model(model, **PARAMETERS)
+        after(model, cache, random_tokens(80, batch=2))
+        logits[attention] = after(model, cache, random_tokens(queries, batch=2, seed=1))
+        cache.reset()
+        after(model, cache, random_tokens(80, batch=2))
+        with torch.inference_mode():
+            for layer in cache.own_layers:
+                layer.entries.counts[:] = 1
+        forgetful = after(model, cache, random_tokens(queries, batch=2, seed=1))
+        assert not equal_in_float32(forgetful.numpy(), logits[attention].numpy())
+    assert equal_in_float32(logits["sdpa"].numpy(), logits["eager"].numpy())
+
+
+@pytest.mark.parametrize("name", ["qwen3-sliding", "gemma3_text"])
+def test_crop_is_refused_before_a_window_is_cut_and_reset_empties_windows_too(name):
+    model, _ = tiny(name)
+    cache = ClusteredCache.for_model(model, **PARAMETERS)
+    after(model, cache, random_tokens(20))
+    with pytest.raises(NotImplementedError, match="tokens that were clustered cannot be taken out again"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 4
+    cache.reset()
+    assert (cache.n_seen, cache.n_stored, cache.nbytes, cache.nbytes_reserved) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("gemma3_text", "attn_logit_softcapping", 50.0, "attn_logit_softcapping of model must be None, got 50.0"),
+        ("gemma3_text", "use_bidirectional_attention", True, "use_bidirectional_attention of model must be False"),
+        ("qwen3", "is_causal", False, "is_causal of model must be True, got False"),
+        ("mistral", "layer_types", MIXED, "layer_types of model must be absent, as mistral masks all layers alike"),
+        ("qwen2", "layer_types", ["chunked_attention"] * 4, "must be full_attention or sliding_attention, got"),
+        ("qwen2", "layer_types", MIXED, "sliding_window of model must be set for the sliding layers"),
+        ("llama", "model_type", "phi3", "model must be of type llama or mistral or .*, got phi3"),
+    ],
+)
+@CACHES
+def test_refusals_name_what_is_unsupported(cache_class, parameters, name, field, value, message):
+    model, _ = tiny(name)
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=message):
+        cache_class.for_model(model, **parameters)
+
+
+@CACHES
+def test_padding_is_refused_in_the_name_of_the_cache_given(cache_class, parameters):
+    model = tiny_llama()
+    cache, mask = cache_class.for_model(model, **parameters), torch.tensor([[0, 1, 1]])
+    with pytest.raises(ValueError, match=f"all ones with a {cache_class.__name__}: padding is not supported"):
+        model(random_tokens(3), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_a_pipeline_passes_the_cache_to_generate(name, tmp_path):
+    model, _ = tiny(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_llama(tmp_path))
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = " ".join(f"w{i}" for i in random_tokens(80)[0].clamp(min=1).tolist())
+    cache, other = (ClusteredCache.for_model(model, **PARAMETERS) for _ in range(2))
+    made = pipe(text, past_key_values=cache, max_new_tokens=20, do_sample=False, return_tensors=True)
+    tokens = tokenizer(text, return_tensors="pt").input_ids
+    ours = greedy(model, tokens, n_new=20, past_key_values=other)[0].tolist()
+    assert made[0]["generated_token_ids"][80:] == ours != greedy(model, tokens, n_new=20)[0].tolist()
+    assert cache.n_seen == 99
