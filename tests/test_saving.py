@@ -80,6 +80,20 @@ def test_a_loaded_cache_continues_as_the_one_that_was_saved(name, dtype, turn, t
     assert torch.equal(continued(twin, loaded), continued(model, prefilled(name, model, 0)))
 
 
+@KINDS
+def test_a_loaded_prompt_can_be_repeated_before_it_is_continued(name, tmp_path):
+    """Rows are reordered and repeated, as for beams, though the layers have not been called yet."""
+    model = tiny_llama()
+    cache = prefilled(name, model)
+    cache.save(tmp_path / "cache")
+    loaded = type(cache).load(tmp_path / "cache", model)
+    for each in (cache, loaded):
+        each.reorder_cache(torch.tensor([1, 0]))
+        each.batch_repeat_interleave(2)
+    assert layers_of(loaded) == layers_of(cache)
+    assert loaded.layers[0].keys.shape[0] == 4
+
+
 @pytest.mark.parametrize("options", [{}, {"offloading": True, "n_steps": 2}], ids=["to-memory", "to-tiers"])
 @pytest.mark.parametrize("saved", [{}, {"offloading": True}], ids=["memory", "tiers"])
 def test_a_cache_moves_between_memory_and_tiers(saved, options, tmp_path):

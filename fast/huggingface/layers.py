@@ -12,7 +12,7 @@ from .hooks import ModelHooks
 from .plot import plot_cache
 from .report import CacheReport, report_cache
 from .saving import load_cache, save_cache
-from .versions import AnyVersionLayer
+from .versions import AnyVersionLayer, forget_window
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,6 +97,13 @@ class ModelCache(Cache):
         """Bytes of memory that all layers hold, room to grow included."""
         of_windows = sum(x.untyped_storage().nbytes() for x in self.windows)
         return sum(layer.entries.nbytes_reserved for layer in self.own_layers) + of_windows
+
+    def reset(self) -> None:
+        """Empty all layers."""
+        for layer in self.layers:
+            if layer.is_sliding:
+                forget_window(layer)
+            layer.reset()
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise NotImplementedError(

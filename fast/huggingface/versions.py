@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-__all__ = ["AnyVersionLayer"]
+__all__ = ["AnyVersionLayer", "forget_window"]
 
 
 class AnyVersionLayer(CacheLayerMixin):
@@ -24,3 +24,9 @@ class AnyVersionLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         raise NotImplementedError
+
+
+def forget_window(layer: Any) -> None:
+    """Drop what a sliding layer of transformers holds. Older versions reset it to zeros, which count as tokens."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
