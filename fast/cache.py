@@ -10,6 +10,7 @@ from .arguments import check_append, check_integer, check_keep_ratio, entries_of
 from .backends import Backend
 from .chunk_compression import compress
 from .clustered_attention import clustered_attention
+from .ordinary import on_ordinary_tensors
 from .work import ClusteringWork
 
 __all__ = ["ClusteredCache"]
@@ -96,6 +97,7 @@ class ClusteredCache:
             self.cluster()
         return keys, values, counts
 
+    @on_ordinary_tensors
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else (self.keys, self.values))
@@ -109,6 +111,7 @@ class ClusteredCache:
         self.n_seen += keys.shape[-2]
         self._n_stored = n_stored
 
+    @on_ordinary_tensors
     def cluster(self) -> None:
         """The second half of `append`: cluster every whole chunk that has left the recent window."""
         leaving = self._leaving
@@ -146,6 +149,7 @@ class ClusteredCache:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
 
+    @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
         if self._held is not None:

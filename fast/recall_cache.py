@@ -13,6 +13,7 @@ from .cpu import LANES, library
 from .cpu import recall as cpp
 from .entry_attention import Rest, attend_places, entries_at, rows_of
 from .kmeans import Clusters
+from .ordinary import on_ordinary_tensors
 from .segments import SegmentPlan
 from .selection import Selection, recalled_places
 from .work import ClusteringWork
@@ -143,6 +144,7 @@ class RecallCache:
         self.extend(keys, values)
         self.cluster()
 
+    @on_ordinary_tensors
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else self.stored)
@@ -160,6 +162,7 @@ class RecallCache:
         self._is_prompt = self.n_seen == 0
         self.n_seen = n_seen
 
+    @on_ordinary_tensors
     def cluster(self) -> None:
         """The second half of `append`: cluster every segment that is due."""
         leaving = max(0, self.n_seen - self.plan.n_sink - self.n_clustered - self.plan.n_recent)
@@ -221,6 +224,7 @@ class RecallCache:
         keys, values, counts = map(self._with_leads, entries)
         return keys, values, counts
 
+    @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
         if self._held is None:

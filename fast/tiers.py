@@ -15,6 +15,7 @@ from torch import Tensor
 from .arguments import check_integer, check_shape
 from .backends import AttentionBackend
 from .body_clusters import BodyClusters, longer
+from .ordinary import on_ordinary_tensors
 from .recall_cache import Reached, RecallCache, choose_step_backend
 from .selection import recalled_places
 
@@ -141,6 +142,7 @@ class TieredRecallCache(RecallCache):
     def nbytes_slow(self) -> int:
         return 0 if self._held is None else sum(array.nbytes for array in self._held)
 
+    @on_ordinary_tensors
     def extend(self, keys: Tensor, values: Tensor) -> None:
         check_shape("keys", keys)
         check_shape("values", values)
@@ -155,6 +157,7 @@ class TieredRecallCache(RecallCache):
         super().extend(keys.detach().cpu(), values.detach().cpu())
         self.body.backend, self.body.device = step_backend, device
 
+    @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._held is None:
             return
@@ -168,6 +171,7 @@ class TieredRecallCache(RecallCache):
             self._near.select_rows(rows)
         self._held = moved[0], moved[1]
 
+    @on_ordinary_tensors
     def _with_clusters_of(self, taken: Int64[Tensor, "problems clusters"] | None) -> "FastTier":
         """The fast tier, once all that this step attends to lies there."""
         if self._near is None:

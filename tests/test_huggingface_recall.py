@@ -10,7 +10,7 @@ from models import greedy, random_tokens, tiny_llama
 from transformers import AttentionInterface
 
 from kvcluster import fast, reference
-from kvcluster.fast.huggingface import RecallCache
+from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.attention import NAME, attend
 from kvcluster.fast.tiers import TieredRecallCache
 
@@ -58,6 +58,26 @@ def test_offloading_generates_the_tokens_of_memory_in_every_turn(n_dense_layers,
         cache.reset()
     beams = [greedy(model, tokens, n_new=20, past_key_values=cache, num_beams=3) for cache in caches]
     assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("options", [{}, {"offloading": True}])
+def test_a_cache_filled_in_inference_mode_goes_on_without_it(options):
+    model, tokens = tiny_llama(), random_tokens(150, batch=2)
+    clustered = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+    of_both = [(RecallCache, SMALL | options)] + ([] if options else [(ClusteredCache, clustered)])
+    for cache_class, parameters in of_both:
+        cache, expected = (cache_class.for_model(model, **parameters) for _ in range(2))
+        after(model, cache, tokens[:, :-2], tokens[:, -2:-1])  # in inference mode
+        with torch.no_grad():
+            model(tokens[:, :-2], past_key_values=expected)
+            model(tokens[:, -2:-1], past_key_values=expected)
+        assert torch.equal(*(greedy(model, tokens, past_key_values=each) for each in (cache, expected)))
+        with torch.inference_mode():
+            cache.reorder_cache(torch.tensor([1, 0]))
+        expected.reorder_cache(torch.tensor([1, 0]))
+        with torch.no_grad():
+            logits = [model(tokens[:, :1], past_key_values=each).logits for each in (cache, expected)]
+        assert torch.equal(*logits)
 
 
 def test_offloading_options_are_refused_where_they_would_mean_nothing(tmp_path):
