@@ -20,7 +20,7 @@ from kvcluster import fast, reference
 from kvcluster.cli import app
 from kvcluster.reference.conformance import OPERATIONS, Case, Implementation, all_cases, check, load_implementation
 from kvcluster.reference.conformance.comparing import compare
-from kvcluster.reference.conformance.implementation import run
+from kvcluster.reference.conformance.implementation import run, tensor_of
 from kvcluster.reference.conformance.mistakes import MISTAKES
 from kvcluster.reference.conformance.words import decisions
 
@@ -83,6 +83,8 @@ def on_backend(backend, dtypes=("f16", "bf16", "f32")):
     """The fast path with every function and class on one backend, as far as it has one."""
     made = types.SimpleNamespace(ARRAYS="torch", DTYPES=dtypes, alternating_partition=fast.alternating_partition)
     made.similarity = fast.similarity
+    if backend == "triton" and torch.cuda.is_available():
+        made.from_numpy = lambda array: tensor_of(array).cuda()
     for name in OPERATIONS[2:]:
         made.__dict__[name] = with_backend(getattr(fast, name), backend)
     return Implementation(made, f"kvcluster.fast, {backend}")
