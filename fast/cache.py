@@ -97,7 +97,6 @@ class ClusteredCache:
             self.cluster()
         return keys, values, counts
 
-    @on_ordinary_tensors
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else (self.keys, self.values))
@@ -111,7 +110,6 @@ class ClusteredCache:
         self.n_seen += keys.shape[-2]
         self._n_stored = n_stored
 
-    @on_ordinary_tensors
     def cluster(self) -> None:
         """The second half of `append`: cluster every whole chunk that has left the recent window."""
         leaving = self._leaving
@@ -180,6 +178,7 @@ class ClusteredCache:
         """Entries to hold memory for when there are `entries`."""
         return entries + max(self.chunk_size, entries // 32)
 
+    @on_ordinary_tensors
     def _move_to_room_for(self, entries: int, like: tuple[Tensor, Tensor, Tensor]) -> None:
         """Move what is stored to memory with room for `entries` and some more, one tensor after the other."""
         moved = []

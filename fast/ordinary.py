@@ -1,4 +1,7 @@
-"""Tensors that may be written to later, whatever mode the caller is in."""
+"""Memory that may be written to later, whatever mode the caller is in.
+
+What is made within `torch.inference_mode` can be written to within it only; a cache filled there is to go on outside.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,15 +15,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def on_ordinary_tensors(method: Callable[P, R]) -> Callable[P, R]:
-    """`method` without autograd and outside of `torch.inference_mode`.
+def on_ordinary_tensors(make: Callable[P, R]) -> Callable[P, R]:
+    """`make`, which returns or keeps new tensors, without autograd and outside of `torch.inference_mode`.
 
-    What is made in that mode can be written to in it only; a cache filled in it is to go on without it.
+    It must not write to tensors that it did not make: these may belong to that mode, as copies made there do.
     """
 
-    @functools.wraps(method)
+    @functools.wraps(make)
     def ordinary(*arguments: P.args, **named: P.kwargs) -> R:
         with torch.inference_mode(False), torch.no_grad():
-            return method(*arguments, **named)
+            return make(*arguments, **named)
 
     return ordinary

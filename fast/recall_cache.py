@@ -144,7 +144,6 @@ class RecallCache:
         self.extend(keys, values)
         self.cluster()
 
-    @on_ordinary_tensors
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else self.stored)
@@ -162,7 +161,6 @@ class RecallCache:
         self._is_prompt = self.n_seen == 0
         self.n_seen = n_seen
 
-    @on_ordinary_tensors
     def cluster(self) -> None:
         """The second half of `append`: cluster every segment that is due."""
         leaving = max(0, self.n_seen - self.plan.n_sink - self.n_clustered - self.plan.n_recent)
@@ -296,6 +294,7 @@ class RecallCache:
         """`array` (problems, ...) with the leading axes of what was appended."""
         return array.reshape(*self._held[0].shape[:-2], *array.shape[1:])
 
+    @on_ordinary_tensors
     def _move_to_room_for(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
         """Move what is stored to memory with room for `tokens` and some more, one tensor after the other."""
         moved = []

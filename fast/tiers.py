@@ -142,7 +142,6 @@ class TieredRecallCache(RecallCache):
     def nbytes_slow(self) -> int:
         return 0 if self._held is None else sum(array.nbytes for array in self._held)
 
-    @on_ordinary_tensors
     def extend(self, keys: Tensor, values: Tensor) -> None:
         check_shape("keys", keys)
         check_shape("values", values)
@@ -171,7 +170,6 @@ class TieredRecallCache(RecallCache):
             self._near.select_rows(rows)
         self._held = moved[0], moved[1]
 
-    @on_ordinary_tensors
     def _with_clusters_of(self, taken: Int64[Tensor, "problems clusters"] | None) -> "FastTier":
         """The fast tier, once all that this step attends to lies there."""
         if self._near is None:
@@ -198,6 +196,7 @@ class TieredRecallCache(RecallCache):
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
         return super()._in_order_of_arrival(array.to(self.device))
 
+    @on_ordinary_tensors
     def _move_to_room_for(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
         room = tokens + max(self.plan.segment_size, tokens // 8)
         moved = tuple(self._slow((*new.shape[:-2], room, new.shape[-1]), new.dtype) for new in like)
@@ -206,6 +205,7 @@ class TieredRecallCache(RecallCache):
                 new[..., : self.n_seen, :] = old
         self._held = moved[0], moved[1]
 
+    @on_ordinary_tensors
     def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Slow memory that belongs to this process alone."""
         if self.device.type == "cuda":
@@ -266,7 +266,7 @@ class FastTier:
         needed = 0 if not len(end) else int((kept.sum(dim=1) + sizes.sum(dim=1)).max())
         if self.room_for_exact + needed > rows:  # twice that, so that rows are moved now and then
             shape = (len(end), self.room_for_exact + 2 * needed)
-            self.held = tuple(array.new_zeros(*shape, array.shape[-1]) for array in old)
+            self.held = tuple(zeros((*shape, array.shape[-1]), array) for array in old)
             for new, array in zip(self.held, old, strict=True):
                 new[:, : self.n_exact] = array[:, : self.n_exact]
         self.copy(old, of, to)
@@ -312,6 +312,12 @@ class FastTier:
         self.first_row, self.last_step, self.counts, self.end = (
             array.index_select(0, indices) for array in (self.first_row, self.last_step, self.counts, self.end)
         )
+
+
+@on_ordinary_tensors
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory of zeros, in the dtype and on the device of `like`."""
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 def mapped_memory(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:
