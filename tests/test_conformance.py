@@ -113,12 +113,14 @@ def test_the_reference_passes_in_a_minute():
     assert not any(each.skipped for each in report.operations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_numbers_pass_too(seed):
     assert_agrees(check(Implementation(reference), seed=seed))
     assert_agrees(check(Implementation(fast), seed=seed, only=OPERATIONS[:6]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_the_fast_path_passes(backend):
     assert_agrees(check(on_backend(backend)))

@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvcluster import reference
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 RECALLED = {"budget": 30, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 WINDOW = 24

@@ -13,6 +13,8 @@ from inputs import DTYPES, make_keys, to_numpy, to_torch
 from kvcluster import fast, reference
 from kvcluster.reference.recall import mean_deviations, mean_of_members, recalled_entries
 
+pytestmark = pytest.mark.slow
+
 # kind and dtype of keys, keep_ratio, chunk_size and how many tokens: chunks alone, or some tokens more
 INPUTS = [
     ("signs", "f32", 0.6, 16, 40),

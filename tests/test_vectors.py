@@ -23,6 +23,8 @@ from kvcluster.reference.conformance.comparing import expected, oracle_arguments
 from kvcluster.reference.conformance.exact import exact_attention, exact_bound
 from kvcluster.reference.conformance.vectors import STORED, verify_vectors, write_vectors
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).resolve().parent.parent / "docs" / "vectors" / "reader.cpp"
 COMPILE = ("c++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 ATTENTION = ("attention", "clustered_attention", "ClusteredCache", "recall_attention", "RecallCache")
