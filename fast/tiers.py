@@ -205,7 +205,6 @@ class TieredRecallCache(RecallCache):
                 new[..., : self.n_seen, :] = old
         self._held = moved[0], moved[1]
 
-    @on_ordinary_tensors
     def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Slow memory that belongs to this process alone."""
         if self.device.type == "cuda":

@@ -31,6 +31,16 @@ def at_most_in_float64(small: float, large: float) -> bool:
     return bool(small <= large + 64 * np.finfo(np.float64).eps * max(abs(small), abs(large)))
 
 
+def attention_is_exact(output: np.ndarray, oracle: np.ndarray) -> bool:
+    """Whether two float64 computations of attention agree: 16 roundings, half units, of the largest number."""
+    return bool(np.abs(output - oracle).max() <= 2.0**-48 * np.abs(oracle).max())
+
+
+def bounds_are_alike(bound: np.ndarray, other: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether bounds differ only as exponentials of two libraries make them: in float32 by less than twice."""
+    return bool((np.abs(np.log2(bound / other)) < (1 if dtype == np.float32 else 2.0**-20)).all())
+
+
 def equal_in_float64(output: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two ways to compute the same thing in float64 agree: 64 roundings of the largest number."""
     return equal_up_to_rounding(output, expected, np.float64)

@@ -66,20 +66,15 @@ class ClusteredCache(ModelCache):
             "n_sink": n_sink,
             "n_recent": n_recent,
         }
-        layers = layers_of_model(check_model(model), lambda _: ClusteredLayer(**parameters))
+        layers = layers_of_model(check_model(model), lambda _: ClusteredLayer(parameters))
         return cls(layers, ModelHooks.of(model), parameters)
 
 
 class ClusteredLayer(EntryLayer):
     """One layer of a `ClusteredCache`."""
 
-    def __init__(self, *, keep_ratio: float, chunk_size: int, n_sink: int, n_recent: int) -> None:
-        self.parameters: dict[str, Any] = {
-            "keep_ratio": keep_ratio,
-            "chunk_size": chunk_size,
-            "n_sink": n_sink,
-            "n_recent": n_recent,
-        }
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self.parameters = parameters
         super().__init__()
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .attention import NAME
 
-__all__ = ["ModelHooks", "check_model"]
+__all__ = ["ModelHooks", "attention_modules", "check_model"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 ONE_MASK = ("llama", "mistral")  # models that mask all their layers alike and do not read `layer_types`
@@ -50,6 +50,12 @@ def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
     return config
 
 
+def attention_modules(model: Any) -> list[Any]:
+    """The modules of `model` that attend, in the order of their layers."""
+    modules = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "num_key_value_groups")]
+    return sorted(modules, key=lambda module: module.layer_idx)
+
+
 class ModelHooks:
     """The hooks on one model, shared by all caches made for it and removed with the last of them.
 
@@ -64,7 +70,7 @@ class ModelHooks:
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
         handles = [model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)]
-        attention = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "num_key_value_groups")]
+        attention = attention_modules(model)
         for module in attention:
             handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
             handles.append(module.register_forward_hook(after_attention, with_kwargs=True))

@@ -136,7 +136,7 @@ class EntryLayer(AnyVersionLayer):
         return self.entries.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self.kv_heads = key_states.dtype, key_states.device, key_states.shape[1]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class EntryLayer(AnyVersionLayer):
     def by_kv_head(self, query: Tensor) -> Tensor:
         """`query` (batch, heads, queries, dim) as rows of each KV head, (batch, kv_heads, group * queries, dim)."""
         batch, _, _, dim = query.shape
-        return query.reshape(batch, self.held()[0].shape[1], -1, dim)
+        return query.reshape(batch, self.kv_heads, -1, dim)
 
     def attends(self, queries: int) -> bool:
         """Whether `attend` does the work for `queries` new tokens, rather than transformers."""

@@ -136,13 +136,16 @@ class RecallLayer(EntryLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         is_first = self.entries.n_seen == 0
-        held = super().update(key_states, value_states, *args, **kwargs)
-        return (key_states, value_states) if is_first else held
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if is_first:
+            return key_states, value_states
+        if self.attends(key_states.shape[2]):  # it recalls what it needs
+            return keys, values
+        return keys.to(self.device), values.to(self.device)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """In the order of memory, clusters together: `keys` and `values` would be copies."""
-        keys, values = self.entries.stored
-        return keys.to(self.device), values.to(self.device)
+        return self.entries.stored
 
     def attends(self, queries: int) -> bool:
         return queries == 1 and not self.is_dense and self.entries.n_seen > self.parameters["budget"]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .hooks import check_model
+from .hooks import attention_modules, check_model
 
 __all__ = ["fingerprint", "load_cache", "save_cache"]
 
@@ -179,12 +179,6 @@ def fingerprint(model: Any) -> dict[str, Any]:
         step = -(-len(numbers) // SAMPLED) | 1  # odd, so that the columns of even matrices take turns
         total.update(f"{name} {digest(numbers[::step].cpu())}\n".encode())
     return json.loads(json.dumps(fields | {"weights": total.hexdigest()}, default=plain))
-
-
-def attention_modules(model: Any) -> list[Any]:
-    """In the order of their layers."""
-    modules = [x for x in model.modules() if hasattr(x, "layer_idx") and hasattr(x, "num_key_value_groups")]
-    return sorted(modules, key=lambda module: module.layer_idx)
 
 
 def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -10,12 +10,12 @@ from kvcluster import reference
 from ..agreement import attention_agreement
 from ..recall import mean_deviations, mean_of_members, recalled_entries
 from .cases import Case
-from .implementation import Implementation, Outcome, run
+from .implementation import Implementation, Outcome, filled_cache, run
 
 __all__ = ["Difference", "compare", "expected", "oracle_arguments"]
 
 THE_REFERENCE = Implementation(reference, "kvcluster.reference")
-# Paragraphs of SPECIFICATION.md that an operation's result follows.
+# Sections of SPECIFICATION.md that an operation's result follows.
 SECTIONS = {
     "alternating_partition": 3,
     "similarity": 4,
@@ -119,7 +119,7 @@ def oracle_arguments(case: Case) -> tuple[Any, ...]:
         return query, arrays["keys"], arrays["values"], arrays["counts"], scale
     if case.operation == "recall_attention":
         return query, *recalled(case), scale
-    cache = filled_reference(case)
+    cache, _ = filled_cache(THE_REFERENCE, case)
     if case.operation == "ClusteredCache":
         return query, cache.keys, cache.values, cache.counts, scale
     return query, *cache.entries(cache.select_clusters(query)), scale
@@ -139,18 +139,6 @@ def recalled(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
     of_values = mean_of_members(arrays["values"], clusters) if parameters.get("centroids_for_rest") else None
     return recalled_entries(arrays["keys"], arrays["values"], clusters, selection, of_values)
-
-
-def filled_reference(case: Case) -> Any:
-    """The reference's cache after the appends of a case."""
-    made = {name: value for name, value in case.parameters.items() if name not in ("pieces", "scale")}
-    cache = getattr(reference, case.operation)(**made)
-    start = 0
-    for piece in case.parameters["pieces"]:
-        span = slice(start, start + piece)
-        cache.append(case.arrays["keys"][..., span, :], case.arrays["values"][..., span, :])
-        start += piece
-    return cache
 
 
 def show(number: Any) -> str:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .cases import OPERATIONS, Case
+from .inputs import DTYPES
 
-__all__ = ["Implementation", "Outcome", "load_implementation", "run"]
+__all__ = ["Implementation", "Outcome", "filled_cache", "load_implementation", "run"]
 
 
 # What decided-on arguments look like to an implementation, whatever its arrays are.
@@ -54,8 +55,7 @@ class Implementation:
         """Why the case cannot be put to this implementation; None if it can."""
         if case.operation not in self.operations:
             return "no such name"
-        names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-        used = {names.get(array.dtype.name, "f32") for array in case.arrays.values() if array.dtype.kind in "fV"}
+        used = {name for name, dtype in DTYPES.items() if any(array.dtype == dtype for array in case.arrays.values())}
         if not used <= set(self.dtypes):
             return f"dtype {', '.join(sorted(used - set(self.dtypes)))}"
         try:
@@ -104,17 +104,22 @@ def clusters_of(implementation: Implementation, case: Case) -> Clusters:
     return Clusters(*map(implementation.from_numpy, (labels, counts, centroids, members, first_member)))
 
 
-def call_cache(implementation: Implementation, case: Case) -> dict[str, np.ndarray]:
-    """A cache: made, filled piece by piece, attended to; what is stored is compared where it can be seen."""
+def filled_cache(implementation: Implementation, case: Case) -> tuple[Any, Any]:
+    """The cache after the appends of a case, and what the last of them returned."""
     parameters = {name: value for name, value in case.parameters.items() if name not in ("pieces", "scale")}
     cache = getattr(implementation.namespace, case.operation)(**parameters)
     start, returned = 0, None
     for piece in case.parameters["pieces"]:
         span = slice(start, start + piece)
-        returned = cache.append(
-            *(implementation.from_numpy(case.arrays[name][..., span, :]) for name in ("keys", "values"))
-        )
+        new = [implementation.from_numpy(case.arrays[name][..., span, :]) for name in ("keys", "values")]
+        returned = cache.append(*new)
         start += piece
+    return cache, returned
+
+
+def call_cache(implementation: Implementation, case: Case) -> dict[str, np.ndarray]:
+    """A cache: made, filled piece by piece, attended to; what is stored is compared where it can be seen."""
+    cache, returned = filled_cache(implementation, case)
     query = implementation.from_numpy(case.arrays["query"])
     scale = {"scale": case.parameters["scale"]} if "scale" in case.parameters else {}
     seen = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
@@ -175,18 +180,13 @@ def array_of(result: Any) -> np.ndarray:
     if isinstance(result, np.ndarray | list | int):
         return np.asarray(result)
     if hasattr(result, "detach"):  # a torch tensor, which may lie on a GPU and may be bfloat16
-        import ml_dtypes
+        import torch
 
         tensor = result.detach().cpu().contiguous()
-        is_bfloat16 = str(tensor.dtype) == "torch.bfloat16"
-        return (
-            tensor.view(dtype_like(tensor, "int16")).numpy().view(ml_dtypes.bfloat16) if is_bfloat16 else tensor.numpy()
-        )
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(DTYPES["bf16"])
+        return tensor.numpy()
     return np.from_dlpack(result) if hasattr(result, "__dlpack__") else np.asarray(result)
-
-
-def dtype_like(tensor: Any, name: str) -> Any:
-    return getattr(sys.modules["torch"], name)
 
 
 def load_implementation(target: str) -> Implementation:

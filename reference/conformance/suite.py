@@ -17,7 +17,7 @@ from .shrinking import smallest_case
 
 __all__ = ["Counterexample", "OperationReport", "Report", "check"]
 
-N_EXPLAINED = 8  # failures that a cause must explain
+N_EXPLAINED = 8  # failures, about, of which a cause must give most
 
 
 @dataclass(frozen=True)

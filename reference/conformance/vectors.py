@@ -115,7 +115,7 @@ def contents(seed: int, on_case: Callable[[Case], None] | None) -> Iterator[tupl
 
 def arrays_of(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs and outputs of a case, integers as int64; for attention with its bound."""
-    outputs = expected(case)
+    outputs = dict(expected(case))  # a copy: `expected` remembers what it gave
     if "output" in outputs:
         query, *entries = oracle_arguments(case)
         outputs["output"] = exact_attention(query, *entries)

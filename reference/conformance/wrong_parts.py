@@ -71,8 +71,8 @@ def of_first_head(keys: np.ndarray, **parameters: Any) -> Clustering:
 right_matching = reference.chunked_soft_matching
 
 
-def rounds_with(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
-    """`match_chunk` whose rounds go on from other centroids."""
+def rounds_with(mean: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """`match_chunk` whose rounds go on from `mean(keys, labels, centroids before, entry of each)`."""
 
     def match_chunk(keys: np.ndarray, target: int) -> np.ndarray:
         labels, size, centroids = np.arange(len(keys)), len(keys), keys.astype(np.float32)
@@ -81,19 +81,19 @@ def rounds_with(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Calla
             n_merged = min(size // 2, size - target)
             entry = match_round(centroids, n_merged)
             labels, size = entry[labels], size - n_merged
-            centroids = change(centroids, entry) if change is mean_of_centroids else change(keys, labels)
+            centroids = mean(keys, labels, centroids, entry)
         return labels
 
     return match_chunk
 
 
-def mean_of_centroids(centroids: np.ndarray, entry: np.ndarray) -> np.ndarray:
+def mean_of_centroids(keys: np.ndarray, labels: np.ndarray, centroids: np.ndarray, entry: np.ndarray) -> np.ndarray:
     """Each centroid of the round before weighs the same, whatever its count."""
     return merge(centroids, Clustering(entry, np.bincount(entry)))
 
 
-def rounded_to_dtype(keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return merge(keys, Clustering(labels, np.bincount(labels))).astype(keys.dtype).astype(np.float32)
+def rounded_to_dtype(keys: np.ndarray, labels: np.ndarray, *_: np.ndarray) -> np.ndarray:
+    return rounded_mean(keys, Clustering(labels, np.bincount(labels)))
 
 
 def similarity_in_float32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -310,7 +310,7 @@ def scores_by(combine: Callable[[np.ndarray], np.ndarray], *, has_mean: bool = T
 
 
 def choosing(wrong: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
-    """`select_clusters` whose taken tokens are `wrong(ranked counts, budget)`, or of which ties go to the last."""
+    """`select_clusters` whose taken tokens are `wrong(scores, counts, budget, right ones)`."""
     module = sys.modules["kvcluster.reference.selection"]
 
     def select_clusters(
@@ -328,10 +328,11 @@ def choosing(wrong: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
 right_select = reference.select_clusters
 
 
-def spend(counts: np.ndarray, ranking: np.ndarray, rule: Callable[..., np.ndarray], budget: int) -> np.ndarray:
+def spend(counts: np.ndarray, ranking: np.ndarray, budget: int) -> np.ndarray:
+    """Tokens taken of each cluster by another ranking, or with another budget, than the right one."""
     ranked = np.take_along_axis(counts, ranking, axis=-1)
     taken = np.empty_like(ranked)
-    np.put_along_axis(taken, ranking, rule(ranked, ranked.cumsum(axis=-1) - ranked, budget), axis=-1)
+    np.put_along_axis(taken, ranking, np.clip(budget - (ranked.cumsum(axis=-1) - ranked), 0, ranked), axis=-1)
     return taken
 
 
@@ -339,8 +340,7 @@ def with_budget(by: int) -> tuple[Patch, ...]:
     """`select_clusters` of a budget that is so much larger."""
 
     def more(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:
-        ranking = np.argsort(-scores, axis=-1, kind="stable")
-        return spend(counts, ranking, lambda n, before, budget: np.clip(budget + by - before, 0, n), budget)
+        return spend(counts, np.argsort(-scores, axis=-1, kind="stable"), budget + by)
 
     return choosing(more)
 
@@ -364,7 +364,7 @@ def last_dropped(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.
 
 def ties_to_the_last(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:
     ranking = scores.shape[-1] - 1 - np.argsort(-scores[..., ::-1], axis=-1, kind="stable")
-    return spend(counts, ranking, lambda n, before, budget: np.clip(budget - before, 0, n), budget)
+    return spend(counts, ranking, budget)
 
 
 # Caches.
@@ -387,15 +387,13 @@ def zero_is_none(case: Case) -> Case:
 
 
 class ClusteredByArrival(reference.ClusteredCache):
-    """What is clustered begins at the oldest recent token, in whole appends instead of whole chunks."""
+    """Single tokens cluster nothing: chunks that are due wait for the next prompt."""
 
     def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
-        if keys.shape[-2] == 1:  # single tokens wait for the next prompt
-            kept, self.n_recent = self.n_recent, 2**40
-            made = super().append(keys, values)
-            self.n_recent = kept
-            return made
-        return super().append(keys, values)
+        kept, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
+        made = super().append(keys, values)
+        self.n_recent = kept
+        return made
 
 
 class ClusteredLate(reference.ClusteredCache):
