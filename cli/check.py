@@ -102,7 +102,7 @@ def check(
         path = Path(target)
         if path.suffix != ".py" or path.exists():
             stop(f"TARGET must be a new .py file for --scaffold, got {target!r}")
-        path.write_text(SCAFFOLD.format(name=target))
+        write(path, SCAFFOLD.format(name=target))
         console.print(f"{target} written: fill it in, then run kvcluster check {target}")
         return
     try:
@@ -125,9 +125,9 @@ def check(
         )
     show(console, report)
     if json_file is not None:
-        json_file.write_text(json.dumps(as_json(report), indent=1) + "\n")
+        write(json_file, json.dumps(as_json(report), indent=1, allow_nan=False) + "\n")
     if junit is not None:
-        junit.write_text(as_junit(report))
+        write(junit, as_junit(report))
     if not any(each.n_cases for each in report.operations):
         stop(f"nothing of {target} could be checked")
     raise typer.Exit(0 if report.agrees else 1)
@@ -136,6 +136,14 @@ def check(
 def stop(message: str) -> None:
     typer.echo(f"kvcluster check: {message}", err=True)
     raise typer.Exit(2)
+
+
+def write(path: Path, text: str) -> None:
+    """A file that cannot be written must not look like an implementation that differs."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        stop(f"{path} cannot be written: {error.strerror}")
 
 
 def show(console: "Console", report: "Report") -> None:
@@ -187,12 +195,19 @@ def written(array: Any) -> str:
     return f"{array.tolist()} ({kind})" if array.size <= 64 else kind
 
 
+def listed(array: Any) -> Any:
+    """An array as JSON has it, in strings where some numbers are not finite."""
+    import numpy as np
+
+    return array.tolist() if np.isfinite(array).all() else array.astype(str).tolist()
+
+
 def as_json(report: "Report") -> dict[str, Any]:
     def of(found: "Counterexample | None") -> dict[str, Any] | None:
         if found is None:
             return None
         arrays = {
-            name: {key: array.tolist() for key, array in group.items()}
+            name: {key: listed(array) for key, array in group.items()}
             for name, group in (("inputs", found.case.arrays), ("expected", found.expected), ("got", found.got))
         }
         parameters = {name: list(v) if isinstance(v, tuple) else v for name, v in found.case.parameters.items()}

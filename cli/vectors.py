@@ -7,8 +7,6 @@ import typer
 
 __all__ = ["vectors"]
 
-HINTS = {"safetensors": "'kvcluster[oracle]'"}
-
 
 def vectors(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder, or one of vectors.")],
@@ -72,7 +70,7 @@ def table_of(folder: Path, numbers: dict[str, int]) -> Any:
 
 def missing(error: ModuleNotFoundError) -> typer.Exit:
     """The message that a package is not installed, and how it is."""
-    return fail(f"{error.name} is not installed: pip install {HINTS.get(str(error.name), error.name)}")
+    return fail(f"{error.name} is not installed: pip install 'kvcluster[oracle]'")
 
 
 def fail(message: str) -> typer.Exit:

@@ -21,7 +21,8 @@ And the other way to cluster, which forgets nothing (arXiv:2412.03213):
 14. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of
-attention is held to. Nothing here is optimised; `kvcluster.fast` is, and decides
+attention is held to, `conformance` the suite that checks other implementations against all this, which SPECIFICATION.md
+states in words. Nothing here is optimised; `kvcluster.fast` is, and decides
 the same.
 """
 

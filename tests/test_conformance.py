@@ -210,9 +210,25 @@ def test_the_command_says_right_wrong_and_cannot(tmp_path):
     )
     suite = ElementTree.parse(tmp_path / "report.xml").getroot()
     assert (suite.get("tests"), suite.get("failures")) == (str(len(OPERATIONS)), "1")
+    nowhere = tmp_path / "none" / "file"
+    for option in ("--json", "--junit"):
+        assert run_check(right, option, nowhere).exit_code == 2
+    assert run_check(nowhere.with_suffix(".py"), "--scaffold").exit_code == 2
     for arguments in ((empty,), (tmp_path / "none.py",), ("no.such.module",), (right, "--only", "nothing")):
         assert run_check(*arguments).exit_code == 2, arguments
     assert run_check(right, "--max-seconds", 0).exit_code == 2
+
+
+def test_the_report_is_json_where_results_are_not_finite(tmp_path):
+    (tmp_path / "nan_port.py").write_text("import numpy as np\n\ndef similarity(a, b):\n    return a @ b.mT * np.nan\n")
+    assert run_check(tmp_path / "nan_port.py", "--json", tmp_path / "report.json").exit_code == 1
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    found = next(each["counterexample"] for each in report["operations"] if each["operation"] == "similarity")
+    assert "nan" in str(found["got"])
 
 
 def test_the_scaffold_is_an_adapter(tmp_path):
