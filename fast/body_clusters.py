@@ -110,6 +110,16 @@ class BodyClusters:
         self.work.add(made.n_rows, made.n_scored_rows, time.perf_counter() - begun)
         return members - (self.n_tokens - segments * size)
 
+    def drop(self, n_tokens: int, n_clusters: int) -> Int64[Tensor, "problems dropped"]:
+        """Forget all but the first `n_clusters` clusters, those of the first `n_tokens` tokens.
+
+        Returns where the other tokens lie, which `add` has moved: in order of arrival, counted from the first of them.
+        """
+        places = self.members[:, n_tokens:].argsort(dim=1)
+        kept = {name: array[:, : n_tokens if name == "members" else n_clusters] for name, array in self.state().items()}
+        self.restore({name: array.clone() for name, array in kept.items()} if n_clusters else {})
+        return places
+
     def take(
         self, query: Float[Tensor, "problems group dim"], budget: int, scale: float | None
     ) -> Int64[Tensor, "problems clusters"]:
@@ -138,13 +148,14 @@ class BodyClusters:
         return tensors | ({} if self.value_centroids is None else {"value_centroids": self.value_centroids})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Hold what `state` gave, some of `tensors`."""
+        """Hold what `state` gave, some of `tensors`, and nothing else."""
+        names = ("counts", "members", "value_centroids")
+        self.counts, self.members, self.value_centroids = map(tensors.get, names)
+        self.n_tokens, self.first_member, self.scored = 0, None, None
         if "features" in tensors:
-            self.counts, self.members = tensors["counts"], tensors["members"]
+            self.n_tokens = self.members.shape[1]
             self.first_member = self.counts.cumsum(dim=-1) - self.counts
             self.scored = score_clusters(tensors["features"], self.counts)
-            self.value_centroids = tensors.get("value_centroids")
-            self.n_tokens = self.members.shape[1]
 
     def select_rows(self, indices: Int64[Tensor, " rows"]) -> None:
         """Keep the problems `indices`, in their order."""

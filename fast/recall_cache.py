@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_array, check_half_range, dtype_name
+from .arguments import check_append, check_array, check_half_range, check_integer, dtype_name
 from .backends import AttentionBackend, choose_backend, has_cpp, refused_by_cpp
 from .body_clusters import BodyClusters, StepBackend
 from .cpu import LANES, library
@@ -85,7 +85,8 @@ class RecallCache:
         )
         self.backend = backend
         self.n_seen = 0
-        self._is_prompt = True  # until something is appended to what came first
+        self._is_prompt = True  # whether the last append was the first
+        self._before = 0, 0  # tokens and clusters of the body before the last append
         self._held: tuple[Tensor, Tensor] | None = None  # keys and values (..., room, dim)
 
     @property
@@ -130,6 +131,11 @@ class RecallCache:
         return self.body.n_tokens
 
     @property
+    def n_croppable(self) -> int:
+        """The most tokens that `crop` takes out: clusters that are older than the last append stay whole."""
+        return self.n_seen - self.plan.fewest_seen(self._before[0])
+
+    @property
     def nbytes(self) -> int:
         return self.body.nbytes + (0 if self._held is None else sum(view.nbytes for view in self.stored))
 
@@ -159,13 +165,13 @@ class RecallCache:
         for held, new in zip(self._held, (keys, values), strict=True):
             held[..., self.n_seen : n_seen, :] = new.detach()
         self._is_prompt = self.n_seen == 0
+        self._before = self.n_clustered, self.body.n_clusters
         self.n_seen = n_seen
 
     def cluster(self) -> None:
         """The second half of `append`: cluster every segment that is due."""
         leaving = max(0, self.n_seen - self.plan.n_sink - self.n_clustered - self.plan.n_recent)
         sizes = self.plan.sizes(leaving, is_first=self._is_prompt)
-        self._is_prompt = False
         for size in dict.fromkeys(sizes):  # those of one size together
             segments = sizes.count(size)
             start = self.plan.n_sink + self.n_clustered
@@ -174,6 +180,32 @@ class RecallCache:
             places = self.body.add(in_segments[0], in_segments[1], n_clusters=self.plan.n_clusters(size))
             for part, held in zip(parts, self._held, strict=True):
                 part.copy_(rows_of(self._flat(held), start + places))
+
+    def crop(self, n_tokens: int) -> None:
+        """Take the last `n_tokens` tokens out: what is left is the cache of the others, as if these had never come.
+
+        Clusters that the last append made of them are made again, of what is left: that costs what `cluster` did.
+
+        Raises
+        ------
+        TypeError : no integer.
+        ValueError : less than 0 or more than `n_croppable`. The cache is then as it was.
+        """
+        check_integer("n_tokens", n_tokens, least=0)
+        if n_tokens > self.n_croppable:
+            raise ValueError(
+                f"n_tokens must be at most n_croppable, {self.n_croppable} of {self.n_seen} tokens, "
+                f"for clusters that are older than the last append stay whole, got {n_tokens}"
+            )
+        n_left = self.n_seen - int(n_tokens)
+        is_clustered_anew = n_left < self.plan.fewest_seen(self.n_clustered)
+        if is_clustered_anew:
+            self._drop_clusters_of_last_append()
+        self.n_seen = n_left
+        if is_clustered_anew:
+            self.cluster()
+        if n_tokens > 0 and n_left == 0:
+            self._held = None
 
     def select_clusters(
         self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
@@ -237,14 +269,32 @@ class RecallCache:
         if self._held is None:
             return {}, {}
         tensors = dict(zip(("keys", "values"), self.stored, strict=True)) | self.body.state()
-        return tensors, {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "is_prompt": self._is_prompt}
+        before = dict(zip(("n_clustered_before", "n_clusters_before"), self._before, strict=True))
+        numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "is_prompt": self._is_prompt}
+        return tensors, numbers | before
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
-        """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty."""
+        """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty.
+
+        What that could crop can be cropped here. Numbers that an older version wrote do not say what the last append
+        clustered: all of that stays whole.
+        """
         if tensors:
             self.extend(tensors["keys"], tensors["values"])
             self._is_prompt = bool(numbers["is_prompt"])
             self.body.restore(tensors)
+            self._before = (
+                numbers.get("n_clustered_before", self.n_clustered),
+                numbers.get("n_clusters_before", self.body.n_clusters),
+            )
+
+    def _drop_clusters_of_last_append(self) -> None:
+        """Forget these clusters and put their tokens back into the order in which they came."""
+        n_clustered, n_clusters = self._before
+        start = self.plan.n_sink + n_clustered
+        places = self.body.drop(n_clustered, n_clusters).to(self._held[0].device)
+        for held in map(self._flat, self._held):
+            held[:, start : start + places.shape[1]] = rows_of(held, start + places)
 
     def _take(self, query: Tensor, scale: float | None) -> Int64[Tensor, "problems clusters"]:
         budget = self.plan.budget - (self.n_seen - self.n_clustered)

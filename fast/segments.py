@@ -43,6 +43,10 @@ class SegmentPlan:
             return [size] * (leaving // size) + [rest] * (rest > 0)
         return [self.segment_size] * (leaving // self.segment_size)
 
+    def fewest_seen(self, n_clustered: int) -> int:
+        """Fewest tokens of which so many are clustered."""
+        return 0 if n_clustered == 0 else self.n_sink + n_clustered + self.n_recent
+
     def n_clusters(self, size: int) -> int:
         """Clusters of a segment of `size` tokens."""
         return -(-size // self.tokens_per_cluster)

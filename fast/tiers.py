@@ -29,7 +29,7 @@ class TierStatistics:
     Attributes
     ----------
     n_asked : clusters that steps took tokens of; n_hits : of these, those that lay in the fast tier already.
-    n_evicted : clusters that left the fast tier.
+    n_evicted : clusters that left the fast tier; those that `crop` drops do not count.
     nbytes_moved : bytes of keys and values of whole clusters copied to the fast tier. Sinks and recent tokens, which
         come once each, are not counted.
     """
@@ -170,6 +170,13 @@ class TieredRecallCache(RecallCache):
             self._near.select_rows(rows)
         self._held = moved[0], moved[1]
 
+    def crop(self, n_tokens: int) -> None:
+        super().crop(n_tokens)
+        if self._held is None:
+            self._near = None
+        elif self._near is not None and n_tokens > 0:
+            self._near.keep(self._before[1], min(self.plan.n_sink, self.n_seen))
+
     def _with_clusters_of(self, taken: Int64[Tensor, "problems clusters"] | None) -> "FastTier":
         """The fast tier, once all that this step attends to lies there."""
         if self._near is None:
@@ -276,6 +283,13 @@ class FastTier:
         self.first_row = torch.where(sizes > 0, first_row, self.first_row)
         self.end = self.end + sizes.sum(dim=1)
         return recalled_places(first_row, sizes)
+
+    def keep(self, n_clusters: int, n_exact: int) -> None:
+        """Forget what is here of all but the first clusters and the first exact tokens."""
+        self.first_row, self.last_step, self.counts = (
+            array[:, :n_clusters] for array in (self.first_row, self.last_step, self.counts)
+        )
+        self.n_exact = min(self.n_exact, n_exact)
 
     def first_new_exact(self, n_clustered: int, n_sink: int) -> int:
         """The first row whose exact token is not here: clustering moves all recent tokens."""
