@@ -10,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CACHES := $(CURDIR)/.cache
-HUGGINGFACE := tests/test_huggingface.py tests/test_huggingface_recall.py tests/test_huggingface_models.py tests/test_cache_report.py tests/test_saving.py tests/test_saving_refusals.py
+HUGGINGFACE := tests/test_huggingface.py tests/test_huggingface_recall.py tests/test_huggingface_models.py tests/test_cache_report.py tests/test_saving.py tests/test_saving_refusals.py tests/test_padding.py tests/test_assisted.py tests/test_operations.py tests/test_generation_modes.py
 # For packages and for what builds them, which newer versions of pip keep apart.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)

@@ -1,6 +1,7 @@
 """The online cache on torch tensors."""
 
 import time
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32, Int64
@@ -11,16 +12,22 @@ from .backends import Backend
 from .chunk_compression import compress
 from .clustered_attention import clustered_attention
 from .ordinary import on_ordinary_tensors
+from .overwritten import Overwritten, keep
+from .span_merging import merge_spans
+from .spans import SpanPlan, SpanRules
 from .work import ClusteringWork
 
-__all__ = ["ClusteredCache"]
+__all__ = ["UNDO_TOKENS", "ClusteredCache"]
+
+# An append of at most so many tokens can be taken out again by `crop`, whatever was clustered.
+UNDO_TOKENS = 256
 
 
 class ClusteredCache:
     """A key-value cache whose old tokens are centroids: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
-    device of what is appended. `backend` as in `choose_backend`, for matching and merging.
+    device of what is appended. `backend` as in `choose_backend`, for the chunks; spans are always merged by torch.
 
     Notes
     -----
@@ -28,6 +35,9 @@ class ClusteredCache:
     `nbytes_reserved` the memory. A token is appended and a chunk clustered in place, without a copy of the body. So
     `keys`, `values`, `counts` and what `append` returns are views that the next `append` may overwrite: clone what is
     to be kept.
+
+    For `crop`, what the clustering of the last few tokens overwrote is kept until the next ones come;
+    `nbytes_reserved` counts it. `spans` are the chunks of each span of the body.
     """
 
     def __init__(
@@ -37,25 +47,31 @@ class ClusteredCache:
         chunk_size: int = 64,
         n_sink: int = 4,
         n_recent: int = 64,
+        budget: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
-        self.keep_ratio, self.chunk_size = keep_ratio, chunk_size
+        self._rules = SpanRules(chunk_size, entries_of_chunk(keep_ratio, chunk_size), n_sink, n_recent, budget)
+        self.keep_ratio, self.chunk_size, self.budget = keep_ratio, chunk_size, budget
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
         self.n_seen = 0
-        self.n_clustered = 0
+        self.spans: tuple[int, ...] = ()
         self._n_stored = 0
-        self._n_body = 0  # entries of the body
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, counts with room to grow
+        self._overwritten: Overwritten | None = None  # by the last clustering
         self.work = ClusteringWork()
 
     @property
+    def n_clustered(self) -> int:
+        return sum(self.spans) * self.chunk_size
+
+    @property
     def n_body(self) -> int:
-        """Entries of the body: centroids, each of a clustered chunk."""
-        return self._n_body
+        """Entries of the body: centroids of clustered chunks."""
+        return len(self.spans) * self._rules.entries
 
     @property
     def n_stored(self) -> int:
@@ -80,19 +96,26 @@ class ClusteredCache:
 
     @property
     def nbytes_reserved(self) -> int:
-        """Bytes of memory held, room to grow included."""
-        return 0 if self._held is None else sum(tensor.untyped_storage().nbytes() for tensor in self._held)
+        """Bytes of memory held, with room to grow and with what `crop` may need."""
+        kept = 0 if self._overwritten is None else self._overwritten.nbytes
+        return kept + sum(tensor.untyped_storage().nbytes() for tensor in self._held or ())
+
+    @property
+    def n_croppable(self) -> int:
+        """The most tokens that `crop` can remove now."""
+        spans = self.spans if self._overwritten is None else self._overwritten.spans
+        return self.n_seen - self._rules.least_seen(spans, self.n_seen)
 
     def append(
         self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the next tokens, then cluster every whole chunk that has left the recent window.
+        """Take the next tokens, then cluster every whole chunk that has left the recent window and keep the budget.
 
         Returns keys, values and counts as they were just before this clustering, the new tokens last.
         """
         self.extend(keys, values)
         keys, values, counts = self.keys, self.values, self.counts
-        if self._leaving:
+        if self._is_due:
             keys, values, counts = keys.clone(), values.clone(), counts.clone()
             self.cluster()
         return keys, values, counts
@@ -109,35 +132,61 @@ class ClusteredCache:
         self._held[2][..., self.n_stored : n_stored, :] = 1
         self.n_seen += keys.shape[-2]
         self._n_stored = n_stored
+        self._overwritten = None
 
     def cluster(self) -> None:
-        """The second half of `append`: cluster every whole chunk that has left the recent window."""
-        leaving = self._leaving
-        if leaving == 0:
+        """The second half of `append`: cluster every whole chunk that has left the recent window, keep the budget."""
+        if not self._is_due:
             return
-        target = entries_of_chunk(self.keep_ratio, self.chunk_size)
-        start = self.n_sink + self._n_body
+        begun = time.perf_counter()
+        leaving = self._leaving
+        # stored entries:  sinks | body | leaving | recent
+        #                              start     stop
+        start = self.n_sink + self.n_body
         stop = start + leaving
-        n_entries = leaving // self.chunk_size * target
-        if target < self.chunk_size:
-            begun = time.perf_counter()
-            made = compress(
-                self.keys[..., start:stop, :],
-                self.values[..., start:stop, :],
-                chunk_size=self.chunk_size,
-                target=target,
-                backend=self.backend,
-            )
-            for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
-                recent = held[..., stop : self.n_stored, :].clone()
-                held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
-                held[..., start + n_entries : start + n_entries + recent.shape[-2], :] = recent
-            self.work.add(made.n_rows, made.n_scored_rows, time.perf_counter() - begun)
-        self.n_clustered += leaving
-        self._n_body += n_entries
-        self._n_stored -= leaving - n_entries
+        n_recent = self.n_stored - stop
+        plan = self._rules.plan(self.spans, leaving // self.chunk_size, n_recent)
+        if leaving < UNDO_TOKENS + self.chunk_size:
+            self._overwritten = self._what_is_overwritten(plan, start, stop)
+        if leaving and self._rules.entries < self.chunk_size:
+            self._compress(start, stop)
+        if plan.rounds:
+            self.work.add(*merge_spans(self._held, plan, self.n_sink, self._rules.entries), 0.0)
+        self.spans = plan.spans
+        end = self.n_sink + self.n_body
+        if end < stop:
+            for held in self._held:
+                held[..., end : end + n_recent, :] = held[..., stop : stop + n_recent, :].clone()
+        self._n_stored = end + n_recent
+        self.work.seconds += time.perf_counter() - begun
         if self._held[0].shape[-2] > self._with_room(self.n_stored + self.chunk_size):
             self._move_to_room_for(self.n_stored, self._held)
+
+    def crop(self, n_tokens: int) -> None:
+        """Remove the last `n_tokens` tokens: the cache is then, bit for bit, as if they had never come.
+
+        Raises
+        ------
+        ValueError : more than `n_croppable`. The cache is then as it was.
+
+        Notes
+        -----
+        Tokens can be removed if no chunk was clustered and no spans were merged because of them. What the last `append`
+        of at most `UNDO_TOKENS` tokens caused to be clustered is undone, and done again for the tokens that are left.
+        With keep_ratio 1 a chunk is its tokens, so that only merges count.
+        """
+        check_integer("n_tokens", n_tokens, least=0)
+        if n_tokens > self.n_croppable:
+            most = self.n_croppable
+            raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
+        n_seen = self.n_seen - n_tokens
+        if n_seen < self._rules.least_seen(self.spans, self.n_seen):
+            self._undo(self._overwritten)
+        too_young = max(0, sum(self.spans) - self._rules.n_chunks(n_seen))  # chunks whose tokens are recent again
+        self.spans = self.spans[: len(self.spans) - too_young]
+        self.n_seen = n_seen
+        self._n_stored -= n_tokens
+        self.cluster()
 
     def attend(
         self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
@@ -153,26 +202,73 @@ class ClusteredCache:
         if self._held is not None:
             keys, values, counts = (tensor.index_select(0, indices) for tensor in self._held)
             self._held = keys, values, counts
+        if self._overwritten is not None:
+            self._overwritten = self._overwritten.select(indices)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Tensors and integers that `restore` makes the same cache of; no tensors before the first `append`."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers that `restore` makes the same cache of; no tensors before the first `append`.
+
+        The numbers are integers, and with a budget the list `spans`. What `crop` would undo is not part of the state.
+        """
         if self._held is None:
             return {}, {}
         tensors = {"keys": self.keys, "values": self.values, "counts": self.counts}
-        return tensors, {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "n_body": self._n_body}
+        numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "n_body": self.n_body}
+        return tensors, numbers if self.budget is None else {**numbers, "spans": list(self.spans)}
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty."""
         if tensors:
             self.extend(tensors["keys"], tensors["values"])
             self.counts.copy_(tensors["counts"])
-            self.n_seen, self.n_clustered, self._n_body = (numbers[x] for x in ("n_seen", "n_clustered", "n_body"))
+            self.n_seen = numbers["n_seen"]
+            self.spans = tuple(numbers.get("spans", [1] * (numbers["n_clustered"] // self.chunk_size)))
 
     @property
     def _leaving(self) -> int:
         """Tokens in whole chunks that have left the recent window and are not clustered yet."""
         recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
         return max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether there is something to cluster or to merge."""
+        return self._leaving > 0 or (self.budget is not None and self.n_stored > self.budget)
+
+    def _compress(self, start: int, stop: int) -> None:
+        """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
+        made = compress(
+            self.keys[..., start:stop, :],
+            self.values[..., start:stop, :],
+            chunk_size=self.chunk_size,
+            target=self._rules.entries,
+            backend=self.backend,
+        )
+        n_entries = (stop - start) // self.chunk_size * self._rules.entries
+        for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
+            held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
+        self.work.add(made.n_rows, made.n_scored_rows, 0.0)
+
+    def _what_is_overwritten(self, plan: SpanPlan, start: int, stop: int) -> Overwritten | None:
+        """Copies of the spans that will be merged, and of chunks from `start` to `stop` that will be clustered."""
+        size, n_old = self._rules.entries, len(self.spans)
+        extents = [range(first, first + size) for first in range(self.n_sink, start, size)]
+        extents += [range(first, first + self.chunk_size) for first in range(start, stop, self.chunk_size)]
+        replaced = plan.merged | set(range(n_old, len(extents)) if size < self.chunk_size else ())
+        if not replaced:
+            return None
+        lost = [entry for slot in sorted(replaced) for entry in extents[slot]]
+        places = [place for place, slot in enumerate(plan.slots) if slot in replaced]
+        made = [self.n_sink + place * size + entry for place in places for entry in range(size)]
+        return keep(self._held, self.spans, lost, made)
+
+    def _undo(self, overwritten: Overwritten) -> None:
+        """Make the entries what they were before the last clustering."""
+        n_before = overwritten.n_before(self.n_stored)
+        if n_before > self._held[0].shape[-2]:
+            self._move_to_room_for(n_before, self._held)
+        overwritten.put_back(self._held, self.n_stored)
+        self.spans, self._n_stored, self._overwritten = overwritten.spans, n_before, None
 
     def _with_room(self, entries: int) -> int:
         """Entries to hold memory for when there are `entries`."""

@@ -1,6 +1,6 @@
 """Means of clusters with the bits of the reference: members added in ascending token order in float64.
 
-Two ways to the same bits. `ordered_mean` adds in that order, for all clusters side by side. `certified_mean` lets a
+Two ways to the same bits. `ordered_sum` adds in that order, for all clusters side by side. `certified_mean` lets a
 matrix product add in whatever order it likes, for chunks whose numbers are so close in size that no sum of them is
 ever rounded in float64 (theory/exactness.md, claim E6): nearly all chunks of real keys and values. The others it adds
 in order.
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-__all__ = ["certified_mean", "ordered_mean", "sums_are_exact"]
+__all__ = ["certified_mean", "ordered_mean", "ordered_sum", "sums_are_exact"]
 
 
 def ordered_mean(
@@ -18,7 +18,16 @@ def ordered_mean(
     labels: Int64[Tensor, "*lead tokens"],
     counts: Int64[Tensor, "*lead entries"],
 ) -> Float32[Tensor, "*lead entries dim"]:
-    """Mean of each cluster, in as many steps as the largest cluster has members; no atomic additions."""
+    """Mean of each cluster."""
+    return (ordered_sum(array, labels, counts) / counts.unsqueeze(-1)).float()
+
+
+def ordered_sum(
+    array: Float[Tensor, "*lead tokens dim"],
+    labels: Int64[Tensor, "*lead tokens"],
+    counts: Int64[Tensor, "*lead entries"],
+) -> Float64[Tensor, "*lead entries dim"]:
+    """Sum of each cluster, in as many steps as the largest cluster has members; no atomic additions."""
     entries, dim = counts.shape[-1], array.shape[-1]
     tokens = array.reshape(-1, dim)  # (problems * tokens, dim)
     offsets = torch.arange(counts.shape[:-1].numel(), device=labels.device) * entries  # first entry of each problem
@@ -30,8 +39,7 @@ def ordered_mean(
     for rank in range(1, int(counts.max()) if len(counts) else 0):
         larger = (counts > rank).nonzero().squeeze(-1)  # clusters that have a member of this rank
         sums[larger] += tokens[members[first[larger] + rank]].double()
-    means = (sums / counts.unsqueeze(-1)).float()
-    return means.reshape(*array.shape[:-2], entries, dim)
+    return sums.reshape(*array.shape[:-2], entries, dim)
 
 
 def sums_are_exact(chunks: Float[Tensor, "chunks chunk dim"]) -> Bool[Tensor, " chunks"]:

@@ -1,6 +1,6 @@
 """What clustering has cost a cache so far."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 __all__ = ["ClusteringWork"]
 
@@ -19,6 +19,9 @@ class ClusteringWork:
     n_rows: int = 0
     n_scored_rows: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: "ClusteringWork") -> "ClusteringWork":
+        return ClusteringWork(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def add(self, n_rows: int, n_scored_rows: int, seconds: float) -> None:
         """Count one more piece of work."""

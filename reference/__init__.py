@@ -8,7 +8,7 @@ Reading order, one idea more in each file:
 4. `merging`              a cluster becomes one centroid
 5. `soft_matching`        which tokens of a chunk share a cluster (arXiv:2506.11418)
 6. `clustered_attention`  attention to centroids, corrected by log counts
-7. `cache`                all of it online, while tokens arrive
+7. `cache`                all of it online, while tokens arrive; `span_merging` keeps it within a budget
 8. `rotary`, `llama`      a whole Llama that generates from such a cache
 
 And the other way to cluster, which forgets nothing (arXiv:2412.03213):

@@ -73,3 +73,12 @@ def test_the_picture_has_a_line_for_each_layer_and_head(cache_class, parameters)
         cache.plot(row=2)
     with pytest.raises(ValueError, match="plot needs something clustered"):
         cache_class.for_model(model, **parameters).plot()
+
+
+def test_the_picture_of_a_budget_is_as_wide_as_the_tokens():
+    """A pixel stays a chunk where several chunks became one span."""
+    cache = filled(ClusteredCache, tiny_llama(), **CLUSTERED | {"budget": 40})
+    entries = cache.layers[0].entries
+    assert len(entries.spans) < sum(entries.spans)
+    image = cache.plot().axes[0].images[0].get_array()
+    assert image.shape == (6, entries.n_clustered // entries.chunk_size)

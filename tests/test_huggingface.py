@@ -100,7 +100,7 @@ def test_log_counts_and_positions_reach_attention(queries, attention):
             getattr(layer.entries, name)[0].numpy() for name in ("keys", "values", "counts")
         )
         made.n_seen, made.n_clustered, made._n_body = (
-            getattr(layer.entries, name) for name in ("n_seen", "n_clustered", "_n_body")
+            getattr(layer.entries, name) for name in ("n_seen", "n_clustered", "n_body")
         )
         reference_caches.append(made)
     oracle = llama.forward(following[0].tolist(), reference_caches)
@@ -160,25 +160,6 @@ def test_a_cache_on_a_model_it_was_not_made_for_is_refused():
         logits_after(stranger, cache, random_tokens(1))
 
 
-def test_padding_is_refused_before_anything_is_lost():
-    model = tiny_llama()
-    cache = ClusteredCache.for_model(model, **PARAMETERS)
-    mask = torch.ones(2, 20, dtype=torch.long)
-    mask[0, :3] = 0
-    with pytest.raises(ValueError, match="padding is not supported"):
-        model(random_tokens(20, batch=2), attention_mask=mask, past_key_values=cache)
-    assert cache.n_seen == 0
-
-
-def test_padding_is_refused_however_the_mask_is_passed():
-    model = tiny_llama()
-    cache = ClusteredCache.for_model(model, **PARAMETERS)
-    mask = torch.ones(1, 20, dtype=torch.long)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="padding is not supported"):
-        model.model(random_tokens(20), mask, None, cache)
-
-
 def test_a_call_that_failed_halfway_is_not_continued():
     model = tiny_llama()
     tokens = random_tokens(100)
@@ -233,14 +214,11 @@ def test_beams_carry_their_caches_along():
     assert cache.layers[0].keys.shape[0] == 1
 
 
-def test_crop_says_that_it_cannot_and_reset_empties():
+def test_reset_empties():
     model = tiny_llama()
     tokens = random_tokens(60)
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     logits_after(model, cache, tokens)
-    with pytest.raises(NotImplementedError, match="tokens that were clustered cannot be taken out again"):
-        cache.crop(-1)
-    assert cache.n_seen == 60
     cache.reset()
     assert (cache.n_seen, cache.n_stored, cache.nbytes) == (0, 0, 0)
     fresh = ClusteredCache.for_model(model, **PARAMETERS)
@@ -274,6 +252,11 @@ def test_bytes_are_those_of_the_tensors_held():
         ({"keep_ratio": 0.5, "chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"keep_ratio": 0.5, "n_sink": -1}, "n_sink must be at least 0, got -1"),
         ({"keep_ratio": 0.5, "n_recent": -1}, "n_recent must be at least 0, got -1"),
+        ({}, "keep_ratio or budget must be given, got neither"),
+        ({"keep_ratio": [0.5, 0.5]}, "keep_ratio must be one number or one for each of the 3 layers, got 2"),
+        ({"budget": [300]}, "budget must be one number or one for each of the 3 layers, got 1"),
+        ({"budget": 100}, r"budget must be at least .*, got 100 < 4 \+ 64 \+ 64 - 1 \+ 64 = 195"),
+        ({"keep_ratio": 0.5, "n_dense_layers": 4}, "n_dense_layers must be from 0 to the layers of model, 3, got 4"),
     ],
 )
 def test_parameters_out_of_range_are_refused(parameters, message):
@@ -300,3 +283,43 @@ def test_sixteen_bit_models_generate(dtype):
     greedy(model, tokens, past_key_values=cache)
     assert cache.layers[0].keys.dtype == dtype
     assert cache.n_stored < cache.n_seen
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("parameters", "ratios", "budgets"),
+    [
+        ({"keep_ratio": [0.5, 0.25, 1.0]}, [0.5, 0.25, 1.0], [None] * 3),
+        ({"keep_ratio": 0.25, "n_dense_layers": 1}, [1.0, 0.25, 0.25], [None] * 3),
+        ({"budget": [60, 80, 1000]}, [1.0] * 3, [60, 80, 1000]),
+        ({"keep_ratio": 0.5, "budget": 60, "n_dense_layers": 2}, [1.0, 1.0, 0.5], [None, None, 60]),
+    ],
+)
+def test_every_layer_has_its_own_ratio_and_budget(parameters, ratios, budgets, attention):
+    """What each holds is the reference's; the second turn, which needs a mask, agrees with the NumPy Llama's."""
+    model = tiny_llama(attention=attention)
+    shared = {"chunk_size": 16, "n_sink": 2, "n_recent": 8}
+    chosen = [{"keep_ratio": r, "budget": b, **shared} for r, b in zip(ratios, budgets, strict=True)]
+    prompt, second = random_tokens(150), random_tokens(7, seed=1)
+    cache = ClusteredCache.for_model(model, **parameters, **shared)
+    llama = Llama({name: weight.numpy() for name, weight in model.state_dict().items()}, model.config.to_dict())
+    reference_caches = [reference.ClusteredCache(**each) for each in chosen]
+    for turn in (prompt, second, random_tokens(1, seed=2)):
+        oracle = llama.forward(turn[0].tolist(), reference_caches)
+        ours = logits_after(model, cache, turn)
+        assert np.array_equal(ours.argmax(-1), oracle.argmax(-1))
+        assert [layer.entries.n_stored for layer in cache.layers] == [each.n_stored for each in reference_caches]
+    assert cache.n_stored == max(layer.entries.n_stored for layer in cache.layers)
+    assert all(b is None or layer.entries.n_stored <= b for layer, b in zip(cache.layers, budgets, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_budget_that_holds_all_tokens_is_stock_generate(attention):
+    model = tiny_llama(attention=attention)
+    tokens = random_tokens(200, batch=2)
+    cache = ClusteredCache.for_model(model, budget=223)
+    assert torch.equal(greedy(model, tokens, past_key_values=cache), greedy(model, tokens))
+    smaller = ClusteredCache.for_model(model, budget=222)
+    greedy(model, tokens, past_key_values=smaller)
+    assert cache.n_stored == 223
+    assert smaller.n_stored <= 222

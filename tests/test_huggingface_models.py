@@ -2,6 +2,7 @@
 
 import inspect
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -204,3 +205,36 @@ def test_a_pipeline_passes_the_cache_to_generate(name, tmp_path):
     ours = greedy(model, tokens, n_new=20, past_key_values=other)[0].tolist()
     assert made[0]["generated_token_ids"][80:] == ours != greedy(model, tokens, n_new=20)[0].tolist()
     assert cache.n_seen == 99
+
+
+def write_gguf(model, path):
+    """A tiny Llama in the format of llama.cpp."""
+    config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(module)}.{kind}", weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_from_a_gguf_file_is_served(tmp_path):
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
+    tokens = random_tokens(100)
+    whole = ClusteredCache.for_model(model, keep_ratio=1)
+    assert torch.equal(greedy(model, tokens, past_key_values=whole), greedy(model, tokens))
+    cache = ClusteredCache.for_model(model, keep_ratio=0.25, chunk_size=16, n_recent=8)
+    greedy(model, tokens, past_key_values=cache)
+    assert cache.n_stored < cache.n_seen

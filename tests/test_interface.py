@@ -116,7 +116,7 @@ for dtype in (np.float16, np.float32):
                 backend.similarity(keys_, query_)
                 backend.attention(query_, keys_, keys_)
                 backend.clustered_attention(convert(query.astype(np.float32)), centroids, centroids, clustering.counts)
-                cache = backend.ClusteredCache(keep_ratio=0.25, chunk_size=16, n_recent=4)
+                cache = backend.ClusteredCache(keep_ratio=0.25, chunk_size=16, n_recent=4, budget=30)
                 cache.append(keys_, keys_)
                 cache.attend(query_)
                 clusters = backend.kmeans(keys_, n_clusters=7, is_centred=True)

@@ -21,6 +21,7 @@ CACHES = {
     "recall-dense-rest": (RecallCache, {**SMALL, "n_dense_layers": 1, "centroids_for_rest": True, "max_iter": 2}),
 }
 KINDS = pytest.mark.parametrize("name", CACHES)
+NOT_SAVED = ("_held", "work", "_overwritten")  # memory, of which what is in use is; cost; what crop would undo
 
 
 def feed(model, cache, tokens):
@@ -42,13 +43,13 @@ def continued(model, cache):
 
 
 def told(thing):
-    """All attributes but what the work has cost, bit for bit; of memory with room to grow, what is in use."""
+    """All attributes that are saved, bit for bit; of memory with room to grow, what is in use."""
     if isinstance(thing, torch.Tensor):
         return thing.dtype, thing.shape, thing.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     if not hasattr(thing, "__dict__"):
         return thing
     used = [told(array[..., : thing.n_stored, :]) for array in getattr(thing, "_held", None) or ()]
-    return {name: told(value) for name, value in vars(thing).items() if name not in ("_held", "work")} | {"used": used}
+    return {name: told(value) for name, value in vars(thing).items() if name not in NOT_SAVED} | {"used": used}
 
 
 def layers_of(cache):

@@ -6,11 +6,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .compiling import uncompiled
+
 __all__ = ["NAME", "attend"]
 
 NAME = "kvcluster"
 
 
+@uncompiled
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:

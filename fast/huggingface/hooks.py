@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .attention import NAME
+from .compiling import uncompiled
 
 __all__ = ["ModelHooks", "attention_modules", "check_model"]
 
@@ -84,6 +85,7 @@ class ModelHooks:
     @classmethod
     def of(cls, model: nn.Module) -> "ModelHooks":
         """The hooks on `model`, new ones if there are none."""
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: the wrapper has no modules of its own
         known = cls._of_model.get(model)
         hooks = known() if known is not None else None
         if hooks is None:
@@ -115,34 +117,67 @@ def our_layer(module: Any, arguments: dict[str, Any]) -> Any:
     return None if layer is None or layer.is_sliding else layer
 
 
+@uncompiled
 def check_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the base model: no padding may enter a cluster, and the layers must be in step."""
+    """Forward pre-hook of the base model: layers learn of padding, and must be in step."""
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     cache, mask = our_cache(arguments | arguments.get("kwargs", {})), arguments.get("attention_mask")
     if cache is None:
         return
-    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and bool(mask.all())):
-        raise ValueError(
-            f"attention_mask must be (batch, tokens) and all ones with a {type(cache).__name__}: "
-            "padding is not supported"
-        )
-    seen = sorted({layer.get_seq_length() for layer in cache.layers})
+    if arguments.get("use_cache") is False:  # generate feeds all tokens again at each step then
+        raise ValueError(f"use_cache must not be False with a {type(cache).__name__}: pass none to do without")
+    seen = sorted(
+        {n for layer in cache.layers for n in ({layer.get_seq_length()} if layer.is_sliding else layer.lengths)}
+    )
     if len(seen) > 1:
         raise RuntimeError(
             f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}: "
             "an earlier call failed halfway; call reset() and start again"
         )
+    padding = left_padding(mask, cache)
     for layer in cache.own_layers:
-        layer.is_announced = False
+        layer.is_announced, layer.padding = False, padding
 
 
+def left_padding(mask: Any, cache: Any) -> list[int] | None:
+    """Padding of each row in `mask` (batch, tokens seen and new ones); None if there is none.
+
+    Raises
+    ------
+    ValueError : a mask of another kind; padding that is not on the left; padding that earlier calls did not have.
+    """
+    name = f"attention_mask with a {type(cache).__name__}"
+    held = cache.padding
+    if mask is None:
+        if held is not None:
+            raise ValueError(f"{name} must repeat the padding of earlier calls, got None")
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise ValueError(f"{name} must be (batch, tokens), got {tuple(getattr(mask, 'shape', ())) or type(mask)}")
+    is_real = mask != 0
+    if held is None and bool(is_real.all()):
+        return None
+    if bool((is_real[:, :-1] & ~is_real[:, 1:]).any()):
+        raise ValueError(f"{name} must have its padding on the left, before all tokens of a row, got zeros after ones")
+    padding: list[int] = (~is_real).sum(dim=1).tolist()
+    n_seen = cache.n_seen
+    if n_seen:
+        before = [min(n_seen, n) for n in padding]
+        held = [0] * len(padding) if held is None else held
+        if before != held:
+            raise ValueError(f"{name} must repeat the padding of earlier calls, {held}, got {before}")
+    return padding
+
+
+@uncompiled
 def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of an attention module: its layer for our attention function, or log counts in its mask."""
     layer = our_layer(module, kwargs)
     if layer is None:
         return None
     layer.is_announced = True
-    if module.config._attn_implementation == NAME:
+    layer.has_own_attention = module.config._attn_implementation == NAME
+    if layer.has_own_attention:
         return args, {**kwargs, "kvcluster_layer": layer}
     mask = kwargs.get("attention_mask")
     if hasattr(mask, "has_log_counts"):  # a copied model has the hook twice, copied and its own
@@ -154,6 +189,7 @@ def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
     return args, {**kwargs, "attention_mask": biased}
 
 
+@uncompiled
 def after_attention(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of an attention module: the new tokens have been attended to, their layer may cluster."""
     layer = our_layer(module, kwargs)

@@ -1,30 +1,33 @@
 """What transformers asks of the cache of a model and of its layers, as far as all of ours answer alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from .compiling import uncompiled
 from .hooks import ModelHooks
 from .plot import plot_cache
 from .report import CacheReport, report_cache
+from .row_groups import RowGroups
 from .saving import load_cache, save_cache
-from .versions import AnyVersionLayer, forget_window
+from .versions import AnyVersionLayer, forget_window, tokens_to_crop
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EntryLayer", "ModelCache", "layers_of_model"]
+__all__ = ["EntryLayer", "ModelCache", "check_dense_layers", "layers_of_model"]
 
 
 class ModelCache(Cache):
     """The key-value cache of a whole model; subclasses make it by `for_model`.
 
     Every layer holds a cache of `kvcluster.fast` (batch, kv_heads, entries, dim) as `layers[i].entries`, but for those
-    that attend to a sliding window, which are transformers' own.
+    that attend to a sliding window, which are transformers' own. Of a batch with left padding `layers[i].entries` are
+    `RowGroups`, one such cache for the rows of each padding.
     """
 
     is_kvcluster = True
@@ -66,13 +69,13 @@ class ModelCache(Cache):
 
     @property
     def n_seen(self) -> int:
-        """Tokens appended so far."""
+        """Tokens appended so far, padding included."""
         return self.get_seq_length()
 
     @property
     def n_stored(self) -> int:
-        """Entries held per KV head by each layer of ours; 0 for a model whose layers all slide."""
-        return self.own_layers[0].entries.n_stored if self.own_layers else 0
+        """Entries held per KV head by the layer of ours that holds most; 0 for a model whose layers all slide."""
+        return max((layer.entries.n_stored for layer in self.own_layers), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -105,10 +108,40 @@ class ModelCache(Cache):
                 forget_window(layer)
             layer.reset()
 
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        raise NotImplementedError(
-            "crop: tokens that were clustered cannot be taken out again (assisted decoding needs it)"
-        )
+    @property
+    def padding(self) -> list[int] | None:
+        """Padding of each row so far; None if there is none."""
+        groups = [layer.entries for layer in self.own_layers if isinstance(layer.entries, RowGroups)]
+        return groups[0].padding if groups and self.n_seen else None
+
+    @property
+    def n_croppable(self) -> int:
+        """The most tokens that `crop` can remove now."""
+        return min((layer.entries.n_croppable for layer in self.own_layers), default=self.n_seen)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: `-tokens_to_remove` of them, as assisted decoding does with rejected candidates.
+
+        The cache is then, bit for bit, the one that never saw them. A number that is not negative is how many tokens
+        shall be left, where the installed transformers means that by it (5.23 does not).
+
+        Raises
+        ------
+        ValueError : more than `n_croppable`: what was clustered in earlier calls cannot be undone. Nothing is removed.
+        """
+        n_tokens = tokens_to_crop(tokens_to_remove, self.n_seen)
+        if n_tokens > self.n_croppable:
+            raise ValueError(
+                f"crop must remove at most the {self.n_croppable} tokens that were not clustered by earlier calls, "
+                f"got {n_tokens}"
+            )
+        for layer in sorted(self.layers, key=lambda layer: not layer.is_sliding):  # those of transformers may refuse
+            layer.crop(tokens_to_remove if layer.is_sliding else n_tokens)
+
+
+def check_dense_layers(n_dense_layers: int, n_layers: int) -> None:
+    if not 0 <= n_dense_layers <= n_layers:
+        raise ValueError(f"n_dense_layers must be from 0 to the layers of model, {n_layers}, got {n_dense_layers}")
 
 
 def layers_of_model(config: Any, make: Callable[[int], "EntryLayer"]) -> list[Any]:
@@ -121,11 +154,19 @@ class EntryLayer(AnyVersionLayer):
     """One layer: new tokens are taken by `update`, attended to, and clustered by `finish`, which a hook calls."""
 
     is_sliding = False
+    is_croppable = True
     entries: Any
 
     def __init__(self) -> None:
         self.is_announced = False  # by the hooks, before each call of its attention module
+        self.has_own_attention = False  # in this call; else log counts are in the mask
+        self.padding: Sequence[int] | None = None  # of each row, if there is any, this call's included; from the hooks
+        self.is_first = True  # whether the tokens of the last call were the first ones
         self.reset()
+
+    def make(self) -> Any:
+        """An empty cache of `kvcluster.fast`."""
+        raise NotImplementedError
 
     @property
     def keys(self) -> Tensor | None:
@@ -139,6 +180,7 @@ class EntryLayer(AnyVersionLayer):
         self.dtype, self.device, self.kv_heads = key_states.dtype, key_states.device, key_states.shape[1]
         self.is_initialized = True
 
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new tokens, exact as yet; return the keys and values that they attend to."""
         if not self.is_announced:
@@ -148,12 +190,40 @@ class EntryLayer(AnyVersionLayer):
         self.is_announced = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.entries.extend(key_states, value_states)
+        self.is_first = self.entries.n_seen == 0
+        if self.is_first and isinstance(self.entries, RowGroups) != (self.padding is not None):
+            self.entries = self.make() if self.padding is None else RowGroups(self.make)
+        width = self.entries.n_stored + key_states.shape[2]
+        if self.padding is None:
+            self.entries.extend(key_states, value_states)
+        else:
+            self.entries.extend(key_states, value_states, self.padding)
+        if self.is_first or (self.has_own_attention and self.attends(key_states.shape[2])):
+            return key_states, value_states  # of the second no use is made
+        if isinstance(self.entries, RowGroups):
+            return self.entries.side_by_side(width, "keys"), self.entries.side_by_side(width, "values")
         return self.held()
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values that new tokens attend to, themselves last."""
         return self.entries.keys, self.entries.values
+
+    @property
+    def caches(self) -> list[Any]:
+        """The caches of `kvcluster.fast` that the layer holds: one, or one for each padding in the batch."""
+        return (
+            [group.entries for group in self.entries.groups] if isinstance(self.entries, RowGroups) else [self.entries]
+        )
+
+    @property
+    def lengths(self) -> set[int]:
+        """Tokens seen, padding included: one number, unless a call failed halfway."""
+        return self.entries.lengths if isinstance(self.entries, RowGroups) else {self.entries.n_seen}
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch."""
+        return self.entries.n_rows if isinstance(self.entries, RowGroups) else len(self.held()[0])
 
     def by_kv_head(self, query: Tensor) -> Tensor:
         """`query` (batch, heads, queries, dim) as rows of each KV head, (batch, kv_heads, group * queries, dim)."""
@@ -166,6 +236,12 @@ class EntryLayer(AnyVersionLayer):
 
     def attend(self, query: Tensor, *, scale: float) -> Tensor:
         """Output (batch, heads, queries, dim) of the last `queries` tokens, each attending to entries up to its own."""
+        if isinstance(self.entries, RowGroups):
+            return self.entries.spread(query, lambda entries, rows: self.attend_to(entries, rows, scale))
+        return self.attend_to(self.entries, query, scale)
+
+    def attend_to(self, entries: Any, query: Tensor, scale: float) -> Tensor:
+        """As `attend`, of rows without padding to their cache."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -183,14 +259,19 @@ class EntryLayer(AnyVersionLayer):
         return -1
 
     def reset(self) -> None:
+        self.entries = self.make()
         self.is_initialized = False
+
+    def crop(self, n_tokens: int) -> None:
+        """Remove the last `n_tokens` tokens."""
+        self.entries.crop(n_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.batch_select_indices(torch.arange(len(self.held()[0])).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.n_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:

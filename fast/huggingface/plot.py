@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..recall_cache import RecallCache
+from .row_groups import RowGroups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,14 +26,17 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
 
     lines, labels, width = [], [], 1
     for index, layer in enumerate(cache.layers):
-        entries = getattr(layer, "entries", None)
-        if entries is None or not entries.n_clustered:
+        if layer.is_sliding or not layer.entries.n_seen:
             continue
-        sizes, per_pixel, width = sizes_of(entries)
-        if not 0 <= row < len(sizes):
-            raise ValueError(f"row must be from 0 to {len(sizes) - 1}, got {row}")
-        for head, of_head in enumerate(sizes[row]):
-            lines.append(torch.stack([part.max() for part in of_head.split(per_pixel)]))
+        if not 0 <= row < layer.n_rows:
+            raise ValueError(f"row must be from 0 to {layer.n_rows - 1}, got {row}")
+        entries, place = layer.entries.of_row(row) if isinstance(layer.entries, RowGroups) else (layer.entries, row)
+        if not entries.n_clustered:
+            continue
+        sizes, per_span, spans, width = sizes_of(entries)
+        for head, of_head in enumerate(sizes[place]):
+            largest = torch.stack([part.max() for part in of_head.split(per_span)])
+            lines.append(largest.repeat_interleave(torch.tensor(spans, device=largest.device)))
             labels.append(f"{index}.{head}")
     if not lines:
         raise ValueError("plot needs something clustered, got a cache of exact tokens only")
@@ -50,15 +54,15 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
 
 
 def is_recall(cache: Any) -> bool:
-    return any(isinstance(getattr(layer, "entries", None), RecallCache) for layer in cache.layers)
+    return any(isinstance(layer.caches[0], RecallCache) for layer in cache.own_layers)
 
 
-def sizes_of(entries: Any) -> tuple[torch.Tensor, int, int]:
-    """Sizes (batch, kv_heads, clusters) in the order of the sequence; clusters and tokens of a pixel."""
+def sizes_of(entries: Any) -> tuple[torch.Tensor, int, tuple[int, ...], int]:
+    """Sizes (batch, kv_heads, clusters) along the sequence; of a span clusters and pixels; a pixel's tokens."""
     if isinstance(entries, RecallCache):
         size = int(entries.plan.prompt_segment_size or entries.plan.segment_size or 1)
         made: Any = entries.clusters  # not None: something is clustered
-        return made.counts, entries.plan.n_clusters(size), size
-    target = max(1, round(entries.n_body / (entries.n_clustered // entries.chunk_size)))
+        per_span = entries.plan.n_clusters(size)
+        return made.counts, per_span, (1,) * -(-made.counts.shape[-1] // per_span), size
     body = entries.counts[..., entries.n_sink : entries.n_sink + entries.n_body]
-    return body, target, entries.chunk_size
+    return body, entries.n_body // len(entries.spans), entries.spans, entries.chunk_size

@@ -5,10 +5,12 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from ..entry_attention import attend_entries
 from ..recall_cache import RecallCache as LayerCache
 from ..tiers import TieredRecallCache, TierStatistics
 from .hooks import ModelHooks, check_model
-from .layers import EntryLayer, ModelCache, layers_of_model
+from .layers import EntryLayer, ModelCache, check_dense_layers, layers_of_model
+from .row_groups import RowGroups
 from .saving import load_cache
 
 __all__ = ["RecallCache", "RecallLayer"]
@@ -25,7 +27,9 @@ class RecallCache(ModelCache):
     All tokens are kept. A token that comes alone, as in decoding, attends to at most `budget` tokens per KV head, its
     own choice in each layer and KV head, shared by the query heads of the group. Several new tokens at once, as of a
     prompt or of a second turn, attend to all tokens, as in a stock cache; so does every token while there are no more
-    tokens than `budget`. Batches must have no padding; beams may be reordered; `crop` (assisted decoding) is refused.
+    tokens than `budget`. Batches may have padding on the left: the rows' caches are those of the rows
+    alone. Beams may be reordered; tokens of the last call may be taken out again by `crop`, as assisted decoding does.
+    See docs/modes.md.
     """
 
     @classmethod
@@ -75,11 +79,7 @@ class RecallCache(ModelCache):
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
         config = check_model(model, attention=("sdpa",))
-        if not 0 <= n_dense_layers <= config.num_hidden_layers:
-            raise ValueError(
-                f"n_dense_layers must be from 0 to the layers of model, {config.num_hidden_layers}, "
-                f"got {n_dense_layers}"
-            )
+        check_dense_layers(n_dense_layers, config.num_hidden_layers)
         parameters = {
             "budget": budget,
             "n_sink": n_sink,
@@ -118,8 +118,9 @@ class RecallCache(ModelCache):
     @property
     def statistics(self) -> TierStatistics | None:
         """Sums over the layers that are offloaded; None if none is."""
-        tiered = [layer.entries for layer in self.own_layers if isinstance(layer.entries, TieredRecallCache)]
-        return sum((cache.statistics for cache in tiered), TierStatistics()) if tiered else None
+        made = [entries for layer in self.own_layers for entries in layer.caches]
+        tiered = [entries.statistics for entries in made if isinstance(entries, TieredRecallCache)]
+        return sum(tiered, TierStatistics()) if tiered else None
 
 
 class RecallLayer(EntryLayer):
@@ -129,29 +130,31 @@ class RecallLayer(EntryLayer):
         self.is_dense, self.parameters, self.tiers = is_dense, parameters, tiers
         super().__init__()
 
-    def reset(self) -> None:
-        made = TieredRecallCache(**self.parameters, **self.tiers) if self.tiers else LayerCache(**self.parameters)
-        self.entries = made
-        super().reset()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        is_first = self.entries.n_seen == 0
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if is_first:
-            return key_states, value_states
-        if self.attends(key_states.shape[2]):  # it recalls what it needs
-            return keys, values
-        return keys.to(self.device), values.to(self.device)
+    def make(self) -> LayerCache:
+        return TieredRecallCache(**self.parameters, **self.tiers) if self.tiers else LayerCache(**self.parameters)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """In the order of memory, clusters together: `keys` and `values` would be copies."""
-        return self.entries.stored
+        keys, values = self.entries.stored
+        return keys.to(self.device), values.to(self.device)
 
     def attends(self, queries: int) -> bool:
-        return queries == 1 and not self.is_dense and self.entries.n_seen > self.parameters["budget"]
+        if isinstance(self.entries, RowGroups):
+            return not self.is_first
+        return self.recalls(self.entries, queries)
 
-    def attend(self, query: Tensor, *, scale: float) -> Tensor:
-        return self.entries.attend(self.by_kv_head(query), scale=scale).reshape(*query.shape[:-1], -1)
+    def recalls(self, entries: LayerCache, queries: int) -> bool:
+        """Whether `queries` new tokens attend to what they recall rather than to all."""
+        return queries == 1 and not self.is_dense and entries.n_seen > self.parameters["budget"]
+
+    def attend_to(self, entries: LayerCache, query: Tensor, scale: float) -> Tensor:
+        rows = self.by_kv_head(query)
+        if self.recalls(entries, query.shape[2]):
+            output = entries.attend(rows, scale=scale)
+        else:
+            keys, values = (array.to(self.device) for array in entries.stored)
+            output = attend_entries(rows, keys, values, None, queries=query.shape[2], scale=scale)
+        return output.reshape(*query.shape[:-1], -1)
 
     def finish(self) -> None:
         if not self.is_dense:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..recall_cache import RecallCache
-from ..tiers import TieredRecallCache
+from ..tiers import TieredRecallCache, TierStatistics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +21,7 @@ class LayerReport:
     Attributes
     ----------
     layer : its index; kind : "clustered", "recalled", "dense" or "stock" (left to transformers, as sliding windows).
-    n_seen, n_stored : tokens seen; entries held per KV head.
+    n_seen, n_stored : tokens seen, padding included; entries held per KV head, by the row that holds most.
     nbytes, ratio : bytes of what is held; `n_stored / n_seen`.
     rescored : share of the clustering decisions that needed canonical scores; None before the first.
     seconds : time spent on clustering.
@@ -105,8 +105,9 @@ def report_layer(index: int, layer: Any) -> LayerReport:
         nbytes = sum(x.nbytes for x in held)
         return LayerReport(index, "stock", seen, stored, nbytes, stored / seen if seen else None, None, 0.0, None)
     kind = "clustered"
-    if isinstance(entries, RecallCache):
+    if isinstance(layer.caches[0], RecallCache):
         kind = "dense" if layer.is_dense else "recalled"
+    tiers = sum((x.statistics for x in layer.caches if isinstance(x, TieredRecallCache)), TierStatistics())
     work = entries.work
     return LayerReport(
         index,
@@ -117,5 +118,5 @@ def report_layer(index: int, layer: Any) -> LayerReport:
         entries.n_stored / entries.n_seen if entries.n_seen else None,
         work.n_scored_rows / work.n_rows if work.n_rows else None,
         work.seconds,
-        entries.statistics.hit_rate if isinstance(entries, TieredRecallCache) and entries.statistics.n_asked else None,
+        tiers.hit_rate if tiers.n_asked else None,
     )

@@ -2,7 +2,7 @@
 
 The file is in the safetensors format. Its header holds, as strings, `format_version`, `description` (JSON) and the
 SHA-256 of the description. The description holds `class`, `parameters` (of `for_model`), `kvcluster` (the version that
-wrote it), `n_seen`, `model` (see `fingerprint`), `layers` (the integers of each layer's state) and `tensors` (the
+wrote it), `n_seen`, `model` (see `fingerprint`), `layers` (the numbers of each layer's state) and `tensors` (the
 SHA-256 of each). The tensors are those of each layer's state, as `layers.<index>.<name>`, in the dtype they had.
 """
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .hooks import attention_modules, check_model
+from .row_groups import RowGroups
 
 __all__ = ["fingerprint", "load_cache", "save_cache"]
 
@@ -181,7 +182,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(fields | {"weights": total.hexdigest()}, default=plain))
 
 
-def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
+def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and integers of a layer of ours, or of one of transformers' with a sliding window."""
     if not layer.is_sliding:
         return layer.entries.state()
@@ -190,7 +191,7 @@ def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
     return {"keys": layer.keys, "values": layer.values}, {"n_seen": layer.cumulative_length}
 
 
-def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     """Fill an empty layer with what `state` gave."""
     if not tensors:
         return
@@ -198,8 +199,11 @@ def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int]) -> 
         layer.update(tensors["keys"], tensors["values"])
         layer.cumulative_length = numbers["n_seen"]
     else:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        if "groups" in numbers:
+            layer.entries = RowGroups(layer.make)
         layer.entries.restore(tensors, numbers)
+        example = next(array for name, array in tensors.items() if name.endswith("keys"))
+        layer.lazy_initialization(example, example)
 
 
 def digest(array: Tensor) -> str:

@@ -1,11 +1,14 @@
 """What differs between transformers 4.57 and 5.23 in what is asked of a cache's layer, and nothing else."""
 
+import inspect
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-__all__ = ["AnyVersionLayer", "forget_window"]
+__all__ = ["AnyVersionLayer", "forget_window", "tokens_to_crop"]
+
+CROPS_TO_LENGTH = "max_length" in inspect.signature(Cache.crop).parameters
 
 
 class AnyVersionLayer(CacheLayerMixin):
@@ -24,6 +27,20 @@ class AnyVersionLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         raise NotImplementedError
+
+
+def tokens_to_crop(asked: int, n_seen: int) -> int:
+    """How many tokens `crop(asked)` of a cache that has seen `n_seen` removes.
+
+    A number that is not negative is the length to be left in older versions; newer ones only allow 0, for nothing.
+    """
+    if asked < 0:
+        return -asked
+    if CROPS_TO_LENGTH:
+        return max(0, n_seen - asked)
+    if asked > 0:
+        raise ValueError(f"tokens_to_remove must be 0 or negative, minus the tokens to remove, got {asked}")
+    return 0
 
 
 def forget_window(layer: Any) -> None:

@@ -1,0 +1,202 @@
+"""Batches with left padding: rows of the same padding share a cache, to which their first real token is the first."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ordinary import on_ordinary_tensors
+from ..work import ClusteringWork
+
+__all__ = ["RowGroup", "RowGroups"]
+
+
+@dataclass
+class RowGroup:
+    """Rows of the batch, `rows` (n,), int64, whose first `padding` tokens so far are padding, and their cache."""
+
+    padding: int
+    rows: Tensor
+    entries: Any
+
+
+class RowGroups:
+    """The caches of one layer for a batch with left padding; stands where a layer else has one cache.
+
+    Parameters
+    ----------
+    make : makes an empty cache of `kvcluster.fast`.
+
+    Attributes
+    ----------
+    groups : list of `RowGroup`. A row that is all padding so far is in a group whose cache is empty.
+    n_seen : tokens so far, padding included.
+    n_stored : entries held per KV head for the rows that have most; `nbytes`, `work`: of all groups.
+
+    Notes
+    -----
+    Padding is never stored. Each row's cache is, bit for bit, that of the row without padding. Costs one call of
+    attention for each padding that occurs.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+        self.groups: list[RowGroup] = []
+        self._examples: dict[str, Tensor] = {}  # empty ones of keys, values and counts
+
+    @property
+    def n_seen(self) -> int:
+        return self.groups[0].padding + self.groups[0].entries.n_seen if self.groups else 0
+
+    @property
+    def lengths(self) -> set[int]:
+        """`n_seen` by each group: one number, unless a call failed halfway."""
+        return {group.padding + group.entries.n_seen for group in self.groups}
+
+    @property
+    def n_rows(self) -> int:
+        return sum(len(group.rows) for group in self.groups)
+
+    @property
+    def n_stored(self) -> int:
+        return max((group.entries.n_stored for group in self.groups), default=0)
+
+    @property
+    def n_croppable(self) -> int:
+        """The most tokens that `crop` can remove now."""
+        most = [
+            group.entries.n_croppable
+            if group.entries.n_croppable < group.entries.n_seen
+            else group.entries.n_seen + group.padding
+            for group in self.groups
+        ]
+        return min(most, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.entries.nbytes for group in self.groups)
+
+    @property
+    def nbytes_reserved(self) -> int:
+        return sum(group.entries.nbytes_reserved for group in self.groups)
+
+    @property
+    def work(self) -> ClusteringWork:
+        return sum((group.entries.work for group in self.groups), ClusteringWork())
+
+    @property
+    def padding(self) -> list[int]:
+        """Padding of each row, in the order of the rows."""
+        of_rows = {int(row): group.padding for group in self.groups for row in group.rows}
+        return [of_rows[row] for row in sorted(of_rows)]
+
+    def of_row(self, row: int) -> tuple[Any, int]:
+        """The cache that has a row of the batch, and the row's number there."""
+        group = next(group for group in self.groups if bool((group.rows == row).any()))
+        return group.entries, int((group.rows == row).nonzero())
+
+    def extend(self, keys: Tensor, values: Tensor, padding: Sequence[int]) -> None:
+        """Take the next tokens (batch, kv_heads, tokens, dim); each row has seen `padding` of padding after them."""
+        n_seen, device = self.n_seen, keys.device
+        self._remember(keys, values)
+        begun = [group for group in self.groups if group.entries.n_seen]
+        in_begun = {int(row) for group in begun for row in group.rows}
+        others = [row for row in range(len(keys)) if row not in in_begun]
+        for size in sorted({padding[row] for row in others}):
+            rows = [row for row in others if padding[row] == size]
+            begun.append(RowGroup(size, row_indices(rows, device), self.make()))
+        for group in begun:
+            real = slice(max(0, group.padding - n_seen), None)
+            parts = [array.index_select(0, group.rows)[:, :, real] for array in (keys, values)]
+            if parts[0].shape[2]:
+                group.entries.extend(*parts)
+        self.groups = begun
+
+    def _remember(self, keys: Tensor, values: Tensor) -> None:
+        """Device, dtypes and sizes: a batch may begin with nothing but padding."""
+        shapes = [(0, array.shape[1], 0, *array.shape[3:]) for array in (keys, values)]
+        self._examples = {
+            "keys": keys.new_empty(shapes[0]),
+            "values": values.new_empty(shapes[1]),
+            "counts": keys.new_empty(shapes[0][:3], dtype=torch.int32),
+        }
+
+    def cluster(self) -> None:
+        for group in self.groups:
+            group.entries.cluster()
+
+    def spread(self, query: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """`attend(cache, query)` of each group for its rows of `query` (batch, heads, queries, dim); 0 for padding."""
+        output = None
+        for group in self.groups:
+            real = slice(max(0, query.shape[2] - group.entries.n_seen), None)
+            rows = query.index_select(0, group.rows)[:, :, real]
+            if rows.shape[2]:
+                made = attend(group.entries, rows)
+                if output is None:
+                    output = made.new_zeros(*query.shape[:-1], made.shape[-1])
+                output[group.rows, :, real] = made
+        return torch.zeros_like(query) if output is None else output
+
+    def side_by_side(self, width: int, name: str) -> Tensor:
+        """`keys`, `values` or `counts` of all rows, (batch, kv_heads, width, ...): the last entries last, else 0."""
+        example = self._examples[name]
+        made = example.new_zeros(self.n_rows, example.shape[1], width, *example.shape[3:])
+        for group in self.groups:
+            if group.entries.n_seen:
+                made[group.rows, :, width - group.entries.n_stored :] = getattr(group.entries, name)
+        return made
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.side_by_side(self.n_stored, "keys") if self.groups else None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.side_by_side(self.n_stored, "values") if self.groups else None
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in their order; a row may be taken more than once."""
+        kept, wanted = [], indices.tolist()
+        for group in self.groups:
+            place = {row: number for number, row in enumerate(group.rows.tolist())}
+            rows = [number for number, row in enumerate(wanted) if row in place]
+            if rows:
+                group.entries.select(row_indices([place[wanted[number]] for number in rows], indices.device))
+                kept.append(RowGroup(group.padding, row_indices(rows, indices.device), group.entries))
+        self.groups = kept
+
+    def crop(self, n_tokens: int) -> None:
+        """Remove the last `n_tokens` tokens of all rows."""
+        for group in self.groups:
+            of_real = min(n_tokens, group.entries.n_seen)
+            group.entries.crop(of_real)
+            group.padding -= n_tokens - of_real
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As that of the caches, for `restore`."""
+        tensors, described = {}, []
+        for number, group in enumerate(self.groups):
+            held, numbers = group.entries.state()
+            tensors |= {f"{number}.{name}": array for name, array in held.items()}
+            described.append({"padding": group.padding, "rows": group.rows.tolist(), "numbers": numbers})
+        return tensors, {"groups": described}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Hold what `state` gave; this one must be empty."""
+        device = next(iter(tensors.values())).device
+        for number, described in enumerate(numbers["groups"]):
+            prefix = f"{number}."
+            held = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            entries = self.make()
+            entries.restore(held, described["numbers"])
+            if held:
+                self._remember(held["keys"], held["values"])
+            self.groups.append(RowGroup(described["padding"], row_indices(described["rows"], device), entries))
+
+
+@on_ordinary_tensors
+def row_indices(rows: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device)

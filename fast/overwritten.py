@@ -1,0 +1,62 @@
+"""What a clustering of few tokens overwrote: kept until the next ones come, so that it can be undone."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .ordinary import on_ordinary_tensors
+
+__all__ = ["Overwritten", "keep"]
+
+
+@dataclass(frozen=True, eq=False)
+class Overwritten:
+    """Entries that were replaced. All others keep their order.
+
+    Attributes
+    ----------
+    spans : chunks of each span before.
+    lost : indices, ascending, of the entries that were replaced, among those before.
+    made : indices, ascending, of the entries that replaced them, among those after.
+    entries : keys, values and counts of `lost`, (..., lost, dim).
+    """
+
+    spans: tuple[int, ...]
+    lost: list[int]
+    made: list[int]
+    entries: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.entries)
+
+    def n_before(self, n_stored: int) -> int:
+        """Entries before, where now there are `n_stored`."""
+        return n_stored - len(self.made) + len(self.lost)
+
+    def put_back(self, held: tuple[Tensor, ...], n_stored: int) -> None:
+        """Make the `n_stored` entries of `held`, which has room for all, what they were before."""
+        others_after = others(self.made, n_stored)
+        others_before = others(self.lost, self.n_before(n_stored))
+        for tensor, kept in zip(held, self.entries, strict=True):
+            tensor[..., others_before, :] = tensor[..., others_after, :]  # a copy: it may overlap
+            tensor[..., self.lost, :] = kept
+
+    @on_ordinary_tensors
+    def select(self, indices: Tensor) -> "Overwritten":
+        """The same of the rows `indices` of the first axis."""
+        return replace(self, entries=tuple(tensor.index_select(0, indices) for tensor in self.entries))
+
+
+@on_ordinary_tensors
+def keep(held: tuple[Tensor, ...], spans: tuple[int, ...], lost: list[int], made: list[int]) -> Overwritten:
+    """Copies of the entries `lost` of `held`."""
+    return Overwritten(spans, lost, made, tuple(tensor[..., lost, :] for tensor in held))
+
+
+def others(indices: list[int], size: int) -> Tensor:
+    """The indices below `size` that are not among `indices`, ascending."""
+    is_other = torch.ones(size, dtype=torch.bool)
+    is_other[indices] = False
+    return is_other.nonzero().squeeze(-1)

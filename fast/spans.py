@@ -1,0 +1,125 @@
+"""The body of a clustered cache as a list of spans: when chunks become spans and which neighbours merge. Integers only.
+
+A span is what a chunk became, or two spans that were merged; a list of spans is written as the chunks of each, oldest
+first. It follows from the number of tokens seen. Defined by `kvcluster.reference.ClusteredCache`, token by token.
+"""
+
+import bisect
+import functools
+import operator
+import sys
+from dataclasses import dataclass
+
+from .arguments import check_integer
+
+__all__ = ["SpanPlan", "SpanRules"]
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """Which spans are merged. A slot is the place of a span among the old ones, followed by those of new chunks.
+
+    Attributes
+    ----------
+    spans : chunks of each span afterwards.
+    slots : slot of the oldest part of each of these spans: there its entries are when all merges are done.
+    rounds : merges that are done together, as the slots of the older and of the younger spans. What is merged has the
+        slot of the older one. A round merges what the rounds before it have made.
+    """
+
+    spans: tuple[int, ...]
+    slots: tuple[int, ...]
+    rounds: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def n_slots(self) -> int:
+        """Spans before all merges."""
+        return len(self.spans) + sum(len(older) for older, _ in self.rounds)
+
+    @property
+    def merged(self) -> set[int]:
+        """All slots that take part in a merge."""
+        return {slot for older, younger in self.rounds for slot in (*older, *younger)}
+
+
+@dataclass(frozen=True)
+class SpanRules:
+    """Parameters as in `ClusteredCache`; `entries` of a span.
+
+    Raises
+    ------
+    ValueError : a budget that could not hold all sinks and recent tokens, and one span.
+    """
+
+    chunk_size: int
+    entries: int
+    n_sink: int
+    n_recent: int
+    budget: int | None
+
+    def __post_init__(self) -> None:
+        if self.budget is None:
+            return
+        check_integer("budget", self.budget, least=1)
+        least = self.n_sink + self.n_recent + self.chunk_size - 1 + self.entries
+        if self.budget < least:
+            raise ValueError(
+                "budget must be at least n_sink + n_recent + chunk_size - 1 + ceil(keep_ratio * chunk_size), got "
+                f"{self.budget} < {self.n_sink} + {self.n_recent} + {self.chunk_size} - 1 + {self.entries} = {least}"
+            )
+
+    def plan(self, spans: tuple[int, ...], n_new: int, recent: int) -> SpanPlan:
+        """The merges while `n_new` chunks leave the recent window, until there are `recent` recent tokens."""
+        return plan_spans(spans, n_new, self.most_spans(self.n_recent + self.chunk_size - 1), self.most_spans(recent))
+
+    def most_spans(self, recent: int) -> int:
+        """Spans that the budget has room for beside sinks and so many recent tokens."""
+        return sys.maxsize if self.budget is None else (self.budget - self.n_sink - recent) // self.entries
+
+    def n_chunks(self, n_seen: int) -> int:
+        """Chunks that have left the recent window when `n_seen` tokens have been seen."""
+        return max(0, n_seen - self.n_sink - self.n_recent) // self.chunk_size
+
+    def n_spans(self, n_seen: int) -> int:
+        """Spans when `n_seen` tokens have been seen: a chunk makes one more of what fitted just before."""
+        chunks = self.n_chunks(n_seen)
+        recent = n_seen - self.n_sink - chunks * self.chunk_size
+        before = self.most_spans(self.n_recent + self.chunk_size - 1)
+        return min(chunks, before + 1, self.most_spans(recent))
+
+    def n_steps(self, chunks: int, spans: int) -> int:
+        """What cannot be undone in a body of `spans` made of `chunks`: merges, and chunks if they are less exact."""
+        return chunks - spans + (chunks if self.entries < self.chunk_size else 0)
+
+    def least_seen(self, spans: tuple[int, ...], n_seen: int) -> int:
+        """The fewest of the `n_seen` tokens after which nothing of these spans would have to be undone."""
+        steps = self.n_steps(sum(spans), len(spans))
+        candidates = range(n_seen + 1)
+        return bisect.bisect_left(candidates, steps, key=lambda n: self.n_steps(self.n_chunks(n), self.n_spans(n)))
+
+
+@functools.lru_cache(maxsize=16)  # the layers of a model ask the same
+def plan_spans(spans: tuple[int, ...], n_new: int, most_before: int, most_now: int) -> SpanPlan:
+    """The plan with at most `most_before` spans just before a chunk leaves, and `most_now` in the end.
+
+    The reference looks after every token. While no chunk leaves, the recent tokens only become more, so that the spans
+    only become fewer, and the same pairs are merged in the same order if one looks at the last of these tokens alone.
+    """
+    chunks, slots, depths = list(spans), list(range(len(spans))), [0] * len(spans)
+    rounds: list[list[tuple[int, int]]] = []
+    for new in range(n_new + 1):
+        while len(chunks) > (most_now if new == n_new else most_before):
+            together = list(map(operator.add, chunks[:-1], chunks[1:]))
+            older = together.index(min(together))  # of equal pairs, the oldest
+            pair = slice(older, older + 2)
+            depth = max(depths[pair])  # rounds that this merge waits for
+            if depth == len(rounds):
+                rounds.append([])
+            rounds[depth].append((slots[older], slots[older + 1]))
+            chunks[pair], slots[pair], depths[pair] = [together[older]], [slots[older]], [depth + 1]
+        if new < n_new:
+            chunks.append(1)
+            slots.append(len(spans) + new)
+            depths.append(0)
+    of_rounds = ((tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)) for pairs in rounds)
+    return SpanPlan(tuple(chunks), tuple(slots), tuple(of_rounds))

@@ -1,0 +1,94 @@
+"""Keeping within a budget: two neighbouring spans of the body become one.
+
+A span is what a chunk became, or two spans that were merged; all spans have the same number of entries. Merging the
+stored centroids of a bounded cache again and again, each by its count, is our choice, as is all of this page: no paper
+defines it. It makes the body coarse where it is old and leaves it fine where it is young.
+"""
+
+import itertools
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Int64
+
+from .arguments import check_integer
+from .soft_matching import match_round
+
+__all__ = ["check_budget", "merge_entries", "smallest_pair"]
+
+
+def check_budget(budget: int, *, n_sink: int, n_recent: int, chunk_size: int, entries: int) -> None:
+    """Refuse a budget that could not hold all sinks and recent tokens, and one span of `entries`."""
+    check_integer("budget", budget, least=1)
+    least = n_sink + n_recent + chunk_size - 1 + entries
+    if budget < least:
+        raise ValueError(
+            "budget must be at least n_sink + n_recent + chunk_size - 1 + ceil(keep_ratio * chunk_size), got "
+            f"{budget} < {n_sink} + {n_recent} + {chunk_size} - 1 + {entries} = {least}"
+        )
+
+
+def smallest_pair(spans: list[int]) -> int:
+    """Index of the first of the two neighbours with the fewest tokens together; of equal pairs, the oldest.
+
+    `spans` holds at least two numbers, the chunks or tokens of each span, oldest first:
+
+    >>> smallest_pair([4, 2, 1, 2, 1])
+    1
+    """
+    together = [older + younger for older, younger in itertools.pairwise(spans)]
+    return together.index(min(together))
+
+
+def merge_entries(
+    keys: Float[np.ndarray, "*lead entries dim"],
+    values: Float[np.ndarray, "*lead entries dim_value"],
+    counts: Int32[np.ndarray, "*lead entries"],
+) -> tuple[
+    Float32[np.ndarray, "*lead half dim"], Float32[np.ndarray, "*lead half dim_value"], Int32[np.ndarray, "*lead half"]
+]:
+    """Keys, values and counts after one round of soft matching in which every source joins its best destination.
+
+    Parameters
+    ----------
+    keys, values, counts : an even number of entries, as they are stored.
+
+    Notes
+    -----
+    Costs `entries ** 2 / 4` similarities. Ties as in `chunked_soft_matching`.
+
+    Examples
+    --------
+    Entry 0 has the direction of 3, entry 2 that of 1. The new key 0 is (3 * 2 + 1 * 6) / 4:
+
+    >>> keys = np.array([[0, 1], [2, 0], [6, 0], [0, 1]], dtype=np.float32)
+    >>> merge_entries(keys, keys, np.array([1, 3, 1, 1], dtype=np.int32))[::2]
+    (array([[3., 0.],
+           [0., 1.]], dtype=float32), array([4, 2], dtype=int32))
+    """
+    *lead, entries = counts.shape
+    new_keys, new_values = (np.empty((*lead, entries // 2, x.shape[-1]), dtype=np.float32) for x in (keys, values))
+    new_counts = np.zeros((*lead, entries // 2), dtype=np.int32)
+    for problem in np.ndindex(*lead):
+        labels = match_round(keys[problem], n_merged=entries // 2)
+        np.add.at(new_counts[problem], labels, counts[problem])
+        new_keys[problem] = weighted_mean(keys[problem], counts[problem], labels)
+        new_values[problem] = weighted_mean(values[problem], counts[problem], labels)
+    return new_keys, new_values, new_counts
+
+
+def weighted_mean(
+    array: Float[np.ndarray, "entries dim"],
+    counts: Int32[np.ndarray, " entries"],
+    labels: Int64[np.ndarray, " entries"],
+) -> Float32[np.ndarray, "half dim"]:
+    """Mean of each label's entries, each as often as its count says.
+
+    As in `merge` the terms, here `count * entry` in float64, are added in ascending order, starting from -0.0; the sum
+    is divided by the total count and rounded once to float32.
+    """
+    sums = np.full((labels.max() + 1, array.shape[-1]), -0.0)
+    totals = np.zeros(len(sums), dtype=np.int64)
+    for entry, label in enumerate(labels):
+        sums[label] += array[entry].astype(np.float64) * counts[entry]
+        totals[label] += counts[entry]
+    return (sums / totals[:, None]).astype(np.float32)
