@@ -8,6 +8,7 @@ cache into transformers models.
 from .attention import attention
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
+from .distinctive_matching import distinctive_matching
 from .exact_similarity import similarity
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "chunked_soft_matching",
     "clustered_attention",
+    "distinctive_matching",
     "kmeans",
     "merge",
     "recall_attention",

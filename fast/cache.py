@@ -11,6 +11,7 @@ from .arguments import check_append, check_integer, check_keep_ratio, entries_of
 from .backends import Backend
 from .chunk_compression import compress
 from .clustered_attention import clustered_attention
+from .distinctive_matching import compress_distinctive
 from .ordinary import on_ordinary_tensors
 from .overwritten import Overwritten, keep
 from .span_merging import merge_spans
@@ -48,6 +49,7 @@ class ClusteredCache:
         n_sink: int = 4,
         n_recent: int = 64,
         budget: int | None = None,
+        n_shared: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         check_keep_ratio(keep_ratio)
@@ -55,7 +57,12 @@ class ClusteredCache:
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
         self._rules = SpanRules(chunk_size, entries_of_chunk(keep_ratio, chunk_size), n_sink, n_recent, budget)
+        if n_shared is not None:
+            check_integer("n_shared", n_shared, least=1)
+            if budget is not None:
+                raise ValueError(f"n_shared must be None with a budget, which merges all tokens, got {n_shared}")
         self.keep_ratio, self.chunk_size, self.budget = keep_ratio, chunk_size, budget
+        self.n_shared = n_shared
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
         self.n_seen = 0
         self.spans: tuple[int, ...] = ()
@@ -237,13 +244,12 @@ class ClusteredCache:
 
     def _compress(self, start: int, stop: int) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
-        made = compress(
-            self.keys[..., start:stop, :],
-            self.values[..., start:stop, :],
-            chunk_size=self.chunk_size,
-            target=self._rules.entries,
-            backend=self.backend,
-        )
+        whole = self.keys[..., start:stop, :], self.values[..., start:stop, :]
+        sizes = {"chunk_size": self.chunk_size, "target": self._rules.entries}
+        if self.n_shared is None:
+            made = compress(*whole, **sizes, backend=self.backend)
+        else:
+            made = compress_distinctive(*whole, **sizes, n_shared=self.n_shared, backend=self.backend)
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])

@@ -10,15 +10,16 @@ Reading order, one idea more in each file:
 6. `clustered_attention`  attention to centroids, corrected by log counts
 7. `cache`                all of it online, while tokens arrive; `span_merging` keeps it within a budget
 8. `rotary`, `llama`      a whole Llama that generates from such a cache
+9. `distinctive_matching` tokens that stand out stay exact: ours, for answers that must not get lost
 
 And the other way to cluster, which forgets nothing (arXiv:2412.03213):
 
-9. `kmeans`               clusters of keys that point in similar directions
-10. `cluster_scores`      how near a cluster lies to a query
-11. `selection`           a budget of tokens, spent on the nearest clusters
-12. `recall`              attention to the tokens of these clusters
-13. `segments`            which tokens are clustered together, and when
-14. `recall_cache`        all of it online
+10. `kmeans`              clusters of keys that point in similar directions
+11. `cluster_scores`      how near a cluster lies to a query
+12. `selection`           a budget of tokens, spent on the nearest clusters
+13. `recall`              attention to the tokens of these clusters
+14. `segments`            which tokens are clustered together, and when
+15. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of
 attention is held to, `conformance` the suite that checks other implementations against all this, which SPECIFICATION.md
@@ -29,6 +30,7 @@ the same.
 from .attention import attention
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
+from .distinctive_matching import distinctive_matching
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
@@ -48,6 +50,7 @@ __all__ = [
     "attention",
     "chunked_soft_matching",
     "clustered_attention",
+    "distinctive_matching",
     "kmeans",
     "merge",
     "recall_attention",

@@ -5,6 +5,7 @@ from jaxtyping import Float, Float64, Int32
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
 from .clustered_attention import clustered_attention
+from .distinctive_matching import distinctive_matching
 from .merging import merge
 from .soft_matching import chunked_soft_matching
 from .span_merging import check_budget, merge_entries, smallest_pair
@@ -27,6 +28,8 @@ class ClusteredCache:
         number `n_recent <= recent < n_recent + chunk_size` as soon as that many have been seen.
     budget : the most entries that are stored after an append, sinks and recent tokens included; None for any number.
         At least `n_sink + n_recent + chunk_size - 1 + ceil(keep_ratio * chunk_size)`.
+    n_shared : None for chunked soft matching. A number for `distinctive_matching`, which see: the last of the leading
+        axes must then be the KV heads of a layer. Not together with a budget.
 
     Attributes
     ----------
@@ -78,6 +81,7 @@ class ClusteredCache:
         n_sink: int = 4,
         n_recent: int = 64,
         budget: int | None = None,
+        n_shared: int | None = None,
     ) -> None:
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
@@ -86,7 +90,12 @@ class ClusteredCache:
         self._n_span = entries_of_chunk(keep_ratio, chunk_size)  # entries of a span
         if budget is not None:
             check_budget(budget, n_sink=n_sink, n_recent=n_recent, chunk_size=chunk_size, entries=self._n_span)
+        if n_shared is not None:
+            check_integer("n_shared", n_shared, least=1)
+            if budget is not None:
+                raise ValueError(f"n_shared must be None with a budget, which merges all tokens, got {n_shared}")
         self.keep_ratio, self.chunk_size, self.budget = keep_ratio, chunk_size, budget
+        self.n_shared = n_shared
         self.n_sink, self.n_recent = n_sink, n_recent
         self.keys: Float[np.ndarray, "*lead entries dim"] | None = None
         self.values: Float[np.ndarray, "*lead entries dim_value"] | None = None
@@ -162,7 +171,11 @@ class ClusteredCache:
         start = self.n_sink + self._n_body
         stop = start + leaving
         keys, values = self.keys[..., start:stop, :], self.values[..., start:stop, :]
-        clustering = chunked_soft_matching(keys, keep_ratio=self.keep_ratio, chunk_size=self.chunk_size)
+        rules = {"keep_ratio": self.keep_ratio, "chunk_size": self.chunk_size}
+        if self.n_shared is None:
+            clustering = chunked_soft_matching(keys, **rules)
+        else:
+            clustering = distinctive_matching(keys, values, **rules, n_shared=self.n_shared)
         self._replace(start, stop, merge(keys, clustering), merge(values, clustering), clustering.counts)
         self.n_clustered += leaving
         self._n_body += clustering.counts.shape[-1]

@@ -1,5 +1,6 @@
 """RecallCache in transformers: stock where the budget covers everything, the reference's choices where it does not."""
 
+import gc
 import inspect
 
 import numpy as np
@@ -205,3 +206,31 @@ def test_parameters_and_defaults_are_those_of_the_cache_of_a_layer():
     assert ours == {"model": inspect.Parameter.empty, "n_dense_layers": 0, "offloading": False} | {
         name: default for name, default in of_tiers.items() if name != "backend"
     }
+
+
+def test_a_cache_for_the_base_model_shares_its_hooks():
+    """Hooks belong to the attention modules: those of the model with a head and of the model without are the same."""
+    model, tokens = tiny_llama(), random_tokens(100)
+    first = RecallCache.for_model(model, **SMALL)
+    second = RecallCache.for_model(model.model, **SMALL)
+    del first
+    model.model(tokens, past_key_values=second)
+    model.model(tokens[:, :1], past_key_values=second)
+    assert second.n_seen == 101
+    del second
+    gc.collect()
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+
+
+def test_a_model_may_change_its_attention_while_a_cache_lives():
+    """Other calls run what the model was set to; the recall cache, which serves sdpa only, says so."""
+    model, tokens = tiny_llama(), random_tokens(100)
+    cache = RecallCache.for_model(model, **SMALL)
+    model(tokens, past_key_values=cache)
+    model.set_attn_implementation("eager")
+    assert len(model(tokens, output_attentions=True).attentions) == 3
+    with pytest.raises(ValueError, match="attention of model must be sdpa, got eager"):
+        model(tokens[:, :1], past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    model(tokens[:, :1], past_key_values=cache)
+    assert cache.n_seen == 101

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "reference" / "SPECIFICATION.md").read_text()
 NAMES = """Arrays and dtypes, Arithmetic, `alternating_partition`, `similarity`, `chunked_soft_matching`, `merge`,
 `attention`, `clustered_attention`, `ClusteredCache`, `kmeans`, `select_clusters`, `recall_attention`, `RecallCache`,
-Errors, Agreement of attention outputs"""
+Errors, Agreement of attention outputs, `distinctive_matching`"""
 SECTIONS = [f"{number} {name}" for number, name in enumerate(re.split(r",\s", NAMES), 1)]
 KNOWN = {
     f"tests/{path.name}::{node.name}"

@@ -37,7 +37,7 @@ def clustered_cache(keep_ratio: float) -> Callable[[Any], Any]:
         }
         cache = ClusteredCache.for_model(model, **parameters)
         if keep_ratio == 1:
-            cache.layers = [FullLayer(parameters) for _ in cache.layers]
+            cache.layers = [FullLayer(parameters, are_alike=True) for _ in cache.layers]
         return cache
 
     return make

@@ -44,6 +44,7 @@ class ClusteredCache(ModelCache):
         chunk_size: int = 64,
         n_sink: int = 4,
         n_recent: int = 64,
+        n_shared: int | None = None,
     ) -> "ClusteredCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
@@ -56,7 +57,8 @@ class ClusteredCache(ModelCache):
             come, clusters are merged further. Without it entries grow with the tokens.
             Both may be sequences, of one number for each layer of the model.
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
-        chunk_size, n_sink, n_recent : as in `kvcluster.reference.ClusteredCache`, for every layer.
+        chunk_size, n_sink, n_recent, n_shared : as in `kvcluster.reference.ClusteredCache`, for every layer. With
+            `chunk_size=256, n_recent=252, n_shared=4` distinctive tokens stay exact: see benchmarks/QUALITY.md.
 
         Raises
         ------
@@ -77,7 +79,12 @@ class ClusteredCache(ModelCache):
         check_dense_layers(n_dense_layers, n_layers)
         ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
         budgets = one_for_each_layer("budget", budget, n_layers)
-        shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
+        shared: dict[str, Any] = {
+            "chunk_size": chunk_size,
+            "n_sink": n_sink,
+            "n_recent": n_recent,
+            "n_shared": n_shared,
+        }
         chosen = [
             (1.0, None) if index < n_dense_layers else (ratios[index], budgets[index]) for index in range(n_layers)
         ]

@@ -11,7 +11,7 @@ from torch import nn
 from .attention import NAME
 from .compiling import uncompiled
 
-__all__ = ["ModelHooks", "attention_modules", "check_model"]
+__all__ = ["ATTENTION", "ModelHooks", "attention_modules", "check_model"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 ONE_MASK = ("llama", "mistral")  # models that mask all their layers alike and do not read `layer_types`
@@ -64,34 +64,52 @@ class ModelHooks:
     as long as the hooks exist; the config of the model stays as it is. With `eager`, which must return its weights, the
     log counts go into the mask.
     A copy made of the model meanwhile keeps copied hooks; they too leave calls with other caches alone.
+
+    Attributes
+    ----------
+    model : weak reference to the base model, without head, of the one that was given.
     """
 
     _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["ModelHooks"]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
-        handles = [model.base_model.register_forward_pre_hook(check_call, with_kwargs=True)]
-        attention = attention_modules(model)
-        for module in attention:
+        handles = [model.register_forward_pre_hook(check_call, with_kwargs=True)]
+        for module in attention_modules(model):
             handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
             handles.append(module.register_forward_hook(after_attention, with_kwargs=True))
-        configs = [(module, module.config) for module in attention]
-        weakref.finalize(self, remove, handles, configs)
-        if model.config._attn_implementation == "sdpa":
-            for module in attention:
-                module.config = copy.copy(module.config)
+        self.configs = [(module, module.config) for module in attention_modules(model)]
+        weakref.finalize(self, remove, handles, self.configs)
+        self.served: str | None = None
+        self.serve(model.config._attn_implementation)
+
+    def serve(self, attention: str) -> None:
+        """Have the modules run ours in the place of `sdpa`, and as they did before if the model changed to another."""
+        if attention == self.served:
+            return
+        for module, config in self.configs:
+            module.config = config
+            if attention == "sdpa":
+                module.config = copy.copy(config)
                 module.config._attn_implementation = NAME
+        self.served = attention
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelHooks":
         """The hooks on `model`, new ones if there are none."""
         model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: the wrapper has no modules of its own
-        known = cls._of_model.get(model)
-        hooks = known() if known is not None else None
+        base: Any = model.base_model
+        hooks = cls.known(base)
         if hooks is None:
-            hooks = cls(model)
-            cls._of_model[model] = weakref.ref(hooks)
+            hooks = cls(base)
+            cls._of_model[base] = weakref.ref(hooks)
         return hooks
+
+    @classmethod
+    def known(cls, base: nn.Module) -> "ModelHooks | None":
+        """The hooks on a base model, if there are any."""
+        reference = cls._of_model.get(base)
+        return None if reference is None else reference()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelHooks":
         return self  # a copied cache serves the same model
@@ -118,12 +136,17 @@ def our_layer(module: Any, arguments: dict[str, Any]) -> Any:
 
 
 @uncompiled
-def check_call(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def check_call(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of the base model: layers learn of padding, and must be in step."""
+    hooks, attention = ModelHooks.known(module), module.config._attn_implementation
+    if hooks is not None:
+        hooks.serve(attention)
     arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     cache, mask = our_cache(arguments | arguments.get("kwargs", {})), arguments.get("attention_mask")
     if cache is None:
         return
+    if attention not in cache.attention:
+        raise ValueError(f"attention of model must be {' or '.join(cache.attention)}, got {attention}")
     if arguments.get("use_cache") is False:  # generate feeds all tokens again at each step then
         raise ValueError(f"use_cache must not be False with a {type(cache).__name__}: pass none to do without")
     seen = sorted(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from .compiling import uncompiled
-from .hooks import ModelHooks
+from .hooks import ATTENTION, ModelHooks
 from .plot import plot_cache
 from .report import CacheReport, report_cache
 from .row_groups import RowGroups
@@ -31,6 +31,7 @@ class ModelCache(Cache):
     """
 
     is_kvcluster = True
+    attention: tuple[str, ...] = ATTENTION  # kinds that the model may run
 
     def __init__(self, layers: list[Any], hooks: ModelHooks, parameters: dict[str, Any]) -> None:
         super().__init__(layers=layers)

@@ -32,6 +32,8 @@ class RecallCache(ModelCache):
     See docs/modes.md.
     """
 
+    attention = ("sdpa",)
+
     @classmethod
     def for_model(
         cls,
@@ -78,7 +80,7 @@ class RecallCache(ModelCache):
             cache = RecallCache.for_model(model, budget=512)
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
-        config = check_model(model, attention=("sdpa",))
+        config = check_model(model, cls.attention)
         check_dense_layers(n_dense_layers, config.num_hidden_layers)
         parameters = {
             "budget": budget,

@@ -176,7 +176,8 @@ def fingerprint(model: Any) -> dict[str, Any]:
     sampled.append(("embedding", model.get_input_embeddings().weight))
     total = hashlib.sha256()
     for name, weight in sampled:
-        numbers = weight.detach().flatten()
+        own = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model, this rank's part
+        numbers = own.detach().flatten()
         step = -(-len(numbers) // SAMPLED) | 1  # odd, so that the columns of even matrices take turns
         total.update(f"{name} {digest(numbers[::step].cpu())}\n".encode())
     return json.loads(json.dumps(fields | {"weights": total.hexdigest()}, default=plain))

@@ -1,0 +1,137 @@
+"""Distinctive matching on torch tensors: the reference's decisions, to the bit."""
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
+from .backends import Backend, choose_backend
+from .chunk_compression import CompressedChunks, compress
+from .exact_mean import certified_mean, sums_are_exact
+from .exact_similarity import canonical_similarity
+from .merging import Clustering
+
+__all__ = ["compress_distinctive", "distinctive_matching"]
+
+WINDOW = 7  # as in the reference
+WORKING_BYTES = 4 * 2**20  # of float64 numbers that are scored together
+
+
+def distinctive_matching(
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    *,
+    keep_ratio: float,
+    chunk_size: int = 256,
+    n_shared: int = 4,
+    backend: Backend = "auto",
+) -> Clustering:
+    """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters, most of them single tokens.
+
+    Defined, with its errors, by `kvcluster.reference.distinctive_matching`; the same labels and counts, on the device
+    of `keys`. `backend` as in `choose_backend`, for the rounds of soft matching; the rest is plain torch.
+    """
+    check_append(keys, values, None)
+    check_keep_ratio(keep_ratio)
+    check_integer("chunk_size", chunk_size, least=1)
+    check_integer("n_shared", n_shared, least=1)
+    choose_backend(backend, keys, values)
+    *lead, tokens, _ = keys.shape
+    target = entries_of_chunk(keep_ratio, chunk_size)
+    chunks = tokens // chunk_size
+    rest = torch.arange(tokens - chunks * chunk_size, device=keys.device)
+    if target == chunk_size or chunks == 0:
+        labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
+        return Clustering(labels, torch.ones_like(labels))
+    whole = [array[..., : chunks * chunk_size, :] for array in (keys, values)]
+    made = compress_distinctive(*whole, chunk_size=chunk_size, target=target, n_shared=n_shared, backend=backend)
+    first = torch.arange(chunks, device=keys.device)[:, None] * target
+    labels = (made.labels.reshape(*lead, chunks, chunk_size) + first).flatten(-2)
+    counts = made.counts.reshape(*lead, chunks * target)
+    return Clustering(
+        torch.cat([labels, (chunks * target + rest).expand(*lead, -1)], dim=-1),
+        torch.cat([counts, torch.ones_like(rest).expand(*lead, -1)], dim=-1),
+    )
+
+
+def compress_distinctive(
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    *,
+    chunk_size: int,
+    target: int,
+    n_shared: int,
+    backend: str = "auto",
+) -> CompressedChunks:
+    """As `compress`, by distinctive matching, of whole chunks that become fewer entries than they have tokens."""
+    heads = keys.shape[-3] if keys.ndim > 2 else 1
+    n_shared = max(1, min(n_shared, target // 2))
+    n_exact = target - n_shared
+    # (layers, heads, chunks, chunk, dim), where a layer is all that shares its scores
+    in_chunks = [
+        array.reshape(-1, heads, array.shape[-2] // chunk_size, chunk_size, array.shape[-1]) for array in (keys, values)
+    ]
+    scores = distinctiveness(*in_chunks)  # (layers, chunks, chunk)
+    best_first = scores.argsort(dim=-1, descending=True, stable=True)
+    exact, ordinary = best_first[..., :n_exact].sort(dim=-1).values, best_first[..., n_exact:].sort(dim=-1).values
+    exact, ordinary = (rows.unsqueeze(1).expand(-1, heads, -1, -1) for rows in (exact, ordinary))
+    made = compress(
+        *(rows_of(array, ordinary).flatten(0, 2) for array in in_chunks),
+        chunk_size=chunk_size - n_exact,
+        target=n_shared,
+        backend=backend,
+    )
+    shape = exact.shape[:3]
+    labels = torch.empty(*shape, chunk_size, dtype=torch.int64, device=keys.device)
+    labels.scatter_(-1, exact, torch.arange(n_exact, device=keys.device).expand(*shape, -1))
+    labels.scatter_(-1, ordinary, n_exact + made.labels.reshape(*shape, -1))
+    ones = torch.ones(*shape, n_exact, dtype=made.counts.dtype, device=keys.device)
+    entries = [
+        torch.cat([rows_of(array, exact).float(), shared.reshape(*shape, n_shared, -1)], dim=-2).flatten(0, 2)
+        for array, shared in zip(in_chunks, (made.keys, made.values), strict=True)
+    ]
+    return CompressedChunks(
+        labels=labels.flatten(0, 2),
+        counts=torch.cat([ones, made.counts.reshape(*shape, -1)], dim=-1).flatten(0, 2),
+        keys=entries[0],
+        values=entries[1],
+        n_rows=made.n_rows,
+        n_scored_rows=made.n_scored_rows,
+    )
+
+
+def distinctiveness(keys: Tensor, values: Tensor) -> Float64[Tensor, "layers chunks chunk"]:
+    """Of tokens (layers, heads, chunks, chunk, dim): the heads in their order, then the window in its."""
+    heads, size = keys.shape[1], keys.shape[3]
+    likeness = [likeness_to_mean(array) for array in (keys, values)]  # (layers, heads, chunks, chunk)
+    of_heads = 2.0 - likeness[0] - likeness[1]
+    total = torch.zeros_like(of_heads[:, 0])
+    for head in range(heads):
+        total = total + of_heads[:, head]
+    padded = torch.nn.functional.pad(total, (WINDOW // 2, WINDOW // 2))
+    inside = torch.nn.functional.pad(torch.ones_like(total[0, 0]), (WINDOW // 2, WINDOW // 2))
+    sums, numbers = torch.zeros_like(total), torch.zeros_like(total[0, 0])
+    for offset in range(WINDOW):
+        sums, numbers = sums + padded[..., offset : offset + size], numbers + inside[offset : offset + size]
+    return sums / numbers
+
+
+def likeness_to_mean(
+    array: Float[Tensor, "layers heads chunks chunk dim"],
+) -> Float64[Tensor, "layers heads chunks chunk"]:
+    """Canonical similarity of each token to the centroid of its chunk."""
+    tokens = array.flatten(0, 2)  # (problems, chunk, dim)
+    size = tokens.shape[1]
+    labels = torch.zeros(1, size, dtype=torch.int64, device=array.device)
+    counts = torch.full((1, 1), size, dtype=torch.int64, device=array.device)
+    parts = []
+    for part in tokens.split(max(1, WORKING_BYTES // (8 * max(1, tokens[0].numel())))):
+        of_all = [x.expand(len(part), -1) for x in (labels, counts)]
+        mean = certified_mean(part.double(), sums_are_exact(part), *of_all)  # (problems, 1, dim)
+        parts.append(canonical_similarity(part, mean))
+    return torch.cat(parts).reshape(array.shape[:-1])
+
+
+def rows_of(array: Tensor, rows: Tensor) -> Tensor:
+    """The chosen rows (..., chosen) of `array` (..., chunk, dim)."""
+    return array.gather(-2, rows.unsqueeze(-1).expand(*rows.shape, array.shape[-1]))

@@ -1,0 +1,138 @@
+"""Distinctive matching: the distinctive tokens of a chunk stay exact, the ordinary ones share a few centroids.
+
+All of it is our choice; no paper defines it. What led here, measured in benchmarks/QUALITY.md: chunked soft matching
+merges neighbours, whose keys are alike while their values are not, so it blurs the digits of a number first. A token
+that a later question may ask for is one that stands out. The mean key and the mean value of a chunk point where its
+ordinary tokens do, and a token stands out as far as its own key and value point elsewhere. Tokens are kept or not for
+all KV heads of a layer together, and a moving average over neighbours keeps whole phrases.
+
+That tokens which point away from the mean key matter is also what KeyDiff (arXiv:2504.15364) finds, which evicts the
+others; it takes keys alone, each head and token for itself.
+"""
+
+import numpy as np
+from jaxtyping import Float, Float64, Int64
+
+from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
+from .merging import Clustering, merge
+from .similarity import similarity
+from .soft_matching import match_chunk
+
+__all__ = ["distinctive_matching", "distinctiveness"]
+
+WINDOW = 7  # tokens of the moving average; odd
+
+
+def distinctive_matching(
+    keys: Float[np.ndarray, "*lead tokens dim"],
+    values: Float[np.ndarray, "*lead tokens dim_value"],
+    *,
+    keep_ratio: float,
+    chunk_size: int = 256,
+    n_shared: int = 4,
+) -> Clustering:
+    """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters, most of them single tokens.
+
+    Parameters
+    ----------
+    keys, values : (..., kv_heads, tokens, dim) and (..., kv_heads, tokens, dim_value), float16, bfloat16 or float32;
+        tokens may be 0. Without a leading axis they are those of one head.
+    keep_ratio : entries kept / tokens seen, in (0, 1].
+    chunk_size : tokens in a chunk, at least 1. A trailing partial chunk is left as it is.
+    n_shared : entries of a chunk that its ordinary tokens share, at least 1; of few entries half, but one at least.
+
+    Returns
+    -------
+    Clustering : in each chunk first the distinctive tokens in their order, then the shared entries.
+
+    Raises
+    ------
+    ValueError : a number out of range; keys or values of a wrong dtype or shape, NaN or infinite.
+
+    Notes
+    -----
+    The ordinary tokens of each head become its shared entries by the rounds of chunked soft matching, as if they were
+    one chunk. Of equally distinctive tokens the first are kept. Costs `4 * tokens * (dim + dim_value)` multiply-adds
+    for the scores, then what soft matching of the ordinary tokens costs.
+
+    Examples
+    --------
+    Tokens that are all alike but for a phrase, 7 to 9. Kept are the tokens whose neighbourhood stands out most.
+
+    >>> keys = np.tile(np.float32([1, 0]), (16, 1))
+    >>> keys[7:10] = [0, 1]
+    >>> clustering = distinctive_matching(keys, keys, keep_ratio=0.375, chunk_size=16, n_shared=1)
+    >>> clustering.labels
+    array([5, 5, 5, 5, 5, 5, 0, 1, 2, 3, 4, 5, 5, 5, 5, 5])
+    >>> clustering.counts
+    array([ 1,  1,  1,  1,  1, 11])
+    """
+    check_append(keys, values, (None, None))
+    check_keep_ratio(keep_ratio)
+    check_integer("chunk_size", chunk_size, least=1)
+    check_integer("n_shared", n_shared, least=1)
+    *lead, tokens, _ = keys.shape
+    target = entries_of_chunk(keep_ratio, chunk_size)
+    chunks = tokens // chunk_size
+    rest = tokens - chunks * chunk_size
+
+    labels = np.empty((*lead, tokens), dtype=np.int64)
+    for layer in np.ndindex(*lead[:-1]):
+        for chunk in range(chunks):
+            span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+            of_chunk = match_distinctive(keys[layer][..., span, :], values[layer][..., span, :], target, n_shared)
+            labels[layer][..., span] = chunk * target + of_chunk
+    labels[..., tokens - rest :] = chunks * target + np.arange(rest)
+
+    counts = np.empty((*lead, chunks * target + rest), dtype=np.int64)
+    for problem in np.ndindex(*lead):
+        counts[problem] = np.bincount(labels[problem], minlength=counts.shape[-1])
+    return Clustering(labels, counts)
+
+
+def match_distinctive(keys: np.ndarray, values: np.ndarray, target: int, n_shared: int) -> Int64[np.ndarray, "..."]:
+    """Labels (kv_heads, chunk) of one chunk (kv_heads, chunk, dim); there may be no axis of heads."""
+    *heads, size, _ = keys.shape
+    if target == size:
+        return np.broadcast_to(np.arange(size), (*heads, size))
+    n_shared = max(1, min(n_shared, target // 2))
+    n_exact = target - n_shared
+    best_first = np.argsort(-distinctiveness(keys, values), kind="stable")  # stable: of ties, the first
+    exact, ordinary = np.sort(best_first[:n_exact]), np.sort(best_first[n_exact:])
+    labels = np.empty((*heads, size), dtype=np.int64)
+    labels[..., exact] = np.arange(n_exact)
+    for head in np.ndindex(*heads):
+        labels[head][ordinary] = n_exact + match_chunk(keys[head][ordinary], n_shared)
+    return labels
+
+
+def distinctiveness(
+    keys: Float[np.ndarray, "*heads chunk dim"], values: Float[np.ndarray, "*heads chunk dim_value"]
+) -> Float64[np.ndarray, " chunk"]:
+    """How far each token of one chunk points away from the chunk's mean: a moving average, the heads' sums.
+
+    Of each head `2 - similarity(key, mean key) - similarity(value, mean value)`. The heads are added in their order,
+    then the tokens of a window of 7, of which fewer lie in the chunk near its ends, in theirs; divided by their number.
+
+    >>> keys = np.float32([[1, 0], [1, 0], [1, 0], [-1, 0]])
+    >>> distinctiveness(keys, keys)  # 0, 0, 0 and 4, averaged over up to three neighbours on each side
+    array([1., 1., 1., 1.])
+    """
+    *heads, size, _ = keys.shape
+    total = np.zeros(size)
+    for head in np.ndindex(*heads):
+        total = total + (2.0 - likeness_to_mean(keys[head]) - likeness_to_mean(values[head]))
+    reach = WINDOW // 2
+    padded = np.pad(total, reach)
+    inside = np.pad(np.ones(size), reach)
+    sums, numbers = np.zeros(size), np.zeros(size)
+    for offset in range(WINDOW):
+        sums, numbers = sums + padded[offset : offset + size], numbers + inside[offset : offset + size]
+    return sums / numbers
+
+
+def likeness_to_mean(array: Float[np.ndarray, "chunk dim"]) -> Float64[np.ndarray, " chunk"]:
+    """Similarity of each token to the centroid of all of them."""
+    size = len(array)
+    mean = merge(array, Clustering(np.zeros(size, dtype=np.int64), np.array([size])))  # (1, dim)
+    return similarity(array.astype(np.float32), mean)[:, 0]
