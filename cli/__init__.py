@@ -7,6 +7,7 @@ import typer
 from .bench import bench
 from .check import check
 from .demo import demo
+from .eval import evaluate
 from .kernels import kernels
 from .vectors import vectors
 
@@ -16,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(bench)
 app.command()(check)
 app.command()(demo)
+app.command("eval")(evaluate)
 app.command()(kernels)
 app.command()(vectors)
 

@@ -61,6 +61,8 @@ class ClusteredCache:
             check_integer("n_shared", n_shared, least=1)
             if budget is not None:
                 raise ValueError(f"n_shared must be None with a budget, which merges all tokens, got {n_shared}")
+            if backend == "triton":
+                raise ValueError(f"n_shared must be None with backend 'triton', which has no kernel, got {n_shared}")
         self.keep_ratio, self.chunk_size, self.budget = keep_ratio, chunk_size, budget
         self.n_shared = n_shared
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
@@ -249,7 +251,7 @@ class ClusteredCache:
         if self.n_shared is None:
             made = compress(*whole, **sizes, backend=self.backend)
         else:
-            made = compress_distinctive(*whole, **sizes, n_shared=self.n_shared, backend=self.backend)
+            made = compress_distinctive(*whole, **sizes, n_shared=self.n_shared)
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])

@@ -1,14 +1,15 @@
 """Distinctive matching on torch tensors: the reference's decisions, to the bit."""
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
-from .backends import Backend, choose_backend
-from .chunk_compression import CompressedChunks, compress
+from .chunk_compression import CompressedChunks, count_members
 from .exact_mean import certified_mean, sums_are_exact
-from .exact_similarity import canonical_similarity
+from .exact_similarity import canonical_similarity, certified_matches
 from .merging import Clustering
 
 __all__ = ["compress_distinctive", "distinctive_matching"]
@@ -24,18 +25,16 @@ def distinctive_matching(
     keep_ratio: float,
     chunk_size: int = 256,
     n_shared: int = 4,
-    backend: Backend = "auto",
 ) -> Clustering:
     """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters, most of them single tokens.
 
     Defined, with its errors, by `kvcluster.reference.distinctive_matching`; the same labels and counts, on the device
-    of `keys`. `backend` as in `choose_backend`, for the rounds of soft matching; the rest is plain torch.
+    of `keys`. Plain torch on every device: there are no kernels of its own.
     """
     check_append(keys, values, None)
     check_keep_ratio(keep_ratio)
     check_integer("chunk_size", chunk_size, least=1)
     check_integer("n_shared", n_shared, least=1)
-    choose_backend(backend, keys, values)
     *lead, tokens, _ = keys.shape
     target = entries_of_chunk(keep_ratio, chunk_size)
     chunks = tokens // chunk_size
@@ -44,7 +43,7 @@ def distinctive_matching(
         labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
         return Clustering(labels, torch.ones_like(labels))
     whole = [array[..., : chunks * chunk_size, :] for array in (keys, values)]
-    made = compress_distinctive(*whole, chunk_size=chunk_size, target=target, n_shared=n_shared, backend=backend)
+    made = compress_distinctive(*whole, chunk_size=chunk_size, target=target, n_shared=n_shared)
     first = torch.arange(chunks, device=keys.device)[:, None] * target
     labels = (made.labels.reshape(*lead, chunks, chunk_size) + first).flatten(-2)
     counts = made.counts.reshape(*lead, chunks * target)
@@ -61,7 +60,6 @@ def compress_distinctive(
     chunk_size: int,
     target: int,
     n_shared: int,
-    backend: str = "auto",
 ) -> CompressedChunks:
     """As `compress`, by distinctive matching, of whole chunks that become fewer entries than they have tokens."""
     heads = keys.shape[-3] if keys.ndim > 2 else 1
@@ -75,29 +73,41 @@ def compress_distinctive(
     best_first = scores.argsort(dim=-1, descending=True, stable=True)
     exact, ordinary = best_first[..., :n_exact].sort(dim=-1).values, best_first[..., n_exact:].sort(dim=-1).values
     exact, ordinary = (rows.unsqueeze(1).expand(-1, heads, -1, -1) for rows in (exact, ordinary))
-    made = compress(
-        *(rows_of(array, ordinary).flatten(0, 2) for array in in_chunks),
-        chunk_size=chunk_size - n_exact,
-        target=n_shared,
-        backend=backend,
-    )
     shape = exact.shape[:3]
+    matched = match_ordinary(rows_of(in_chunks[0], ordinary).flatten(0, 2), n_shared)
     labels = torch.empty(*shape, chunk_size, dtype=torch.int64, device=keys.device)
     labels.scatter_(-1, exact, torch.arange(n_exact, device=keys.device).expand(*shape, -1))
-    labels.scatter_(-1, ordinary, n_exact + made.labels.reshape(*shape, -1))
-    ones = torch.ones(*shape, n_exact, dtype=made.counts.dtype, device=keys.device)
-    entries = [
-        torch.cat([rows_of(array, exact).float(), shared.reshape(*shape, n_shared, -1)], dim=-2).flatten(0, 2)
-        for array, shared in zip(in_chunks, (made.keys, made.values), strict=True)
-    ]
-    return CompressedChunks(
-        labels=labels.flatten(0, 2),
-        counts=torch.cat([ones, made.counts.reshape(*shape, -1)], dim=-1).flatten(0, 2),
-        keys=entries[0],
-        values=entries[1],
-        n_rows=made.n_rows,
-        n_scored_rows=made.n_scored_rows,
-    )
+    labels.scatter_(-1, ordinary, n_exact + matched.destination.reshape(*shape, -1))
+    labels = labels.flatten(0, 2)  # (chunks, chunk)
+    counts = count_members(labels, target)
+    shared = count_members(matched.destination, n_shared)
+    entries = []
+    for array in in_chunks:
+        rest = rows_of(array, ordinary).flatten(0, 2)
+        means = certified_mean(rest.double(), sums_are_exact(rest), matched.destination, shared)
+        entries.append(torch.cat([rows_of(array, exact).flatten(0, 2).float(), means], dim=1))
+    return CompressedChunks(labels, counts, *entries, matched.n_rows, matched.n_scored_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class MatchedTokens:
+    """`destination` (chunks, tokens), int64, of each ordinary token; the numbers are those of `CompressedChunks`."""
+
+    destination: Int64[Tensor, "chunks tokens"]
+    n_rows: int
+    n_scored_rows: int
+
+
+def match_ordinary(keys: Float[Tensor, "chunks tokens dim"], n_shared: int) -> MatchedTokens:
+    """One round: evenly spaced tokens are destinations, all others join the one that is most like them."""
+    size = keys.shape[1]
+    destinations = torch.arange(n_shared, device=keys.device) * size // n_shared
+    is_source = torch.ones(size, dtype=torch.bool, device=keys.device).index_fill(0, destinations, False)
+    matches = certified_matches(keys[:, is_source].float(), keys[:, destinations].float())
+    destination = torch.empty(keys.shape[:2], dtype=torch.int64, device=keys.device)
+    destination[:, destinations] = torch.arange(n_shared, device=keys.device)
+    destination[:, is_source] = matches.destination
+    return MatchedTokens(destination, matches.is_scored.numel(), int(matches.is_scored.sum()))
 
 
 def distinctiveness(keys: Tensor, values: Tensor) -> Float64[Tensor, "layers chunks chunk"]:

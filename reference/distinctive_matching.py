@@ -16,7 +16,6 @@ from jaxtyping import Float, Float64, Int64
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
 from .merging import Clustering, merge
 from .similarity import similarity
-from .soft_matching import match_chunk
 
 __all__ = ["distinctive_matching", "distinctiveness"]
 
@@ -51,9 +50,9 @@ def distinctive_matching(
 
     Notes
     -----
-    The ordinary tokens of each head become its shared entries by the rounds of chunked soft matching, as if they were
-    one chunk. Of equally distinctive tokens the first are kept. Costs `4 * tokens * (dim + dim_value)` multiply-adds
-    for the scores, then what soft matching of the ordinary tokens costs.
+    The ordinary tokens of each head are matched in one round: `n_shared` of them, evenly spaced, are the destinations,
+    all others the sources, and all sources merge. Of equally distinctive tokens the first are kept. Costs `4 * tokens
+    * (dim + dim_value)` multiply-adds for the scores, at most `n_shared * tokens * dim` for the matching.
 
     Examples
     --------
@@ -101,8 +100,12 @@ def match_distinctive(keys: np.ndarray, values: np.ndarray, target: int, n_share
     exact, ordinary = np.sort(best_first[:n_exact]), np.sort(best_first[n_exact:])
     labels = np.empty((*heads, size), dtype=np.int64)
     labels[..., exact] = np.arange(n_exact)
+    destinations = np.arange(n_shared) * len(ordinary) // n_shared  # evenly spaced, the first included
     for head in np.ndindex(*heads):
-        labels[head][ordinary] = n_exact + match_chunk(keys[head][ordinary], n_shared)
+        of_head = keys[head][ordinary]
+        match = similarity(of_head, of_head[destinations]).argmax(axis=-1)  # argmax: of ties, the first
+        match[destinations] = np.arange(n_shared)  # a destination stays, though an equal one come before it
+        labels[head][ordinary] = n_exact + match
     return labels
 
 

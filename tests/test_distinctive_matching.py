@@ -15,7 +15,6 @@ from test_specification import PAGE
 
 from kvcluster import fast, reference
 from kvcluster.reference.distinctive_matching import distinctiveness
-from kvcluster.reference.soft_matching import match_chunk
 
 MODULE = importlib.import_module("kvcluster.reference.distinctive_matching")  # the name alone is the function
 SETTINGS = {"keep_ratio": 0.4, "chunk_size": 20, "n_shared": 3}
@@ -80,7 +79,7 @@ def test_clusterings_are_partitions():
 
 
 def test_distinctive_tokens_stay_exact_in_all_heads():
-    """A phrase that points elsewhere keeps its tokens; the rest of each head shares entries by soft matching."""
+    """A phrase that points elsewhere keeps its tokens; the rest of each head shares entries by likeness of keys."""
     rng = np.random.default_rng(0)
     keys, values = (rng.standard_normal((3, 40, 16)).astype(np.float32) * 0.1 + 1 for _ in range(2))
     keys[:, 11:14], values[:, 11:14] = -1, -1
@@ -91,7 +90,9 @@ def test_distinctive_tokens_stay_exact_in_all_heads():
     assert exact[9:16].all()  # the phrase and its neighbours
     assert all(np.array_equal(labels < 7, exact) for labels in made.labels)
     for head in range(3):
-        assert np.array_equal(made.labels[head][~exact] - 7, match_chunk(keys[head][~exact], 3))
+        rest = keys[head][~exact].astype(np.float64)
+        rest /= np.linalg.norm(rest, axis=-1, keepdims=True)
+        assert np.array_equal(made.labels[head][~exact] - 7, (rest @ rest[[0, 11, 22]].T).argmax(axis=-1))
 
 
 def test_scores_by_hand():
@@ -114,6 +115,8 @@ WRONG = {
     "no moving average": ("range(WINDOW)", "range(3, 4)"),
     "the likeliest": ("np.argsort(-distinctiveness", "np.argsort(distinctiveness"),
     "ordinary tokens in order of likeness": (", np.sort(best_first[n_exact:])", ", best_first[n_exact:]"),
+    "the first tokens as destinations": ("* len(ordinary) // n_shared", ""),
+    "destinations may leave": ("match[destinations] = np.arange(n_shared)", "pass"),
     "one shared entry less": ("n_exact = target - n_shared", "n_shared -= 1; n_exact = target - n_shared"),
 }
 
@@ -126,8 +129,7 @@ def test_wrong_twins_are_told_apart(name):
     twin = {"__name__": MODULE.__name__, "__package__": MODULE.__package__}
     exec(compile(source.replace(right, wrong), name, "exec"), twin)
     are_same = []
-    for kind in ("normal", "smooth"):
-        keys, values = pair(kind, (2, 3, 67, 16))
+    for keys, values in (pair("normal", (2, 3, 67, 16)), pair("smooth", (2, 3, 67, 16)), [np.ones((67, 8), "f4")] * 2):
         made = twin["distinctive_matching"](keys, values, **SETTINGS)
         are_same.append(np.array_equal(by_torch(keys, values, **SETTINGS)[0], made.labels))
     assert not all(are_same)

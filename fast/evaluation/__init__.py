@@ -1,0 +1,23 @@
+"""Quality of a compressed cache: what the model still knows of a context that its cache read before it was asked."""
+
+from .cases import Case, Needle, Prompt
+from .methods import METHODS, Method
+from .needles import needle_cases
+from .run import Options, Runs, run_all
+from .summary import summarize
+from .tasks import TASKS, task_case
+
+__all__ = [
+    "METHODS",
+    "TASKS",
+    "Case",
+    "Method",
+    "Needle",
+    "Options",
+    "Prompt",
+    "Runs",
+    "needle_cases",
+    "run_all",
+    "summarize",
+    "task_case",
+]

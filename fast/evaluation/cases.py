@@ -1,0 +1,74 @@
+"""A case of an evaluation: a context that a cache reads before anything is asked, and what is asked then."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+__all__ = ["Case", "Needle", "Prompt"]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A sentence hidden in the context; `question` repeats it up to its `answer`.
+
+    Attributes
+    ----------
+    question, answer : tokens; the answer is what follows the question.
+    kind : "digits" or "words", what the answer is made of.
+    depth : where the sentence begins / tokens of the context, in [0, 1).
+    """
+
+    question: list[int]
+    answer: list[int]
+    kind: str
+    depth: float
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question that is answered by generation.
+
+    Attributes
+    ----------
+    question : tokens, read after the context.
+    answers : right ones; what that means is up to the metric.
+    metric : a name of `METRICS`.
+    n_new : the most tokens to generate.
+    classes : what can be answered, for metrics that ask for a class.
+    """
+
+    question: list[int]
+    answers: list[str]
+    metric: str
+    n_new: int
+    classes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One context and everything that is asked about it, each question alone, from a copy of the same cache.
+
+    Attributes
+    ----------
+    task : what results are summarized by, such as "needles" or "ruler-single".
+    number : tells cases of one task and length apart.
+    tokens : the context, which is all that the cache sees before it is asked.
+    following : tokens of the text after the context, for perplexity: all but the first are predicted.
+    """
+
+    task: str
+    number: int
+    tokens: list[int]
+    following: list[int] = field(default_factory=list)
+    needles: list[Needle] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {len(self.tokens):,} tokens, {self.number}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of all tokens and answers: equal cases have equal results."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""How many entries each layer gets when the same number is shared out unevenly."""
+
+from collections.abc import Sequence
+
+from ..arguments import check_integer, check_keep_ratio
+
+__all__ = ["layer_ratios"]
+
+
+def layer_ratios(
+    reading_layers: Sequence[int],
+    *,
+    n_layers: int,
+    keep_ratio: float,
+    chunk_size: int = 256,
+    n_least: int = 5,
+    n_middle: int = 64,
+) -> list[float]:
+    """A `keep_ratio` for each layer, at most `keep_ratio` on average, most of it for the layers that read from afar.
+
+    Parameters
+    ----------
+    reading_layers : indices of the layers in which answers find what they ask for, the most important first. Few do;
+        `benchmarks/reading_layers.py` finds those of a model.
+    n_layers : layers of the model.
+    keep_ratio : entries / tokens of what is clustered, the mean over the layers, in (0, 1].
+    chunk_size : as the cache has it.
+    n_least : entries of a chunk in each other layer, where there are too few for more.
+    n_middle : as many of the first reading layers stay whole as leaves the others of them this many entries of a chunk.
+
+    Raises
+    ------
+    ValueError : a number out of range; a layer that the model has not, or twice; too small a ratio for `n_least`
+        entries in each layer.
+
+    Notes
+    -----
+    If all reading layers stay whole, the others share what is left. Our choice; see benchmarks/QUALITY.md.
+
+    Examples
+    --------
+    Eight layers, 20 entries of a chunk of 10 tokens for all of them. Layer 3 stays whole, layer 5 gets what is left:
+
+    >>> ratios = layer_ratios([3, 5], n_layers=8, keep_ratio=0.25, chunk_size=10, n_least=1, n_middle=2)
+    >>> [round(10 * ratio + 0.5) for ratio in ratios]
+    [1, 1, 1, 10, 1, 4, 1, 1]
+    """
+    check_keep_ratio(keep_ratio)
+    for name, value in (("n_layers", n_layers), ("chunk_size", chunk_size), ("n_least", n_least)):
+        check_integer(name, value, least=1)
+    check_integer("n_middle", n_middle, least=n_least)
+    if len(set(reading_layers)) < len(reading_layers) or not set(reading_layers) <= set(range(n_layers)):
+        raise ValueError(f"reading_layers must be different layers from 0 to {n_layers - 1}, got {list(reading_layers)}")
+    entries = int(keep_ratio * chunk_size * n_layers)  # of a chunk in all layers
+    if entries < n_least * n_layers:
+        raise ValueError(
+            f"keep_ratio must allow n_least entries of a chunk in each layer, got {keep_ratio} * {chunk_size} < {n_least}"
+        )
+    reading, others = len(reading_layers), n_layers - len(reading_layers)
+    left = entries - n_least * others
+    if left >= chunk_size * reading:
+        shared = (entries - chunk_size * reading) // others if others else chunk_size
+        of_layer = dict.fromkeys(range(n_layers), min(chunk_size, shared))
+        of_layer |= dict.fromkeys(reading_layers, chunk_size)
+    else:
+        whole = max(0, *(n for n in range(reading) if left - chunk_size * n >= n_middle * (reading - n)), 0)
+        middle = min(chunk_size, (left - chunk_size * whole) // (reading - whole))
+        of_layer = dict.fromkeys(range(n_layers), n_least)
+        of_layer |= dict.fromkeys(reading_layers[:whole], chunk_size) | dict.fromkeys(reading_layers[whole:], middle)
+    # half an entry less than n / chunk_size: whatever the rounding, `ceil(ratio * chunk_size)` is n
+    return [1.0 if n == chunk_size else (n - 0.5) / chunk_size for n in (of_layer[layer] for layer in range(n_layers))]

@@ -1,0 +1,133 @@
+"""`kvcluster eval` as a user meets it: on a tiny local Llama, twice, and when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from evaluation_inputs import save_character_llama, short_text
+from typer.testing import CliRunner
+
+from kvcluster.cli import app
+
+SIZE = ["--tokens", "700,900", "--contexts", 2, "--needles", 4, "--following", 30]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_character_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(short_text())
+    return path
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_needles_and_perplexity_are_measured_printed_written_and_drawn(llama, text, tmp_path):
+    given = ["--model", llama, "--text", text, *SIZE, "--keep", "0.5,0.3", "--threads", 1]
+    given += ["--tasks", "needles,perplexity,attention"]
+    given += ["--json", tmp_path / "made.json", "--figures", tmp_path]
+    first = run(*given)
+    assert first.exit_code == 0, first.output
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert [(each["method"], each["keep"]) for each in made["summaries"]] == [
+        ("full", 1.0),
+        ("chunked", 0.5),
+        ("chunked", 0.3),
+    ]
+    for each in made["summaries"]:
+        assert (each["n_contexts"], each["needles"]["n"], each["perplexity"]["n_tokens"]) == (4, 16, 120)
+        assert each["keep"] - 0.05 < each["entries"] <= each["keep"]
+        assert each["needles"]["token_accuracy"]["low"] <= each["needles"]["token_accuracy"]["value"]
+        assert len(each["attention_errors"]) == 3
+    errors = [sum(each["attention_errors"]) for each in made["summaries"]]
+    assert 0 == errors[0] < errors[1] < errors[2]
+    assert len((tmp_path / "made.runs.jsonl").read_text().splitlines()) == 12
+    names = {"needles-full", "needles-chunked-0.5", "needles-chunked-0.3", "frontier", "attention-error"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == names
+    assert "chunked" in first.output
+
+    runs = (tmp_path / "made.runs.jsonl").read_bytes()
+    again = run(*given)
+    assert again.output.splitlines()[-8:] == first.output.splitlines()[-8:]
+    assert (tmp_path / "made.runs.jsonl").read_bytes() == runs  # nothing was run again
+    assert json.loads((tmp_path / "made.json").read_text())["summaries"] == made["summaries"]
+
+
+def test_tasks_and_files_are_answered_by_generation(llama, text, tmp_path):
+    line = {"input": "Who?", "context": "Ann went home. " * 20, "answers": ["Ann"], "all_classes": None}
+    (tmp_path / "longbench").mkdir()
+    (tmp_path / "longbench" / "hotpotqa.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "ruler").mkdir()
+    given = {"input": "Ann went home. " * 20 + "\nQuestion: Who?", "outputs": ["Ann"]}
+    (tmp_path / "ruler" / "vt.jsonl").write_text(json.dumps(given) + "\n")
+    options = [
+        "--longbench",
+        tmp_path / "longbench",
+        "--ruler-files",
+        tmp_path / "ruler",
+        "--json",
+        tmp_path / "made.json",
+    ]
+    small = ["--tokens", 1800, "--contexts", 1, "--keep", 0.6, "--tasks", "ruler", "--threads", 1, "--stepwise"]
+    result = run("--model", llama, "--text", text, *small, *options)
+    assert result.exit_code == 0, result.output
+    for name in ("ruler single", "ruler frequent words", "longbench hotpotqa", "ruler file vt", "match all", "F1"):
+        assert name in " ".join(result.output.split())
+    [full, chunked] = json.loads((tmp_path / "made.json").read_text())["summaries"]
+    assert len(full["tasks"]) == len(chunked["tasks"]) == 9
+    assert all(0 <= each["score"]["value"] <= 1 for each in full["tasks"].values())
+
+
+def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    local = ["--model", llama, "--text", text]
+    for arguments, message in (
+        (["--method", "best"], "method must be of full, chunked, recall"),
+        (["--keep", "0"], "keep must be in (0, 1], got 0"),
+        (["--keep", "half"], "keep must be numbers, got 'half'"),
+        (["--tokens", "4k"], "tokens must be whole numbers, got '4k'"),
+        (["--tasks", "needles,memory"], "tasks must be of needles, perplexity, attention, ruler, got memory"),
+        (["--method", ""], "method must be of full, chunked, recall, got none"),
+        ([*local, "--tasks", ""], "there must be something to do, got no tasks and no files"),
+        ([*local, "--tokens", "4000"], "within the model's 4,096 positions, got 4,000"),
+        ([*local, "--contexts", "99"], "text must have at least"),
+        ([*local, "--part", "test"], "which must be of tuning, reporting, got 'test'"),
+        ([*local, "--keep", "0.01", "--tokens", "700"], "keep must leave an entry for each of 9 chunks"),
+        (["--model", tmp_path], "model must be a folder with a config.json"),
+        (["--text", tmp_path / "bytes.txt"], "text must be a readable UTF-8 file"),
+        (["--json", tmp_path / "no" / "file"], "must be a file in an existing folder"),
+        (["--figures", tmp_path / "no"], "must be a folder that exists"),
+        (["--longbench", tmp_path / "no"], "must be a folder that exists"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert message in " ".join(result.output.split())
+        assert result.stderr.splitlines()[-1].startswith("kvcluster eval: ")
+
+
+def test_without_torch_it_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; sys.argv = ['kvcluster', 'eval']\n"
+    code += "from kvcluster.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "kvcluster eval: torch is not installed: pip install 'kvcluster[hf]'\n"
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_smollm2_finds_needles_in_its_full_cache_and_loses_them_in_published_clusters(tmp_path):
+    given = ["--tokens", 1024, "--contexts", 1, "--needles", 6, "--kinds", "digits", "--keep", 0.5, "--threads", 1]
+    result = run(*given, "--tasks", "needles", "--json", tmp_path / "made.json")
+    assert result.exit_code == 0, result.output
+    full, chunked = json.loads((tmp_path / "made.json").read_text())["summaries"]
+    assert full["needles"]["token_accuracy"]["value"] > 0.9
+    assert chunked["needles"]["token_accuracy"]["value"] < 0.6
