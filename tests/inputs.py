@@ -10,6 +10,19 @@ DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f3
 KINDS = ("normal", "signs", "duplicates", "near_ties", "zeros", "huge", "tiny", "smooth")
 
 
+def slowly(*values):
+    """A case of a parametrized test that `make check` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# every kind in every dtype; canonical scores take Triton's interpreter seconds, so few kinds that need many are quick
+DTYPES_AND_KINDS = [
+    (slowly, pytest.param)[kind in {"normal", "signs", "smooth"} or (dtype, kind) == ("f16", "near_ties")](dtype, kind)
+    for dtype in DTYPES
+    for kind in KINDS
+]
+
+
 def make_keys(kind: str, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> np.ndarray:
     """Keys (..., tokens, dim) of one kind: signs give exact ties by the dozen, near_ties differ in the last bit."""
     rng = np.random.default_rng(seed)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from agreement import assert_same_bits
+from inputs import slowly
 from models import greedy, random_tokens, tiny_llama
 from transformers import CompileConfig
 
@@ -109,7 +110,7 @@ def test_one_graph_is_refused_with_the_reason(name):
     assert cache.n_seen == 0
 
 
-@CACHES
+@pytest.mark.parametrize("name", ["clustered", slowly("recall")])
 def test_generate_does_not_compile_for_our_caches(name):
     """It compiles by itself only for caches that say they can be compiled, on a GPU or where it is told to."""
     model = tiny_llama(layers=1)

@@ -138,6 +138,7 @@ for backend, convert in ((reference, np.asarray), (fast, torch.from_numpy)):
 """
 
 
+@pytest.mark.slow
 def test_shapes_in_signatures_are_true():
     """Every public function runs under jaxtyping and beartype; a call whose shapes do not fit is told apart."""
     done = in_fresh_interpreter(SHAPES)

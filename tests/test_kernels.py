@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from agreement import assert_same_bits
-from inputs import DTYPES, KINDS, make_keys, skip_what_the_interpreter_misreads, to_torch
+from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_torch
 
 from kvcluster import fast, reference
 from kvcluster.fast.backends import choose_backend
@@ -28,20 +28,19 @@ def assert_kernels_agree(keys, **parameters):
     assert_same_bits(fast.merge(on_device(keys), ours, backend="triton").cpu(), reference.merge(keys, expected))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kind"), DTYPES_AND_KINDS)
 def test_kernels_have_the_reference_bits_for_keys_of_every_kind(dtype, kind):
     skip_what_the_interpreter_misreads(kind, DTYPES[dtype])
     assert_kernels_agree(make_keys(kind, (2, 65, 64), DTYPES[dtype], seed=1), keep_ratio=0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 5, 64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [slowly(1), 5, 64, 80, 128, slowly(256)])
 def test_kernels_take_any_dim_up_to_256(dim, dtype):
     assert_kernels_agree(make_keys("smooth", (128, dim), DTYPES[dtype], seed=dim), keep_ratio=0.25)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 7, 8, 62, 128, 512])
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 8, slowly(62), 128, slowly(512)])
 def test_kernels_take_any_chunk_size(chunk_size):
     kind = "signs" if chunk_size < 100 else "normal"
     keys = make_keys(kind, (2, max(20, chunk_size) + 3, 16), DTYPES["f32"], seed=chunk_size)
@@ -72,7 +71,7 @@ def test_kernels_fill_caches_with_the_reference_bytes(dtype):
         assert_same_bits(getattr(cache, name).cpu(), getattr(expected, name))
 
 
-@pytest.mark.parametrize("twin", ["no certificate", "no canonical score at the cut"])
+@pytest.mark.parametrize("twin", ["no certificate", slowly("no canonical score at the cut")])
 def test_wrong_twins_of_the_kernels_are_told_apart(twin, few_programs, monkeypatch):
     """Without margin the float32 filter decides alone; without scores at the cut, the first sources merge."""
     keys = make_keys("near_ties", (256, 64), DTYPES["f32"], seed=3)
@@ -106,6 +105,7 @@ def test_an_explicit_backend_is_never_replaced(monkeypatch):
     assert choose_backend("auto", keys) == choose_backend("torch", keys) == "torch"
 
 
+@pytest.mark.slow
 def test_torch_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits, attention_agrees
-from inputs import DTYPES, KINDS, make_keys, skip_what_the_interpreter_misreads, to_numpy, to_torch
+from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_numpy, to_torch
 
 from kvcluster import fast, reference
 from kvcluster.fast import assignment, exact_similarity
@@ -49,8 +49,7 @@ def assert_assigned_alike(keys, centroids):
     return int(is_scored.sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "kind"), DTYPES_AND_KINDS)
 def test_labels_are_the_references_for_keys_of_every_kind(dtype, kind):
     skip_what_the_interpreter_misreads(kind, DTYPES[dtype])
     keys = make_keys(kind, (2, 65, 64), DTYPES[dtype], seed=1)
@@ -59,7 +58,15 @@ def test_labels_are_the_references_for_keys_of_every_kind(dtype, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "clusters", "dim"), [(1, 1, 1), (63, 2, 5), (130, 129, 64), (64, 63, 80), (20, 300, 128), (3, 9, 256)]
+    ("tokens", "clusters", "dim"),
+    [
+        (1, 1, 1),
+        (63, 2, 5),
+        (130, 129, 64),
+        (64, 63, 80),
+        slowly(20, 300, 128),
+        (3, 9, 256),
+    ],
 )
 def test_labels_are_the_references_at_any_size(tokens, clusters, dim, dtype):
     keys = make_keys("normal", (2, tokens, dim), DTYPES[dtype], seed=dim)
