@@ -7,7 +7,10 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
+from .backends import has_cpp
 from .chunk_compression import CompressedChunks, count_members
+from .cpu import LANES
+from .cpu.distinctive import likeness_to_mean as likeness_by_cpp
 from .exact_mean import certified_mean, sums_are_exact
 from .exact_similarity import canonical_similarity, certified_matches
 from .merging import Clustering
@@ -131,6 +134,8 @@ def likeness_to_mean(
 ) -> Float64[Tensor, "layers heads chunks chunk"]:
     """Canonical similarity of each token to the centroid of its chunk."""
     tokens = array.flatten(0, 2)  # (problems, chunk, dim)
+    if tokens.device.type == "cpu" and tokens.shape[-1] % LANES == 0 and has_cpp():
+        return likeness_by_cpp(tokens.detach()).reshape(array.shape[:-1])
     size = tokens.shape[1]
     labels = torch.zeros(1, size, dtype=torch.int64, device=array.device)
     counts = torch.full((1, 1), size, dtype=torch.int64, device=array.device)

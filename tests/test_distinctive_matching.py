@@ -29,9 +29,13 @@ def by_torch(keys, values, **rules):
     return made.labels.numpy(), made.counts.numpy()
 
 
+@pytest.mark.parametrize("scores", ["C++", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_path_has_the_same_bits(kind, dtype):
+def test_the_fast_path_has_the_same_bits(kind, dtype, scores, monkeypatch):
+    """Also of two layouts, and of scores by torch alone, as where there is no compiler."""
+    if scores == "torch":
+        monkeypatch.setattr(importlib.import_module("kvcluster.fast.distinctive_matching"), "has_cpp", lambda: False)
     for number, (shape, rules) in enumerate(
         [
             ((2, 3, 67, 16), SETTINGS),
@@ -45,6 +49,8 @@ def test_the_fast_path_has_the_same_bits(kind, dtype):
         labels, counts = by_torch(keys, values, **rules)
         assert np.array_equal(labels, expected.labels)
         assert np.array_equal(counts, expected.counts)
+        strided = [to_torch(array).mT.contiguous().mT for array in (keys, values)]
+        assert np.array_equal(fast.distinctive_matching(*strided, **rules).labels.numpy(), expected.labels)
 
 
 @pytest.mark.slow

@@ -50,11 +50,13 @@ def layer_ratios(
         check_integer(name, value, least=1)
     check_integer("n_middle", n_middle, least=n_least)
     if len(set(reading_layers)) < len(reading_layers) or not set(reading_layers) <= set(range(n_layers)):
-        raise ValueError(f"reading_layers must be different layers from 0 to {n_layers - 1}, got {list(reading_layers)}")
+        raise ValueError(
+            f"reading_layers must be different layers from 0 to {n_layers - 1}, got {list(reading_layers)}"
+        )
     entries = int(keep_ratio * chunk_size * n_layers)  # of a chunk in all layers
     if entries < n_least * n_layers:
         raise ValueError(
-            f"keep_ratio must allow n_least entries of a chunk in each layer, got {keep_ratio} * {chunk_size} < {n_least}"
+            f"keep_ratio * chunk_size must be at least n_least, got {keep_ratio} * {chunk_size} < {n_least}"
         )
     reading, others = len(reading_layers), n_layers - len(reading_layers)
     left = entries - n_least * others
