@@ -38,12 +38,11 @@ def generate(model, tokens, **kwargs):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings, **kwargs)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["right", "wrong", "prompt"])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, "sdpa") for name in WHOLE), ("clustered", "eager"), ("budget", "eager")]
+)
 def test_a_cache_that_forgets_nothing_gives_the_tokens_of_stock_generate(name, mode, attention):
-    if attention == "eager" and name == "recall":
-        pytest.skip("RecallCache serves sdpa only")
     model = tiny_llama(attention=attention)
     tokens = random_tokens(20).repeat(1, 6)  # something to look up
     cache = WHOLE[name](model)

@@ -26,6 +26,7 @@ KINDS = {
     "clustered": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.25}),
     "whole": (ClusteredCache, CLUSTERED | {"keep_ratio": 1}),
     "budget": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "budget": 30}),
+    "distinctive": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "n_shared": 2}),
     "recall": (RecallCache, RECALL),
     "offloaded": (RecallCache, RECALL | {"offloading": True}),
 }

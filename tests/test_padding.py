@@ -28,6 +28,7 @@ WHOLE = {
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
     "recall-offloaded": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}, offloading=True),
 }
+EAGER = [("clustered", "eager"), ("clustered-budget", "eager")]  # RecallCache serves sdpa only
 PADDING = [0, 37, 5, 37]
 
 
@@ -70,12 +71,9 @@ def test_eager_attention_masks_what_other_rows_hold(attention):
     assert torch.equal(together[1:2], alone)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in WHOLE), *EAGER])
 @pytest.mark.parametrize("extra", [{}, {"prefill_chunk_size": 30}, {"num_beams": 3}])
 def test_a_cache_that_forgets_nothing_gives_the_tokens_of_stock_generate(name, attention, extra):
-    if attention == "eager" and name.startswith("recall"):
-        pytest.skip("RecallCache serves sdpa only")
     model = tiny_llama(attention=attention)
     tokens, mask = padded_batch()
     ours = generate(model, tokens, mask, past_key_values=WHOLE[name](model), **extra)
