@@ -35,7 +35,9 @@ def prefill(model: Any, tokens: torch.Tensor) -> DynamicCache:
 @torch.inference_mode()
 def cluster(model: Any, full: DynamicCache) -> ClusteredCache:
     """Every layer's keys and values in a clustered cache."""
-    cache = ClusteredCache.for_model(model, keep_ratio=KEEP_RATIO, chunk_size=CHUNK_SIZE, n_sink=N_SINK)
+    cache = ClusteredCache.for_model(
+        model, keep_ratio=KEEP_RATIO, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=64, n_shared=None
+    )
     for ours, theirs in zip(cache.layers, full.layers, strict=True):
         ours.entries.extend(theirs.keys, theirs.values)
         ours.entries.cluster()

@@ -17,7 +17,7 @@ from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 PARAMETERS = {
     "full": {},
-    "clustered": {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8},
+    "clustered": {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None},
     "recall": {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32},
 }
 PROMPT = random_tokens(150, batch=2)

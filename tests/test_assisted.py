@@ -6,16 +6,16 @@ from models import random_tokens, tiny_llama
 
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
 RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),
-    "budget": lambda model: ClusteredCache.for_model(model, budget=300),
+    "budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 300}),
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
 }
 FORGETFUL = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED),
-    "budget": lambda model: ClusteredCache.for_model(model, budget=60, chunk_size=16, n_sink=2, n_recent=8),
+    "budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 60}),
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
     "offloaded": lambda model: RecallCache.for_model(model, **RECALL, offloading=True),
 }
@@ -59,7 +59,7 @@ def test_rejected_candidates_leave_nothing_behind(name, mode):
     tokens = random_tokens(20).repeat(1, 6)
     cache = FORGETFUL[name](model)
     made = generate(model, tokens, past_key_values=cache, **modes(model)[mode])
-    assert made.shape[1] == 120 + N_NEW
+    assert made.shape[1] >= 120 + N_NEW  # 4.57 lets candidates go beyond the end
     assert made.shape[1] - 2 <= cache.n_seen <= made.shape[1]
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
 RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 
 

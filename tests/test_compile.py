@@ -14,7 +14,7 @@ from transformers import CompileConfig
 from kvcluster import reference
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
 RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 MAKE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **PARAMETERS),

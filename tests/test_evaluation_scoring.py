@@ -32,7 +32,9 @@ def model():
 
 
 def clustered(model, **parameters):
-    return ClusteredCache.for_model(model, **{"keep_ratio": 0.25, "chunk_size": 32, "n_recent": 16, **parameters})
+    return ClusteredCache.for_model(
+        model, **{"keep_ratio": 0.25, "chunk_size": 32, "n_recent": 16, "n_shared": None, **parameters}
+    )
 
 
 def full(model):

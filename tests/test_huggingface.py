@@ -15,7 +15,7 @@ from kvcluster import reference
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.llama import Llama
 
-PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
 
 
 def hooks_on(model):
@@ -255,7 +255,8 @@ def test_bytes_are_those_of_the_tensors_held():
         ({}, "keep_ratio or budget must be given, got neither"),
         ({"keep_ratio": [0.5, 0.5]}, "keep_ratio must be one number or one for each of the 3 layers, got 2"),
         ({"budget": [300]}, "budget must be one number or one for each of the 3 layers, got 1"),
-        ({"budget": 100}, r"budget must be at least .*, got 100 < 4 \+ 64 \+ 64 - 1 \+ 64 = 195"),
+        ({"budget": 100, "n_shared": None}, r"budget must be at least .*, got 100 < 4 \+ 252 \+ 256 - 1 \+ 256 = 767"),
+        ({"budget": 1000}, "n_shared must be None with a budget, which merges all tokens, got 4"),
         ({"keep_ratio": 0.5, "n_dense_layers": 4}, "n_dense_layers must be from 0 to the layers of model, 3, got 4"),
     ],
 )
@@ -298,7 +299,7 @@ def test_sixteen_bit_models_generate(dtype):
 def test_every_layer_has_its_own_ratio_and_budget(parameters, ratios, budgets, attention):
     """What each holds is the reference's; the second turn, which needs a mask, agrees with the NumPy Llama's."""
     model = tiny_llama(attention=attention)
-    shared = {"chunk_size": 16, "n_sink": 2, "n_recent": 8}
+    shared = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
     chosen = [{"keep_ratio": r, "budget": b, **shared} for r, b in zip(ratios, budgets, strict=True)]
     prompt, second = random_tokens(150), random_tokens(7, seed=1)
     cache = ClusteredCache.for_model(model, **parameters, **shared)
@@ -317,9 +318,9 @@ def test_every_layer_has_its_own_ratio_and_budget(parameters, ratios, budgets, a
 def test_a_budget_that_holds_all_tokens_is_stock_generate(attention):
     model = tiny_llama(attention=attention)
     tokens = random_tokens(200, batch=2)
-    cache = ClusteredCache.for_model(model, budget=223)
+    cache = ClusteredCache.for_model(model, budget=223, chunk_size=64, n_recent=64, n_shared=None)
     assert torch.equal(greedy(model, tokens, past_key_values=cache), greedy(model, tokens))
-    smaller = ClusteredCache.for_model(model, budget=222)
+    smaller = ClusteredCache.for_model(model, budget=222, chunk_size=64, n_recent=64, n_shared=None)
     greedy(model, tokens, past_key_values=smaller)
     assert cache.n_stored == 223
     assert smaller.n_stored <= 222

@@ -20,7 +20,7 @@ from kvcluster import reference
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.layers import EntryLayer
 
-CLUSTERED = {"chunk_size": 8, "n_sink": 2, "n_recent": 3}
+CLUSTERED = {"chunk_size": 8, "n_sink": 2, "n_recent": 3, "n_shared": None}
 RECALL = {"budget": 24, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
 KINDS = {
     "clustered": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.25}),

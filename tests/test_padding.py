@@ -13,7 +13,7 @@ from kvcluster import fast, reference
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.row_groups import RowGroups
 
-CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
 RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
 MAKERS = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED),
@@ -24,7 +24,7 @@ MAKERS = {
 }
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),
-    "clustered-budget": lambda model: ClusteredCache.for_model(model, budget=300),
+    "clustered-budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 300}),
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
     "recall-offloaded": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}, offloading=True),
 }

@@ -121,8 +121,24 @@ def test_unfinished_methods_and_other_weights_are_left_out():
     assert "Not measured: distinctive-layers." in page
     assert "TOVA" not in page
     assert "LagKV" not in section(page, "Keep 0.2")
-    with pytest.raises(ValueError, match="runs must have some of the method full, got none"):
+    with pytest.raises(
+        ValueError, match="runs must have a context that the full cache and all of ours ran on, got none"
+    ):
         collect(make_runs("distinctive", 4, 1.1))
+
+
+def test_contexts_that_ours_did_not_finish_are_left_out_of_all():
+    from quality_results import collect
+
+    runs = (
+        make_runs("full", 5, 1.0, keeps=[1.0])
+        + make_runs("distinctive", 4, 1.1)[:-1]
+        + make_runs("kvpress TOVA", 3, 1.1)
+    )
+    results = collect(runs, ours=["distinctive", "chunked"])
+    assert len(results.full) == N_CONTEXTS - 1
+    assert {len(group) for group in results.runs.values()} == {N_CONTEXTS - 1}
+    assert results.unfinished == []
 
 
 def test_cost_is_a_share_of_prefill_by_rounds():

@@ -16,7 +16,8 @@ from kvcluster.fast.tiers import TieredRecallCache
 
 SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 CACHES = {
-    "clustered": (ClusteredCache, {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8}),
+    "clustered": (ClusteredCache, {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}),
+    "distinctive": (ClusteredCache, {"keep_ratio": [0.5, 0.25, 1.0], "chunk_size": 16, "n_sink": 2, "n_recent": 8}),
     "recall": (RecallCache, SMALL),
     "recall-dense-rest": (RecallCache, {**SMALL, "n_dense_layers": 1, "centroids_for_rest": True, "max_iter": 2}),
 }

@@ -15,7 +15,9 @@ SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16,
 
 
 def saved(path, model, kind=RecallCache):
-    parameters = SMALL if kind is RecallCache else {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 8}
+    parameters = (
+        SMALL if kind is RecallCache else {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 8, "n_shared": None}
+    )
     cache = kind.for_model(model, **parameters)
     with torch.no_grad():
         model(random_tokens(150, batch=2), past_key_values=cache)

@@ -62,7 +62,7 @@ def test_kernels_agree_on_real_keys(full, layer, few_programs, record_property):
 
 def test_a_quarter_is_kept_in_less_than_three_tenths_of_the_bytes(smollm2, full):
     model, _ = smollm2
-    cache = ClusteredCache.for_model(model, keep_ratio=0.25)
+    cache = ClusteredCache.for_model(model, keep_ratio=0.25, chunk_size=64, n_recent=64, n_shared=None)
     for index, layer in enumerate(full.layers):
         cache.layers[index].entries.append(layer.keys, layer.values)
     full_bytes = sum(x.untyped_storage().nbytes() for layer in full.layers for x in (layer.keys, layer.values))

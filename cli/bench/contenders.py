@@ -34,6 +34,7 @@ def clustered_cache(keep_ratio: float) -> Callable[[Any], Any]:
             "chunk_size": CHUNK_SIZE,
             "n_sink": N_SINK,
             "n_recent": N_RECENT,
+            "n_shared": None,
         }
         cache = ClusteredCache.for_model(model, **parameters)
         if keep_ratio == 1:

@@ -117,7 +117,9 @@ def measure(
 ) -> tuple[Measured, Measured]:
     """The full and the clustered cache of `context` (1, tokens), each with what it is judged by."""
     full, first = prefill(model, context, progress)
-    clustered = ClusteredCache.for_model(model, keep_ratio=keep_ratio, chunk_size=chunk_size)
+    clustered = ClusteredCache.for_model(
+        model, keep_ratio=keep_ratio, chunk_size=chunk_size, n_recent=64, n_shared=None
+    )
     layers = list(zip(full.layers, clustered.layers, strict=True))
     for full_layer, layer in progress.track(layers, description="Cluster, layer by layer"):
         layer.entries.extend(full_layer.keys, full_layer.values)

@@ -55,7 +55,9 @@ def chunked_keep_ratio(keep: float, n_tokens: int) -> float:
 
 def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     ratio = chunked_keep_ratio(keep, n_tokens)
-    return ClusteredCache.for_model(model, keep_ratio=ratio, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=N_RECENT)
+    return ClusteredCache.for_model(
+        model, keep_ratio=ratio, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=N_RECENT, n_shared=None
+    )
 
 
 def body_ratio(keep: float, n_tokens: int) -> float:

@@ -41,10 +41,10 @@ class ClusteredCache(ModelCache):
         keep_ratio: float | Sequence[float] | None = None,
         budget: int | Sequence[int] | None = None,
         n_dense_layers: int = 0,
-        chunk_size: int = 64,
+        chunk_size: int = 256,
         n_sink: int = 4,
-        n_recent: int = 64,
-        n_shared: int | None = None,
+        n_recent: int = 252,
+        n_shared: int | None = 4,
     ) -> "ClusteredCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
@@ -54,11 +54,12 @@ class ClusteredCache(ModelCache):
             `sdpa` or `eager` attention.
         keep_ratio : entries kept / tokens of what is clustered; 1 by default if there is a budget.
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
-            come, clusters are merged further. Without it entries grow with the tokens.
+            come, clusters are merged further. Without it entries grow with the tokens. Needs `n_shared=None`.
             Both may be sequences, of one number for each layer of the model.
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
-        chunk_size, n_sink, n_recent, n_shared : as in `kvcluster.reference.ClusteredCache`, for every layer. With
-            `chunk_size=256, n_recent=252, n_shared=4` distinctive tokens stay exact: see benchmarks/QUALITY.md.
+        chunk_size, n_sink, n_recent, n_shared : as in `kvcluster.reference.ClusteredCache`, for every layer. These
+            defaults keep distinctive tokens exact, which loses far less of what may be asked later: benchmarks/QUALITY.md. The
+            published method is `n_shared=None`, with `chunk_size=64, n_recent=64` in this project's examples.
 
         Raises
         ------
