@@ -91,12 +91,12 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     local = ["--model", llama, "--text", text]
     for arguments, message in (
-        (["--method", "best"], "method must be of full, chunked, recall"),
+        (["--method", "best"], "method must be of full, chunked, distinctive"),
         (["--keep", "0"], "keep must be in (0, 1], got 0"),
         (["--keep", "half"], "keep must be numbers, got 'half'"),
         (["--tokens", "4k"], "tokens must be whole numbers, got '4k'"),
         (["--tasks", "needles,memory"], "tasks must be of needles, perplexity, attention, ruler, got memory"),
-        (["--method", ""], "method must be of full, chunked, recall, got none"),
+        (["--method", ""], "method must be of full, chunked, distinctive, got none"),
         ([*local, "--tasks", ""], "there must be something to do, got no tasks and no files"),
         ([*local, "--tokens", "4000"], "within the model's 4,096 positions, got 4,000"),
         ([*local, "--contexts", "99"], "text must have at least"),

@@ -157,7 +157,7 @@ def test_chunked_stores_what_it_may_and_hardly_less(model, n_tokens, keep):
     ratio = chunked_keep_ratio(keep, n_tokens)
     stored = []
     for each in (ratio, min(1.0, ratio + 1 / 64)):
-        cache = ClusteredCache.for_model(model, keep_ratio=each)
+        cache = ClusteredCache.for_model(model, keep_ratio=each, chunk_size=64, n_recent=64, n_shared=None)
         stored.append(prefill(model, lambda _, cache=cache: cache, [7] * n_tokens).n_stored)
     assert stored[0] <= keep * n_tokens
     assert stored[1] > keep * n_tokens or ratio == 1
@@ -165,3 +165,19 @@ def test_chunked_stores_what_it_may_and_hardly_less(model, n_tokens, keep):
         prefill(model, lambda model: METHODS["chunked"].make(model, keep, n_tokens), [7] * n_tokens).n_stored
         == stored[0]
     )
+
+
+@pytest.mark.parametrize("n_tokens", [600, 1111])
+@pytest.mark.parametrize("keep", [0.8, 0.7])
+def test_distinctive_stores_what_it_may_and_hardly_less(model, n_tokens, keep):
+    n_stored = prefill(model, lambda model: METHODS["distinctive"].make(model, keep, n_tokens), [7] * n_tokens).n_stored
+    assert keep * n_tokens - (n_tokens - 256) // 256 <= n_stored <= keep * n_tokens
+
+
+def test_reading_layers_are_known_of_one_model_only(model):
+    with pytest.raises(ValueError, match="model must be SmolLM2-135M, whose reading layers are known, got one of"):
+        METHODS["distinctive-layers"].make(model, 0.5, 4096)
+    with pytest.raises(
+        ValueError, match=r"keep must leave an entry for each of 15 chunks beside 256 exact tokens, got 0.06"
+    ):
+        METHODS["distinctive"].make(model, 0.06, 4096)
