@@ -1,9 +1,12 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
+# make notebooks  the tutorials in JupyterLab; more of its options in LAB_OPTIONS
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
 # make test-versions   the tests of the transformers side on every supported version
 # make bench   the cost of certified decisions, then attention, decoding and serving on this CPU; run it alone
 # make recall  answers and costs of recalled clusters beside full attention and pages, 20 minutes; run it alone
+# make peers   kvpress, in an environment of its own, on the contexts and needles of `kvcluster eval`, an hour; run it alone
+# make quality ours on the same, then benchmarks/QUALITY.md with its figures, 15 minutes; run it alone
 # make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
@@ -17,10 +20,14 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export MPLCONFIGDIR := $(CACHES)/matplotlib
 export HF_HOME := $(CACHES)/huggingface
 export HF_HUB_OFFLINE := 1
+export JUPYTER_CONFIG_DIR := $(CACHES)/jupyter/config
+export JUPYTER_DATA_DIR := $(CACHES)/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CACHES)/jupyter/runtime
+export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo check test test-versions lint bench recall gpu clean
+.PHONY: install demo notebooks check test test-versions lint bench recall peers quality gpu clean
 
 install: .venv/.installed
 
@@ -32,6 +39,11 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/kvcluster demo
+
+notebooks: install
+	$(BIN)/jupyter lab --notebook-dir $(CURDIR) --LabApp.default_url=/lab/tree/notebooks \
+		--FileCheckpoints.checkpoint_dir=$(CACHES)/jupyter/checkpoints \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS)
 
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
@@ -65,6 +77,18 @@ bench: install
 recall: install
 	rm -f benchmarks/recall-results.json
 	$(BIN)/python benchmarks/recall.py --parts step index tiers needles options
+
+# As test-versions, beside the torch of .venv. What was measured is kept in peers/results.jsonl, the same for quality.
+peers: $(CACHES)/peers/.installed
+	PYTHONPATH=$(<D):benchmarks/peers $(BIN)/python -m pytest -q -p no:cacheprovider benchmarks/peers
+	PYTHONPATH=$(<D) $(BIN)/python benchmarks/peers/run.py
+
+$(CACHES)/peers/.installed: benchmarks/peers/requirements.txt .venv/.installed
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<
+	touch $@
+
+quality: install
+	$(BIN)/python benchmarks/quality.py
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:

@@ -96,7 +96,7 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
         (["--keep", "half"], "keep must be numbers, got 'half'"),
         (["--tokens", "4k"], "tokens must be whole numbers, got '4k'"),
         (["--tasks", "needles,memory"], "tasks must be of needles, perplexity, attention, ruler, got memory"),
-        (["--method", ""], "method must be of full, chunked, distinctive, got none"),
+        (["--method", ""], "method must be of full, chunked, distinctive, distinctive-layers, recall, got none"),
         ([*local, "--tasks", ""], "there must be something to do, got no tasks and no files"),
         ([*local, "--tokens", "4000"], "within the model's 4,096 positions, got 4,000"),
         ([*local, "--contexts", "99"], "text must have at least"),
