@@ -61,7 +61,7 @@ def test_page_reports_a_method_below_a_press_as_below():
     assert "0.5, `distinctive`: ahead of 0 of 1 presses in both, ahead in neither of: LagKV. More" in frontier
     targets = section(page, "Targets")
     assert "| keep 0.5: needle accuracy / full at least 0.97 | 0.400, **missed** by 0.570 |" in targets
-    assert "| keep 0.5: needle accuracy above every press | **missed**: LagKV, by up to 0.400 |" in targets
+    assert "| keep 0.5: needle accuracy above each of 1 presses | **missed**: LagKV, by up to 0.400 |" in targets
     assert "met |" not in targets
     assert "| 0.5 | needle token accuracy | LagKV, 0.800 | none |" in section(page, "What wins where")
     assert "`distinctive` 0.40" in section(page, "What fails")

@@ -1,0 +1,133 @@
+"""kvpress on the contexts, needles and texts of `kvcluster eval`, at the same stored entries: `make peers`.
+
+Runs beside the torch of .venv with the packages of requirements.txt, which has the last transformers that kvpress
+works with. Scored by the functions that score our own methods; results have their format. Every run is kept in the
+file of results, and only what is missing there runs. A context is read once for all presses and ratios.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from compressing import compress, read_context
+from presses import PRESSES
+from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
+
+from kvcluster.fast.evaluation import Case, Runs, needle_cases
+from kvcluster.fast.evaluation.scoring import following_nll, score_needles
+from kvcluster.fast.evaluation.texts import built_in_text, encode
+from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.huggingface.smollm2 import load_llama, smollm2_folder
+
+__all__ = ["main"]
+
+RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+FULL = "full (in kvpress's environment)"
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
+    parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=PRESSES, metavar="NAME")
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.2], metavar="SHARE")
+    parser.add_argument("--contexts", type=int, default=8)
+    parser.add_argument("--needles", type=int, default=12, help="in each context")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--following", type=int, default=512)
+    parser.add_argument("--part", default="reporting", help="half of the text, and its needles")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, kept from run to run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    model, tokenizer = load_llama(smollm2_folder())
+    cases = needle_cases(
+        tokenizer,
+        encode(tokenizer, built_in_text()),
+        arguments.part,
+        lengths=[arguments.tokens],
+        n_contexts=arguments.contexts,
+        n_needles=arguments.needles,
+        n_following=arguments.following,
+    )
+    runs = Runs(arguments.json)
+    with Progress() as progress:
+        task = progress.add_task("kvpress", total=len(cases) * (1 + len(arguments.presses)))
+        for case in cases:
+            for _ in run_case(model, case, runs, arguments.presses, arguments.keep):
+                progress.advance(task)
+
+
+def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Any:
+    """One step for the full cache and for each press, in which its missing runs are added to `runs`."""
+    context = None
+    shared = {"case": case.fingerprint, "model": fingerprint(model)["weights"]}
+    shared |= {"is_stepwise": False, "has_attention_error": False}
+    for name in (FULL, *names):
+        method = name if name == FULL else f"kvpress {name}"
+        keys = [{"method": method, "keep": keep, **shared} for keep in ([1.0] if name == FULL else keeps)]
+        missing = [key for key in keys if runs.found(key) is None]
+        if missing and context is None:
+            context = read_context(model, case.tokens)
+        if missing and name == FULL:
+            runs.add(measure(model, context.cache, case, missing[0], seconds=0.0))
+        elif missing:
+            torch.manual_seed(case.number)  # of presses that draw
+            begun = time.perf_counter()
+            made = [PRESSES[name].make(1 - key["keep"]) for key in missing]
+            caches = compress(model, made, context, needs_weights=PRESSES[name].needs_weights)
+            seconds = (time.perf_counter() - begun) / len(missing)
+            for key, press, cache in zip(missing, made, caches, strict=True):
+                runs.add(measure(model, cache, case, key, seconds=seconds) | {"press": described(press)})
+        yield
+
+
+def measure(model: Any, cache: Any, case: Case, key: dict[str, Any], *, seconds: float) -> dict[str, Any]:
+    """What a cache stores and answers; `seconds` it took to compress."""
+    n_stored = [layer.keys.shape[-2] for layer in cache.layers]
+    nbytes = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    if max(n_stored) > key["keep"] * len(case.tokens):
+        raise RuntimeError(f"{key['method']} must store {key['keep']:g} of {len(case.tokens)} entries, got {n_stored}")
+    begun = time.perf_counter()
+    scores = score_needles(model, cache, case.needles, nbytes=nbytes)
+    nll = following_nll(model, cache, case.following)
+    asking = time.perf_counter() - begun
+    return {
+        "key": key,
+        "task": case.task,
+        "name": case.name,
+        "n_tokens": len(case.tokens),
+        "n_stored": n_stored,
+        "nbytes": nbytes,
+        "needles": [
+            {
+                "kind": needle.kind,
+                "depth": round(needle.depth, 4),
+                "is_right": score.is_right,
+                "nll": rounded(score.nll),
+            }
+            for needle, score in zip(case.needles, scores, strict=True)
+        ],
+        "following_nll": rounded(nll),
+        "seconds": {"clustering": round(seconds, 3), "asking": round(asking, 2)},
+    }
+
+
+def described(press: Any) -> str:
+    """A press with its settings, as code."""
+    is_plain = type(press).__repr__ is object.__repr__
+    return f"{type(press).__name__}({press.press!r})" if is_plain else repr(press)
+
+
+def rounded(numbers: list[float]) -> list[float]:
+    return [round(number, 4) for number in numbers]
+
+
+if __name__ == "__main__":
+    main()
