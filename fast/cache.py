@@ -247,11 +247,11 @@ class ClusteredCache:
     def _compress(self, start: int, stop: int) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
         whole = self.keys[..., start:stop, :], self.values[..., start:stop, :]
-        sizes = {"chunk_size": self.chunk_size, "target": self._rules.entries}
+        size, target = self.chunk_size, self._rules.entries
         if self.n_shared is None:
-            made = compress(*whole, **sizes, backend=self.backend)
+            made = compress(*whole, chunk_size=size, target=target, backend=self.backend)
         else:
-            made = compress_distinctive(*whole, **sizes, n_shared=self.n_shared)
+            made = compress_distinctive(*whole, chunk_size=size, target=target, n_shared=self.n_shared)
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])

@@ -89,7 +89,7 @@ def compress_distinctive(
         rest = rows_of(array, ordinary).flatten(0, 2)
         means = certified_mean(rest.double(), sums_are_exact(rest), matched.destination, shared)
         entries.append(torch.cat([rows_of(array, exact).flatten(0, 2).float(), means], dim=1))
-    return CompressedChunks(labels, counts, *entries, matched.n_rows, matched.n_scored_rows)
+    return CompressedChunks(labels, counts, entries[0], entries[1], matched.n_rows, matched.n_scored_rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -171,11 +171,12 @@ class ClusteredCache:
         start = self.n_sink + self._n_body
         stop = start + leaving
         keys, values = self.keys[..., start:stop, :], self.values[..., start:stop, :]
-        rules = {"keep_ratio": self.keep_ratio, "chunk_size": self.chunk_size}
         if self.n_shared is None:
-            clustering = chunked_soft_matching(keys, **rules)
+            clustering = chunked_soft_matching(keys, keep_ratio=self.keep_ratio, chunk_size=self.chunk_size)
         else:
-            clustering = distinctive_matching(keys, values, **rules, n_shared=self.n_shared)
+            clustering = distinctive_matching(
+                keys, values, keep_ratio=self.keep_ratio, chunk_size=self.chunk_size, n_shared=self.n_shared
+            )
         self._replace(start, stop, merge(keys, clustering), merge(values, clustering), clustering.counts)
         self.n_clustered += leaving
         self._n_body += clustering.counts.shape[-1]

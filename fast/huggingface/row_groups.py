@@ -177,7 +177,8 @@ class RowGroups:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As that of the caches, for `restore`."""
-        tensors, described = {}, []
+        tensors: dict[str, Tensor] = {}
+        described = []
         for number, group in enumerate(self.groups):
             held, numbers = group.entries.state()
             tensors |= {f"{number}.{name}": array for name, array in held.items()}
