@@ -15,8 +15,8 @@ from platformdirs import user_cache_path
 
 __all__ = ["READING_LAYERS", "load_llama", "smollm2_folder"]
 
-# In which answers find what they ask for, the most important first. From the search of which benchmarks/reading_layers.py
-# is the rule, on other texts; on its own it finds layer 15 in the place of 14, and answers that are as good.
+# In which answers find what they ask for, the most important first. From a search by the rule that is written down in
+# benchmarks/reading_layers.py, on other texts; on its own that finds layer 15 instead of 14, and answers as good.
 READING_LAYERS = (18, 7, 20, 17, 23, 21, 14, 8, 6)
 
 
