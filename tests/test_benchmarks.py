@@ -55,6 +55,7 @@ def test_ratios_and_exponent_can_be_checked_by_hand(benchmarks):
     assert [len(each) for each in seconds.values()] == [2, 2]
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_torch_allocates(benchmarks):
     """Both normalised keys and weighted ones are as large as the keys, and live at once."""
     from memory import peak_bytes
@@ -75,6 +76,7 @@ def test_a_missed_target_is_said(benchmarks, capsys):
     assert "at most 1.2" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_gpu_without_cuda_fails_loudly(tmp_path):
     done = run(BENCHMARKS / "gpu.py", "--json", tmp_path / "results.json")

@@ -65,6 +65,7 @@ def assert_same_cache(fast_cache, cache):
         assert getattr(fast_cache, name) == getattr(cache, name), name
 
 
+@pytest.mark.slow
 @given(
     n_tokens=st.integers(1, 120),
     cuts=st.lists(st.integers(0, 120), max_size=6),

@@ -74,6 +74,7 @@ def test_any_appends_and_crops_leave_the_cache_of_the_tokens_that_are_left(plan,
         assert_same_cache(cache, of_tokens(tokens, plan))
 
 
+@pytest.mark.slow
 @EACH_PLAN
 def test_every_crop_within_the_last_append_is_possible(plan):
     tokens = tokens_of(150)
@@ -94,6 +95,7 @@ def n_saved(cache):
     return cache.n_seen - cache.n_stored
 
 
+@pytest.mark.slow
 @EACH_PLAN
 def test_what_a_long_append_has_clustered_stays(plan):
     """Then as many tokens can be cropped as changed nothing in the reference's body, and no token more."""

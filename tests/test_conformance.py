@@ -240,6 +240,7 @@ def test_the_scaffold_is_an_adapter(tmp_path):
     assert run_check(path, "--scaffold").exit_code == 2  # nothing is overwritten
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_suite_on_any_implementation(tmp_path):
     (tmp_path / "wrong_port.py").write_text(WRONG_PORT)
     command = [sys.executable, "-m", "pytest", "-q", "--pyargs", "kvcluster.reference.conformance", "-p", "no:xdist"]

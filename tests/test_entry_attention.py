@@ -58,12 +58,14 @@ def test_large_counts_and_large_logits_are_within_the_bound(backend, dtype, few_
     assert agrees(attend_entries(*arrays, backend=backend), *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def test_forty_thousand_entries_are_within_the_bound(backend, few_programs):
     arrays = problem(2, entries=40_000, heads=1, most=100_000, spread=3.0)
     assert agrees(attend_entries(*arrays, backend=backend), *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wrong_twins_are_out_of_bound(backend, dtype, few_programs):
@@ -166,6 +168,7 @@ except (ModuleNotFoundError, RuntimeError) as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "compiler", "expected"),
     [

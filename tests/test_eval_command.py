@@ -62,6 +62,7 @@ def test_needles_and_perplexity_are_measured_printed_written_and_drawn(llama, te
     assert json.loads((tmp_path / "made.json").read_text())["summaries"] == made["summaries"]
 
 
+@pytest.mark.slow
 def test_tasks_and_files_are_answered_by_generation(llama, text, tmp_path):
     line = {"input": "Who?", "context": "Ann went home. " * 20, "answers": ["Ann"], "all_classes": None}
     (tmp_path / "longbench").mkdir()

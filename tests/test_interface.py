@@ -70,6 +70,7 @@ def test_the_reference_imports_numpy_and_jaxtyping_only():
     assert in_fresh_interpreter("import rich\n" + IMPORTS_ONLY_NUMPY).returncode != 0
 
 
+@pytest.mark.slow
 def test_fast_never_imports_the_reference():
     code = "import sys, kvcluster.fast.huggingface.smollm2\nassert not [m for m in sys.modules if 'kvcluster.ref' in m]"
     assert in_fresh_interpreter(code).returncode == 0

@@ -28,6 +28,7 @@ def assert_kernels_agree(keys, **parameters):
     assert_same_bits(fast.merge(on_device(keys), ours, backend="triton").cpu(), reference.merge(keys, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "kind"), DTYPES_AND_KINDS)
 def test_kernels_have_the_reference_bits_for_keys_of_every_kind(dtype, kind):
     skip_what_the_interpreter_misreads(kind, DTYPES[dtype])
@@ -71,6 +72,7 @@ def test_kernels_fill_caches_with_the_reference_bytes(dtype):
         assert_same_bits(getattr(cache, name).cpu(), getattr(expected, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", ["no certificate", slowly("no canonical score at the cut")])
 def test_wrong_twins_of_the_kernels_are_told_apart(twin, few_programs, monkeypatch):
     """Without margin the float32 filter decides alone; without scores at the cut, the first sources merge."""

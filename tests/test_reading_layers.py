@@ -151,6 +151,7 @@ def test_mass_on_needles_is_the_attention_of_the_model(case):
     assert not equal_in_float32(found.numpy(), expected.flip(0).numpy())
 
 
+@pytest.mark.slow
 def test_script_finds_layers_of_any_llama(tmp_path, monkeypatch):
     """The whole of it on a tiny model; what was read once is read from its file, which has the bits of the model."""
     import packed_scoring

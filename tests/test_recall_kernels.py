@@ -23,7 +23,7 @@ from kvcluster.reference.recall import mean_deviations, mean_of_members, recalle
 from kvcluster.reference.recall_cache import RecallCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("few_programs")
+pytestmark = [pytest.mark.usefixtures("few_programs"), pytest.mark.slow]
 
 
 def on_device(array):

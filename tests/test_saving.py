@@ -57,6 +57,7 @@ def layers_of(cache):
     return [told(layer.entries) for layer in cache.layers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", ["empty", "prompt", "decoded", "second"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @KINDS

@@ -69,6 +69,7 @@ def test_a_check_without_cases_is_broken():
     assert not Check("E1", "nothing", 0, 0, 0).holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "said"),
     [

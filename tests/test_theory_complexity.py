@@ -125,6 +125,7 @@ def test_c4_is_false_in_time_for_chunks_that_grow():
     assert not complexity.check_time_exponents(lambda tokens: tokens // 64, turns=1).holds
 
 
+@pytest.mark.slow
 def test_c5_is_false_for_one_token_less_and_for_means_that_cost():
     assert not complexity.check_break_even(lambda *args, **kwargs: closed_forms.break_even(*args, **kwargs) - 1).holds
 
