@@ -103,7 +103,7 @@ def write(arguments: argparse.Namespace, console: Console) -> None:
     other = [run for run in runs if run["key"]["method"].startswith("full (")]
     settings = {"chunk_size": CHUNK_SIZE, "n_sink": N_SINK, "n_recent": N_RECENT}
     layers = (
-        "; which layers these are was found on the other half of the text by benchmarks/reading_layers.py, for this "
+        "; which layers these are was searched on the other half of the text (benchmarks/reading_layers.py), for this "
         "model; every press gives all layers the same"
     )
     page = Page(
