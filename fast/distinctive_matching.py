@@ -1,9 +1,7 @@
 """Distinctive matching on torch tensors: the reference's decisions, to the bit."""
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
@@ -11,9 +9,11 @@ from .backends import has_cpp
 from .chunk_compression import CompressedChunks, count_members
 from .cpu import LANES
 from .cpu.distinctive import likeness_to_mean as likeness_by_cpp
+from .entry_attention import rows_of
 from .exact_mean import certified_mean, sums_are_exact
 from .exact_similarity import canonical_similarity, certified_matches
 from .merging import Clustering
+from .operators import clustering_of_chunks
 
 __all__ = ["compress_distinctive", "distinctive_matching"]
 
@@ -40,20 +40,13 @@ def distinctive_matching(
     check_integer("n_shared", n_shared, least=1)
     *lead, tokens, _ = keys.shape
     target = entries_of_chunk(keep_ratio, chunk_size)
-    chunks = tokens // chunk_size
-    rest = torch.arange(tokens - chunks * chunk_size, device=keys.device)
-    if target == chunk_size or chunks == 0:
+    body = tokens // chunk_size * chunk_size
+    if target == chunk_size or body == 0:
         labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
         return Clustering(labels, torch.ones_like(labels))
-    whole = [array[..., : chunks * chunk_size, :] for array in (keys, values)]
+    whole = [array[..., :body, :] for array in (keys, values)]
     made = compress_distinctive(*whole, chunk_size=chunk_size, target=target, n_shared=n_shared)
-    first = torch.arange(chunks, device=keys.device)[:, None] * target
-    labels = (made.labels.reshape(*lead, chunks, chunk_size) + first).flatten(-2)
-    counts = made.counts.reshape(*lead, chunks * target)
-    return Clustering(
-        torch.cat([labels, (chunks * target + rest).expand(*lead, -1)], dim=-1),
-        torch.cat([counts, torch.ones_like(rest).expand(*lead, -1)], dim=-1),
-    )
+    return Clustering(*clustering_of_chunks(made, lead, body, tokens - body))
 
 
 def compress_distinctive(
@@ -75,34 +68,30 @@ def compress_distinctive(
     scores = distinctiveness(*in_chunks)  # (layers, chunks, chunk)
     best_first = scores.argsort(dim=-1, descending=True, stable=True)
     exact, ordinary = best_first[..., :n_exact].sort(dim=-1).values, best_first[..., n_exact:].sort(dim=-1).values
-    exact, ordinary = (rows.unsqueeze(1).expand(-1, heads, -1, -1) for rows in (exact, ordinary))
-    shape = exact.shape[:3]
-    matched = match_ordinary(rows_of(in_chunks[0], ordinary).flatten(0, 2), n_shared)
-    labels = torch.empty(*shape, chunk_size, dtype=torch.int64, device=keys.device)
-    labels.scatter_(-1, exact, torch.arange(n_exact, device=keys.device).expand(*shape, -1))
-    labels.scatter_(-1, ordinary, n_exact + matched.destination.reshape(*shape, -1))
-    labels = labels.flatten(0, 2)  # (chunks, chunk)
-    counts = count_members(labels, target)
-    shared = count_members(matched.destination, n_shared)
+    # from here on the chunks of all heads are one axis
+    exact, ordinary = (rows.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 2) for rows in (exact, ordinary))
+    in_chunks = [array.flatten(0, 2) for array in in_chunks]  # (chunks, chunk, dim)
+    rest = [rows_of(array, ordinary) for array in in_chunks]
+    destination, is_scored = match_ordinary(rest[0], n_shared)
+    labels = torch.empty(len(exact), chunk_size, dtype=torch.int64, device=keys.device)
+    labels.scatter_(-1, exact, torch.arange(n_exact, device=keys.device).expand(len(exact), -1))
+    labels.scatter_(-1, ordinary, n_exact + destination)
+    shared = count_members(destination, n_shared)
     entries = []
-    for array in in_chunks:
-        rest = rows_of(array, ordinary).flatten(0, 2)
-        means = certified_mean(rest.double(), sums_are_exact(rest), matched.destination, shared)
-        entries.append(torch.cat([rows_of(array, exact).flatten(0, 2).float(), means], dim=1))
-    return CompressedChunks(labels, counts, entries[0], entries[1], matched.n_rows, matched.n_scored_rows)
+    for array, ordinary_rows in zip(in_chunks, rest, strict=True):
+        means = certified_mean(ordinary_rows.double(), sums_are_exact(ordinary_rows), destination, shared)
+        entries.append(torch.cat([rows_of(array, exact).float(), means], dim=1))
+    counts = count_members(labels, target)
+    return CompressedChunks(labels, counts, entries[0], entries[1], is_scored.numel(), int(is_scored.sum()))
 
 
-@dataclass(frozen=True, eq=False)
-class MatchedTokens:
-    """`destination` (chunks, tokens), int64, of each ordinary token; the numbers are those of `CompressedChunks`."""
+def match_ordinary(
+    keys: Float[Tensor, "chunks tokens dim"], n_shared: int
+) -> tuple[Int64[Tensor, "chunks tokens"], Bool[Tensor, "chunks sources"]]:
+    """One round: evenly spaced tokens are destinations, all others join the one that is most like them.
 
-    destination: Int64[Tensor, "chunks tokens"]
-    n_rows: int
-    n_scored_rows: int
-
-
-def match_ordinary(keys: Float[Tensor, "chunks tokens dim"], n_shared: int) -> MatchedTokens:
-    """One round: evenly spaced tokens are destinations, all others join the one that is most like them."""
+    Returns the destination of each token, and which sources needed canonical scores.
+    """
     size = keys.shape[1]
     destinations = torch.arange(n_shared, device=keys.device) * size // n_shared
     is_source = torch.ones(size, dtype=torch.bool, device=keys.device).index_fill(0, destinations, False)
@@ -110,7 +99,7 @@ def match_ordinary(keys: Float[Tensor, "chunks tokens dim"], n_shared: int) -> M
     destination = torch.empty(keys.shape[:2], dtype=torch.int64, device=keys.device)
     destination[:, destinations] = torch.arange(n_shared, device=keys.device)
     destination[:, is_source] = matches.destination
-    return MatchedTokens(destination, matches.is_scored.numel(), int(matches.is_scored.sum()))
+    return destination, matches.is_scored
 
 
 def distinctiveness(keys: Tensor, values: Tensor) -> Float64[Tensor, "layers chunks chunk"]:
@@ -145,8 +134,3 @@ def likeness_to_mean(
         mean = certified_mean(part.double(), sums_are_exact(part), *of_all)  # (problems, 1, dim)
         parts.append(canonical_similarity(part, mean))
     return torch.cat(parts).reshape(array.shape[:-1])
-
-
-def rows_of(array: Tensor, rows: Tensor) -> Tensor:
-    """The chosen rows (..., chosen) of `array` (..., chunk, dim)."""
-    return array.gather(-2, rows.unsqueeze(-1).expand(*rows.shape, array.shape[-1]))

@@ -6,8 +6,7 @@ that a later question may ask for is one that stands out. The mean key and the m
 ordinary tokens do, and a token stands out as far as its own key and value point elsewhere. Tokens are kept or not for
 all KV heads of a layer together, and a moving average over neighbours keeps whole phrases.
 
-That tokens which point away from the mean key matter is also what KeyDiff (arXiv:2504.15364) finds, which evicts the
-others; it takes keys alone, each head and token for itself.
+That keys unlike the mean key matter is also the idea of KeyDiff (arXiv:2504.15364), which evicts the most alike.
 """
 
 import numpy as np
@@ -51,8 +50,9 @@ def distinctive_matching(
     Notes
     -----
     The ordinary tokens of each head are matched in one round: `n_shared` of them, evenly spaced, are the destinations,
-    all others the sources, and all sources merge. Of equally distinctive tokens the first are kept. Costs `4 * tokens
-    * (dim + dim_value)` multiply-adds for the scores, at most `n_shared * tokens * dim` for the matching.
+    all others the sources, and all sources merge. Of equally distinctive tokens the first are kept. Costs `3 *
+    tokens * (dim + dim_value)` multiply-adds for means, products and norms, and at most `n_shared * tokens * dim` for
+    the matching.
 
     Examples
     --------

@@ -51,6 +51,16 @@ def equal_in_float32(output: np.ndarray, expected: np.ndarray) -> bool:
     return equal_up_to_rounding(output, expected, np.float32)
 
 
+def scores_agree(score: float, expected: float) -> bool:
+    """Whether scores of an answer are the same: ROUGE adds 1e-8 to what it divides by."""
+    return abs(score - expected) <= 1e-7
+
+
+def numbers_agree(numbers: list[float], expected: list[float]) -> bool:
+    """`equal_in_float64` of plain numbers."""
+    return equal_in_float64(np.array(numbers, dtype=np.float64), np.array(expected, dtype=np.float64))
+
+
 def equal_up_to_rounding(output: np.ndarray, expected: np.ndarray, dtype: type) -> bool:
     assert output.shape == expected.shape
     assert output.dtype == expected.dtype == dtype

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from agreement import assert_same_bits
+from agreement import assert_same_bits, equal_in_float32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_numpy, to_torch
@@ -111,7 +111,7 @@ def test_scores_by_hand():
     in_heads = [0, 0, 0, 0, 2], [1 - 0.36 / 0.52] * 3 + [1 - 0.16 / 0.52] * 2
     total = np.sum(in_heads, axis=0)
     expected = [total[:4].mean(), total.mean(), total.mean(), total.mean(), total[1:].mean()]
-    assert np.array_equal(distinctiveness(keys, values).astype(np.float16), np.float16(expected))
+    assert equal_in_float32(np.float32(distinctiveness(keys, values)), np.float32(expected))
 
 
 WRONG = {
@@ -202,6 +202,11 @@ def test_a_budget_is_refused(backend):
         backend.ClusteredCache(keep_ratio=0.5, budget=1000, n_shared=4)
     with pytest.raises(ValueError, match="n_shared must be at least 1, got 0"):
         backend.ClusteredCache(keep_ratio=0.5, n_shared=0)
+
+
+def test_kernels_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="n_shared must be None with backend 'triton', which has no kernel, got 4"):
+        fast.ClusteredCache(keep_ratio=0.5, n_shared=4, backend="triton")
 
 
 def test_defaults_are_those_of_the_specification():

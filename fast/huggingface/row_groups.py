@@ -89,7 +89,7 @@ class RowGroups:
     @property
     def padding(self) -> list[int]:
         """Padding of each row, in the order of the rows."""
-        of_rows = {int(row): group.padding for group in self.groups for row in group.rows}
+        of_rows = {row: group.padding for group in self.groups for row in group.rows.tolist()}
         return [of_rows[row] for row in sorted(of_rows)]
 
     def of_row(self, row: int) -> tuple[Any, int]:
@@ -99,20 +99,27 @@ class RowGroups:
 
     def extend(self, keys: Tensor, values: Tensor, padding: Sequence[int]) -> None:
         """Take the next tokens (batch, kv_heads, tokens, dim); each row has seen `padding` of padding after them."""
-        n_seen, device = self.n_seen, keys.device
-        self._remember(keys, values)
-        begun = [group for group in self.groups if group.entries.n_seen]
-        in_begun = {int(row) for group in begun for row in group.rows}
-        others = [row for row in range(len(keys)) if row not in in_begun]
-        for size in sorted({padding[row] for row in others}):
-            rows = [row for row in others if padding[row] == size]
-            begun.append(RowGroup(size, row_indices(rows, device), self.make()))
-        for group in begun:
+        n_seen = self.n_seen
+        if n_seen == 0:
+            self._remember(keys, values)
+        groups = self.groups
+        if n_seen == 0 or any(group.entries.n_seen == 0 for group in groups):
+            groups = self._grouped_anew(len(keys), keys.device, padding)
+        for group in groups:
             real = slice(max(0, group.padding - n_seen), None)
             parts = [array.index_select(0, group.rows)[:, :, real] for array in (keys, values)]
             if parts[0].shape[2]:
                 group.entries.extend(*parts)
-        self.groups = begun
+        self.groups = groups
+
+    def _grouped_anew(self, n_rows: int, device: torch.device, padding: Sequence[int]) -> list[RowGroup]:
+        """The groups that have tokens, and for all other rows a new one for each padding."""
+        begun = [group for group in self.groups if group.entries.n_seen]
+        in_begun = {row for group in begun for row in group.rows.tolist()}
+        others = [row for row in range(n_rows) if row not in in_begun]
+        of_size = {size: [row for row in others if padding[row] == size] for size in padding}
+        new = [RowGroup(size, row_indices(rows, device), self.make()) for size, rows in of_size.items() if rows]
+        return begun + new
 
     def _remember(self, keys: Tensor, values: Tensor) -> None:
         """Device, dtypes and sizes: a batch may begin with nothing but padding."""
