@@ -81,7 +81,7 @@ recall: install
 # As test-versions, beside the torch of .venv. What was measured is kept in peers/results.jsonl, the same for quality.
 peers: $(CACHES)/peers/.installed
 	PYTHONPATH=$(<D):benchmarks/peers $(BIN)/python -m pytest -q -p no:cacheprovider benchmarks/peers
-	PYTHONPATH=$(<D) $(BIN)/python benchmarks/peers/run.py
+	PYTHONPATH=$(<D):benchmarks $(BIN)/python benchmarks/peers/run.py
 
 $(CACHES)/peers/.installed: benchmarks/peers/requirements.txt .venv/.installed
 	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<

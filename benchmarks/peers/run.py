@@ -16,12 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from compressing import compress, read_context
 from presses import PRESSES
+from quality_cases import add_case_arguments, cases_of
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from kvcluster.fast.evaluation import Case, Runs, needle_cases
+from kvcluster.fast.evaluation import Case, Runs
 from kvcluster.fast.evaluation.scoring import following_nll, score_needles
-from kvcluster.fast.evaluation.texts import built_in_text, encode
 from kvcluster.fast.huggingface.saving import fingerprint
 from kvcluster.fast.huggingface.smollm2 import load_llama, smollm2_folder
 
@@ -35,27 +35,13 @@ def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
     parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=PRESSES, metavar="NAME")
-    parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.25, 0.2], metavar="SHARE")
-    parser.add_argument("--contexts", type=int, default=8)
-    parser.add_argument("--needles", type=int, default=12, help="in each context")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--following", type=int, default=512)
-    parser.add_argument("--part", default="reporting", help="half of the text, and its needles")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    add_case_arguments(parser)
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, kept from run to run")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     model, tokenizer = load_llama(smollm2_folder())
-    cases = needle_cases(
-        tokenizer,
-        encode(tokenizer, built_in_text()),
-        arguments.part,
-        lengths=[arguments.tokens],
-        n_contexts=arguments.contexts,
-        n_needles=arguments.needles,
-        n_following=arguments.following,
-    )
+    cases = cases_of(arguments, tokenizer)
     runs = Runs(arguments.json)
     with Progress() as progress:
         task = progress.add_task("kvpress", total=len(cases) * (1 + len(arguments.presses)))
