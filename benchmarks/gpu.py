@@ -73,7 +73,7 @@ def run(interpret: bool, file: Path) -> int:
     """Compare, time, print, write; the exit status."""
     from gpu_agreement import compare_all
     from gpu_attention import compare_attention, print_attention_timings, time_attention
-    from gpu_timings import describe_device, print_timings, time_all
+    from gpu_timings import describe_device, print_distinctive_timings, print_timings, time_all, time_distinctive
 
     start = time.perf_counter()
     made = {"interpreted": interpret, **describe_device(interpret)}
@@ -83,11 +83,13 @@ def run(interpret: bool, file: Path) -> int:
         print("\n*** DRY RUN: Triton's interpreter on the CPU. NOTHING RAN ON A GPU. ***\n", flush=True)
     made["agreement"] = compare_all(interpret) + compare_attention(interpret)
     made["timings"] = [] if interpret else time_all()
+    made["distinctive_timings"] = [] if interpret else time_distinctive()
     made["attention_timings"] = [] if interpret else time_attention()
     if interpret:
         print("\nTimings: none, for nothing ran on a GPU.")
     else:
         print_timings(made["timings"])
+        print_distinctive_timings(made["distinctive_timings"])
         print_attention_timings(made["attention_timings"])
     made["seconds"] = round(time.perf_counter() - start, 1)
     file.write_text(json.dumps(made, indent=1) + "\n")

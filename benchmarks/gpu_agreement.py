@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcluster import fast, reference
 from kvcluster.fast.chunk_compression import compress
+from kvcluster.fast.distinctive_matching import compress_distinctive
 
 __all__ = ["Case", "compare_all"]
 
@@ -53,7 +54,9 @@ def compare_all(interpret: bool) -> list[dict[str, Any]]:
             continue
         note(rows, case.dtype, "strided" if case.is_strided else case.kind, case, compare(case, device))
     for dtype in DTYPES:
-        note(rows, dtype, "cache", dtype, compare_caches(dtype, device, 8 if interpret else 128))
+        for n_shared in (None, 2):
+            made = compare_caches(dtype, device, 8 if interpret else 128, n_shared)
+            note(rows, dtype, "cache", (dtype, n_shared), made)
     print(f"{'dtype':6} {'keys':12} {'cases':>6} {'checks':>7} {'differing':>10}")
     for row in rows.values():
         print(f"{row['dtype']:6} {row['keys']:12} {row['cases']:6} {row['checks']:7} {row['differing']:10}")
@@ -92,22 +95,43 @@ def compare(case: Case, device: str) -> dict[str, bool]:
         "counts": same_bits(ours.counts, expected.counts),
         "centroids": same_bits(fast.merge(there, ours, backend="triton"), centroids),
     }
-    return checks | compare_compressed(there, keys, centroids.shape[-2] // chunks, case.chunk_size)
+    target = centroids.shape[-2] // chunks
+    return checks | compare_compressed(there, keys, target, case.chunk_size) | compare_distinctive(there, keys, case)
 
 
 def compare_compressed(there: Tensor, keys: Tensor, target: int, chunk_size: int) -> dict[str, bool]:
     """The same of what the cache calls: one call for labels, counts and centroids of keys and of values."""
-    values = -2 * keys  # exact in every dtype, but infinite where keys are huge: there the keys
-    values = torch.where(values.isfinite(), values, keys)
+    values = other_values(keys)
     ours = compress(there, values.to(there.device), chunk_size=chunk_size, target=target, backend="triton")
     torch_s = compress(keys, values, chunk_size=chunk_size, target=target, backend="torch")
     names = ("labels", "counts", "keys", "values")
     return {f"compress {name}": same_bits(getattr(ours, name), getattr(torch_s, name)) for name in names}
 
 
-def compare_caches(dtype: str, device: str, dim: int) -> dict[str, bool]:
+def other_values(keys: Tensor) -> Tensor:
+    """Exact in every dtype, but infinite where keys are huge: there the keys."""
+    values = -2 * keys
+    return torch.where(values.isfinite(), values, keys)
+
+
+def compare_distinctive(there: Tensor, keys: Tensor, case: Case) -> dict[str, bool]:
+    """The same of distinctive matching, whose values are not the keys; beside the reference."""
+    values = other_values(keys).flip(-2)
+    arrays = [to_float32(array) for array in (keys, values)]
+    clustering = reference.distinctive_matching(*arrays, keep_ratio=case.keep_ratio, chunk_size=case.chunk_size)
+    target = clustering.counts.shape[-1] * case.chunk_size // keys.shape[-2]
+    sizes = {"chunk_size": case.chunk_size, "target": target, "n_shared": 4}
+    ours = compress_distinctive(there, values.to(there.device), **sizes, backend="triton")
+    expected = {"labels": clustering.labels.reshape(-1, case.chunk_size) % target}
+    expected["counts"] = clustering.counts.reshape(-1, target)
+    for name, array in zip(("keys", "values"), arrays, strict=True):
+        expected[name] = reference.merge(array, clustering).reshape(-1, target, case.dim)
+    return {f"distinctive {name}": same_bits(getattr(ours, name), array) for name, array in expected.items()}
+
+
+def compare_caches(dtype: str, device: str, dim: int, n_shared: int | None) -> dict[str, bool]:
     """A cache filled in three steps; the reference's holds float32 and is rounded here as a cache rounds."""
-    parameters = {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 20}
+    parameters = {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 20, "n_shared": n_shared}
     ours, expected = fast.ClusteredCache(**parameters, backend="triton"), reference.ClusteredCache(**parameters)
     keys, values = (make_keys("normal", (2, 2, 100, dim), DTYPES[dtype], seed=seed) for seed in (1, 2))
     for first, last in ((0, 70), (70, 71), (71, 100)):

@@ -12,11 +12,13 @@ from gpu_keys import DTYPES
 from plain import plain_compress
 
 from kvcluster.fast.chunk_compression import compress
+from kvcluster.fast.distinctive_matching import compress_distinctive
 
-__all__ = ["describe_device", "print_timings", "time_all"]
+__all__ = ["describe_device", "print_distinctive_timings", "print_timings", "time_all", "time_distinctive"]
 
 SHAPES = ((1, 8, 32_768, 128), (8, 8, 32_768, 128))  # batch, heads, tokens, dim
 CHUNK_SIZE, TARGET = 64, 16
+DISTINCTIVE = {"chunk_size": 256, "target": 64, "n_shared": 4}
 WARM_UPS, ROUNDS = 3, 20
 
 
@@ -104,3 +106,36 @@ def print_timings(rows: list[dict[str, Any]]) -> None:
         cells.append("{:.2f} ({:.2f} to {:.2f})".format(*row["ratio_to_plain"]))
         cells += [f"{row['ratio_to_reading']:.1f}", f"{row['read_bytes_per_second'] / 1e9:.0f}"]
         print(form.format(*cells, f"{row['scored_rows'] / row['rows']:.3%}"))
+
+
+def time_distinctive() -> list[dict[str, Any]]:
+    """One row for every shape and dtype: distinctive matching of keys and values by kernels and by torch."""
+    rows = []
+    for shape in SHAPES:
+        for name, dtype in DTYPES.items():
+            generator = torch.Generator("cuda").manual_seed(0)
+            arrays = [torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2)]
+            contenders = {
+                "kernels": lambda kv=arrays: compress_distinctive(*kv, **DISTINCTIVE, backend="triton"),
+                "torch": lambda kv=arrays: compress_distinctive(*kv, **DISTINCTIVE, backend="torch"),
+                "read": lambda kv=arrays: [x.amax() for x in kv],
+            }
+            every = milliseconds_in_turn(contenders)
+            medians = {one: statistics.median(mine) for one, mine in every.items()}
+            rows.append({"shape": list(shape), "dtype": name, "milliseconds": every, "median_milliseconds": medians})
+            del arrays, contenders
+            torch.cuda.empty_cache()
+    return rows
+
+
+def print_distinctive_timings(rows: list[dict[str, Any]]) -> None:
+    """A plain table."""
+    sizes = "chunk {chunk_size} to {target} entries, {n_shared} of them shared".format(**DISTINCTIVE)
+    print(f"\ndistinctive matching of keys and values, {sizes}; medians of {ROUNDS} turns; torch: on the same device")
+    form = "{:20} {:6} {:>11} {:>9} {:>8} {:>14} {:>13}"
+    print(form.format("shape", "dtype", "kernels ms", "torch ms", "read ms", "kernels/torch", "kernels/read"))
+    for row in rows:
+        medians = row["median_milliseconds"]
+        cells = [" x ".join(map(str, row["shape"])), row["dtype"]]
+        cells += [f"{medians[name]:.3f}" for name in ("kernels", "torch", "read")]
+        print(form.format(*cells, *(f"{medians['kernels'] / medians[name]:.2f}" for name in ("torch", "read"))))

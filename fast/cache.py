@@ -61,8 +61,6 @@ class ClusteredCache:
             check_integer("n_shared", n_shared, least=1)
             if budget is not None:
                 raise ValueError(f"n_shared must be None with a budget, which merges all tokens, got {n_shared}")
-            if backend == "triton":
-                raise ValueError(f"n_shared must be None with backend 'triton', which has no kernel, got {n_shared}")
         self.keep_ratio, self.chunk_size, self.budget = keep_ratio, chunk_size, budget
         self.n_shared = n_shared
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
@@ -251,7 +249,9 @@ class ClusteredCache:
         if self.n_shared is None:
             made = compress(*whole, chunk_size=size, target=target, backend=self.backend)
         else:
-            made = compress_distinctive(*whole, chunk_size=size, target=target, n_shared=self.n_shared)
+            made = compress_distinctive(
+                *whole, chunk_size=size, target=target, n_shared=self.n_shared, backend=self.backend
+            )
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])

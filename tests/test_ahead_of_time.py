@@ -31,7 +31,7 @@ def compiled(*targets):
 def test_kernels_compile_without_spilling(target):
     every = compiled(target)
     assert len(every) == 2 * 3 * len({made["kernel"] for made in every})
-    names = {"match", "score", "merge", "attend", "combine", "assign", "settle", "select", "recall"}
+    names = {"match", "score", "merge", "attend", "combine", "assign", "settle", "select", "recall", "likeness"}
     assert names == {made["kernel"] for made in every}
     for made in every:
         assert made["spills"] == 0, made

@@ -82,6 +82,11 @@ def test_clusterings_are_partitions():
     assert np.array_equal(whole.labels, np.broadcast_to(np.arange(67), (2, 3, 67)))
     nothing = reference.distinctive_matching(keys[..., :0, :], values[..., :0, :], **SETTINGS)
     assert nothing.labels.shape == nothing.counts.shape == (2, 3, 0)
+    for lead in ((0, 3), (2, 0)):
+        keys, values = pair("normal", (*lead, 67, 16))
+        expected = reference.distinctive_matching(keys, values, **SETTINGS)
+        assert [array.shape for array in by_torch(keys, values, **SETTINGS)] == [(*lead, 67), (*lead, 31)]
+        assert expected.labels.shape == (*lead, 67)
 
 
 def test_distinctive_tokens_stay_exact_in_all_heads():
@@ -204,11 +209,6 @@ def test_a_budget_is_refused(backend):
         backend.ClusteredCache(keep_ratio=0.5, n_shared=0)
 
 
-def test_kernels_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match="n_shared must be None with backend 'triton', which has no kernel, got 4"):
-        fast.ClusteredCache(keep_ratio=0.5, n_shared=4, backend="triton")
-
-
 def test_defaults_are_those_of_the_specification():
     parameters = inspect.signature(reference.distinctive_matching).parameters.values()
     text = re.search(r"(?m)^\*\*16\.1\*\* (.*)$", PAGE)[1]
@@ -216,8 +216,9 @@ def test_defaults_are_those_of_the_specification():
     assert set(re.findall(r"`(\w+=\d+)`", text)) == given
 
 
-def test_no_gradient_and_no_change_of_the_input():
-    keys, values = (torch.randn(2, 40, 8, requires_grad=True) for _ in range(2))
+@pytest.mark.parametrize("dim", [7, 8])  # without and with C++
+def test_no_gradient_and_no_change_of_the_input(dim):
+    keys, values = (torch.randn(2, 40, dim, requires_grad=True) for _ in range(2))
     before = to_numpy(keys.detach().clone())
     made = fast.distinctive_matching(keys, values, **SETTINGS)
     assert not made.labels.requires_grad

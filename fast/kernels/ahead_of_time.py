@@ -21,6 +21,8 @@ from .assign import N_WARPS as assign_warps
 from .assign import filter_kernel, settle_kernel
 from .attention import N_STAGES, ROWS, SPLIT, combine_kernel, entries_of_step, split_kernel
 from .attention import N_WARPS as attention_warps
+from .likeness import BLOCK_TOKENS, likeness_kernel
+from .likeness import N_WARPS as likeness_warps
 from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel
 from .match import N_WARPS as match_warps
 from .merge import BLOCK_ENTRIES, merge_kernel
@@ -39,7 +41,7 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 8.0e12),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 5.3e12),
 }
-KERNELS = ("match", "score", "merge", "attend", "combine", "assign", "settle", "select", "recall")
+KERNELS = ("match", "score", "merge", "attend", "combine", "assign", "settle", "select", "recall", "likeness")
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The problem whose bytes are counted.
@@ -104,6 +106,8 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
     yield "match", source(match_kernel, types, in_chunk | blocks), {"num_warps": match_warps[backend]}
     types = chunk | {"destination_in": "*i64", "similarity_out": "*fp64"}
     yield "score", source(score_kernel, types, in_chunk | {"ROWS": BLOCK_SOURCES}), {"num_warps": score_warps}
+    types = chunk | {"array": TYPES[dtype], "means": "*fp32", "similarity_out": "*fp64"}
+    yield "likeness", source(likeness_kernel, types, in_chunk | {"ROWS": BLOCK_TOKENS}), {"num_warps": likeness_warps}
     types = {"array": TYPES[dtype], "members": "*i64", "first_member": "*i64", "counts": "*i64", "means": "*fp32"}
     types |= dict.fromkeys(("n_entries", "heads", "tokens"), "i32") | strides
     yield "merge", source(merge_kernel, types, shape | {"ENTRIES": BLOCK_ENTRIES}), {"num_warps": merge_warps}
@@ -178,7 +182,8 @@ def compile_one(kernel: str, code: ASTSource, options: dict[str, int], dtype: st
 
 
 def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
-    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids.
+    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids;
+    for likeness 8 a token, and the mean of each chunk.
 
     In attention all keys, values and counts, and the partial results, which are what is combined. To assign, all keys,
     the centroids of every segment, and 9 bytes a token; to select, all features and 8 bytes a cluster; to recall, the
@@ -190,6 +195,8 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
         partial = HEADS * GROUP * TOKENS // SPLIT * (dim + 2) * 4
         return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel == "attend" else 0)
     keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
+    if kernel == "likeness":
+        return keys + HEADS * TOKENS * 8 + HEADS * TOKENS // CHUNK_SIZE * dim * 4
     entries = HEADS * TOKENS // 2  # after the first round; as many sources
     if kernel != "merge":
         return keys + entries * (9 if kernel == "match" else 16)
