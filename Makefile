@@ -1,5 +1,6 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
 # make notebooks  the tutorials in JupyterLab; more of its options in LAB_OPTIONS
+# make site    all pages as a site, for a browser without a network, in .cache/site
 # make test    everything: lint, all tests
 # make check   lint and the quick tests, for daily work
 # make test-versions   the tests of the transformers side on every supported version
@@ -27,7 +28,7 @@ export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo notebooks check test test-versions lint bench recall peers quality gpu clean
+.PHONY: install demo notebooks site check test test-versions lint bench recall peers quality gpu clean
 
 install: .venv/.installed
 
@@ -44,6 +45,9 @@ notebooks: install
 	$(BIN)/jupyter lab --notebook-dir $(CURDIR) --LabApp.default_url=/lab/tree/notebooks \
 		--FileCheckpoints.checkpoint_dir=$(CACHES)/jupyter/checkpoints \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS)
+
+site: install
+	$(BIN)/python docs/build_site.py
 
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
