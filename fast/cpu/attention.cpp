@@ -10,42 +10,13 @@
 #include <cstdint>
 #include <vector>
 
-#include "vectors.h"
+#include "softmax.h"
 
 namespace {
 
-constexpr int BLOCK = 64;    // entries whose weights are held at once
 constexpr int TILE = 4;      // query rows that share one pass over a block
 constexpr int ROWS = 64;     // query rows of one program
 constexpr int SPLIT = 2048;  // entries of one program
-constexpr int TABLE = 4096;  // counts whose logarithms are looked up
-
-// exp(x) for x <= 0, to two units in the last place (the polynomial of Cephes' expf); 0 below -87.
-inline Floats exponential(Floats x) {
-    const Ints is_normal = x >= -87.0f;
-    const Floats y = is_normal ? x : Floats{} - 87.0f;
-    const Ints n = __builtin_convertvector(y * 1.44269504f - 0.5f, Ints);  // rounded to nearest, as y is not positive
-    const Floats whole = __builtin_convertvector(n, Floats);
-    const Floats r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const Floats power = (p * r * r + r + 1.0f) * same_bits<Floats>((n + 127) << 23);
-    return is_normal ? power : Floats{};
-}
-
-struct Logarithms {
-    float of[TABLE];
-    Logarithms() {
-        for (int count = 0; count < TABLE; count++) of[count] = static_cast<float>(std::log(static_cast<double>(count)));
-    }
-    float operator()(int32_t count) const {
-        return count < TABLE ? of[count] : static_cast<float>(std::log(static_cast<double>(count)));
-    }
-};
-const Logarithms log_of_count;
 
 // What one program knows of the entries of its split.
 template <class Element>
@@ -54,11 +25,6 @@ struct Entries {
     int64_t key_stride, value_stride;  // from entry to entry
     const int32_t* counts;             // null where every count is 1
     int dim;                           // a multiple of LANES
-};
-
-// Running softmax of some query rows: output not yet divided by its sum of weights, that sum, and the highest logit.
-struct Partial {
-    float *output, *sum, *highest;
 };
 
 // Takes the entries from `first` to `first + n`, at most BLOCK, into the partial results of the rows of one tile. Row r
@@ -104,69 +70,8 @@ void attend_block(const Entries<Element>& e, int first, int n, const float* quer
     alignas(64) float bias[BLOCK] = {};
     if (e.counts)
         for (int j = 0; j < n; j++) bias[j] = log_of_count(e.counts[first + j]);
-    for (int r = 0; r < N; r++) {
-        float* w = weights[r];
-        for (int j = std::min(n, std::max(0, visible[r] - first)); j < BLOCK; j++) w[j] = -INFINITY;
-        Floats top = Floats{} + to.highest[r];
-        for (int j = 0; j < BLOCK; j += LANES) {
-            const Floats logits = load(w + j) + load(bias + j);
-            store(w + j, logits);
-            top = top > logits ? top : logits;
-        }
-        float highest = top[0];
-        for (int lane = 1; lane < LANES; lane++) highest = std::max(highest, top[lane]);
-        if (highest == -INFINITY) {  // nothing seen yet
-            std::fill(w, w + BLOCK, 0.0f);
-            continue;
-        }
-        if (highest > to.highest[r]) {
-            const float shrink = std::exp(to.highest[r] - highest);
-            for (int d = 0; d < dim; d++) to.output[r * dim + d] *= shrink;
-            to.sum[r] *= shrink;
-            to.highest[r] = highest;
-        }
-        Floats total = {};
-        for (int j = 0; j < BLOCK; j += LANES) {
-            const Floats weight = exponential(load(w + j) - highest);
-            store(w + j, weight);
-            total += weight;
-        }
-        to.sum[r] += sum(total);
-    }
-
-    constexpr int STEP = 4 * LANES;
-    const Element* next = keys + BLOCK * e.key_stride;
-    int d = 0;
-    for (; d + STEP <= dim; d += STEP) {
-        Floats out[N][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < N; r++)
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) out[r][c] = load(to.output + r * dim + d + c * LANES);
-        for (int j = 0; j < n; j++) {
-            const int64_t place = static_cast<int64_t>(d) * BLOCK + j * STEP;  // in the next block, line after line
-            const Element* ahead = next + place / dim * e.key_stride + place % dim;
-#pragma GCC unroll 4
-            for (int line = 0; line < STEP; line += LINE) __builtin_prefetch(ahead + line);
-            Floats x[4];
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) x[c] = load(values + j * e.value_stride + d + c * LANES);
-#pragma GCC unroll 4
-            for (int r = 0; r < N; r++)
-#pragma GCC unroll 4
-                for (int c = 0; c < 4; c++) out[r][c] += weights[r][j] * x[c];
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < N; r++)
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) store(to.output + r * dim + d + c * LANES, out[r][c]);
-    }
-    for (; d < dim; d += LANES)
-        for (int r = 0; r < N; r++) {
-            Floats out = load(to.output + r * dim + d);
-            for (int j = 0; j < n; j++) out += weights[r][j] * load(values + j * e.value_stride + d);
-            store(to.output + r * dim + d, out);
-        }
+    weigh<N>(weights, bias, n, first, visible, dim, to);
+    add_values<Element, N>(weights, values, e.value_stride, keys + BLOCK * e.key_stride, e.key_stride, n, dim, to.output);
 }
 
 template <class Element>
@@ -228,20 +133,9 @@ void attend(const Shape& s, const float* query, const Element* keys, const Eleme
     }
 
     for (int64_t problem = 0; problem < s.problems; problem++)
-        for (int64_t row = 0; row < s.rows; row++) {
-            float* out = output + (problem * s.rows + row) * s.dim;
-            float top = -INFINITY, weights = 0.0f;
-            for (int64_t split = 0; split < splits; split++)
-                top = std::max(top, highest[(problem * splits + split) * s.rows + row]);
-            std::fill(out, out + s.dim, 0.0f);
-            for (int64_t split = 0; split < splits; split++) {
-                const int64_t at = (problem * splits + split) * s.rows + row;
-                const float weight = std::exp(highest[at] - top);
-                weights += weight * sums[at];
-                for (int64_t d = 0; d < s.dim; d++) out[d] += weight * outputs[at * s.dim + d];
-            }
-            for (int64_t d = 0; d < s.dim; d++) out[d] /= weights;
-        }
+        for (int64_t row = 0; row < s.rows; row++)
+            combine(outputs, sums, highest, problem * splits * s.rows + row, splits, s.rows, s.dim,
+                    output + (problem * s.rows + row) * s.dim);
 }
 
 }  // namespace

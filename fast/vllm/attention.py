@@ -1,0 +1,80 @@
+"""Attention of one layer to pages, and the clustering that follows it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from ..cpu.paged import attend_pages
+from .backend import ClusteredMetadata
+from .pages import cells_of, cluster_chunks
+from .settings import check_layer
+
+__all__ = ["ClusteredAttention"]
+
+
+class ClusteredAttention(CPUAttentionBackendImpl):
+    """vLLM's attention for requests without clusters, `attend_pages` for the others; then what is due is clustered."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        check_layer(
+            head_size=head_size,
+            sliding_window=sliding_window,
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            sinks=sinks,
+            attn_type=attn_type,
+            kv_sharing_target=kv_sharing_target_layer_name,
+        )
+        super().__init__(num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: ClusteredMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """`output` (tokens, heads, dim), filled for the step's tokens, whose keys and values lie in the pages."""
+        if attn_metadata is None:  # warming up
+            return output
+        step, pages = attn_metadata, self.without_counts(kv_cache)
+        for tokens, of_run in step.runs:
+            parts = (x[tokens] for x in (query, key, value))
+            super().forward(layer, *parts, pages, of_run, output[tokens], output_scale, output_block_scale)
+        cells, page = cells_of(kv_cache), kv_cache.shape[2]
+        if len(step.requests):
+            made = attend_pages(query, cells, step.tables, step.requests, page=page, scale=self.scale)
+            output[step.tokens] = made[step.tokens].to(output.dtype)
+        if len(step.due):
+            cluster_chunks(cells, step.due, step.rule, self.head_size)
+        return output
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, self.without_counts(kv_cache), slot_mapping)
+
+    def without_counts(self, kv_cache: Tensor) -> Tensor:
+        """The pages as vLLM's kernels know them, (blocks, heads, page, 2 * dim): a view."""
+        page, width = kv_cache.shape[2], 2 * self.head_size
+        return cells_of(kv_cache)[..., : page * width].unflatten(-1, (page, width))

@@ -1,0 +1,65 @@
+"""What a page of vLLM's pool holds: keys, values and counts of the tokens or centroids of one layer.
+
+Keys lie feature by feature and values token by token, as vLLM's CPU kernels want them; the counts, for which the spec
+asks four bytes more an entry, come after both.
+"""
+
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from ..chunk_compression import CompressedChunks, compress
+from ..distinctive_matching import compress_distinctive
+from .rule import PageRule
+
+__all__ = ["COUNT_BYTES", "cells_of", "cluster_chunks", "counts_of", "keys_of", "values_of"]
+
+COUNT_BYTES = 4
+
+
+def cells_of(kv_cache: Float[Tensor, "blocks heads page content"]) -> Float[Tensor, "blocks heads cell"]:
+    """Pages of each KV head as vLLM allocated them, contents not told apart: a view."""
+    blocks, heads, page, content = kv_cache.shape
+    return kv_cache.as_strided((blocks, heads, page * content), (kv_cache.stride(0), kv_cache.stride(1), 1))
+
+
+def keys_of(cells: Tensor, page: int, dim: int) -> Float[Tensor, "blocks heads dim page"]:
+    """Keys: a view."""
+    return cells[..., : page * dim].unflatten(-1, (dim, page))
+
+
+def values_of(cells: Tensor, page: int, dim: int) -> Float[Tensor, "blocks heads page dim"]:
+    """Values: a view."""
+    return cells[..., page * dim : 2 * page * dim].unflatten(-1, (page, dim))
+
+
+def counts_of(cells: Tensor, page: int, dim: int) -> Int32[Tensor, "blocks heads page"]:
+    """Counts: a view. They are written when a chunk is clustered; in pages of tokens they mean nothing."""
+    return cells[..., 2 * page * dim :].view(torch.int32)
+
+
+def cluster_chunks(cells: Tensor, blocks: Int64[Tensor, "chunks pages"], rule: PageRule, dim: int) -> None:
+    """Cluster chunks, each a row of `blocks`, into their own first pages.
+
+    The entries have the bits of the chunk's entries in a `ClusteredCache` of the same parameters.
+    """
+    page, n_pages = rule.page, rule.entries // rule.page
+    keys = keys_of(cells, page, dim)[blocks]  # (chunks, pages, heads, dim, page)
+    values = values_of(cells, page, dim)[blocks]  # (chunks, pages, heads, page, dim)
+    keys = keys.permute(0, 2, 1, 4, 3).flatten(2, 3)  # (chunks, heads, chunk, dim)
+    values = values.permute(0, 2, 1, 3, 4).flatten(2, 3)
+    made = compress_tokens(keys, values, rule)
+    assert made.values is not None  # values were given
+    chunks, heads = keys.shape[:2]
+    in_pages = [x.reshape(chunks, heads, n_pages, page, -1) for x in (made.keys, made.values, made.counts)]
+    to = blocks[:, :n_pages]
+    keys_of(cells, page, dim)[to] = in_pages[0].permute(0, 2, 1, 4, 3).to(cells.dtype)
+    values_of(cells, page, dim)[to] = in_pages[1].permute(0, 2, 1, 3, 4).to(cells.dtype)
+    counts_of(cells, page, dim)[to] = in_pages[2].squeeze(-1).transpose(1, 2).int()
+
+
+def compress_tokens(keys: Tensor, values: Tensor, rule: PageRule) -> CompressedChunks:
+    """By the method that the rule names."""
+    if rule.n_shared is None:
+        return compress(keys, values, chunk_size=rule.chunk_size, target=rule.entries)
+    return compress_distinctive(keys, values, chunk_size=rule.chunk_size, target=rule.entries, n_shared=rule.n_shared)

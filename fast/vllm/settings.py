@@ -1,0 +1,164 @@
+"""What a user of vLLM may ask for, and what cannot be done, refused before anything is served."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..arguments import check_integer, check_keep_ratio, entries_of_chunk
+from .rule import PageRule
+
+__all__ = ["Settings", "check_engine", "check_layer", "settings_of"]
+
+LEAST_CHUNK, MOST_CHUNK = 256, 4096  # between which a chunk size is looked for if none is given
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of the plugin.
+
+    Parameters
+    ----------
+    keep_ratio : entries kept / tokens of a chunk, in (0, 1]; 1 clusters nothing.
+    chunk_size : tokens of a chunk. It and `keep_ratio * chunk_size` must be multiples of vLLM's block size. By default
+        the smallest such number from 256 on.
+    n_sink : first tokens, kept exact, a multiple of the block size; one block by default.
+    n_recent : last tokens, kept exact.
+    method : "distinctive" or "chunked": how a chunk is clustered, by `distinctive_matching` or, as published, by
+        `chunked_soft_matching`.
+    n_shared : of distinctive matching: entries that the ordinary tokens of a chunk share.
+    """
+
+    keep_ratio: float
+    chunk_size: int | None = None
+    n_sink: int | None = None
+    n_recent: int = 64
+    method: str = "distinctive"
+    n_shared: int = 4
+
+    def __post_init__(self) -> None:
+        check_keep_ratio(self.keep_ratio)
+        if self.method not in ("distinctive", "chunked"):
+            raise ValueError(f"method must be 'distinctive' or 'chunked', got {self.method!r}")
+        check_integer("n_shared", self.n_shared, least=1)
+
+    def rule(self, page: int) -> PageRule:
+        """The rule for pages of `page` tokens.
+
+        Raises
+        ------
+        ValueError : numbers that do not fit the page.
+        """
+        return PageRule(
+            page=page,
+            keep_ratio=self.keep_ratio,
+            chunk_size=self.chunk_size or default_chunk(self.keep_ratio, page),
+            n_sink=page if self.n_sink is None else self.n_sink,
+            n_recent=self.n_recent,
+            n_shared=self.n_shared if self.method == "distinctive" else None,
+        )
+
+
+def default_chunk(keep_ratio: float, page: int) -> int:
+    """The smallest chunk of at least 256 tokens that is whole pages before and after."""
+    for size in range(-(-LEAST_CHUNK // page) * page, MOST_CHUNK + 1, page):
+        if entries_of_chunk(keep_ratio, size) % page == 0:
+            return size
+    raise ValueError(
+        f"keep_ratio * chunk_size must be a multiple of the block size {page} for a chunk_size of at most "
+        f"{MOST_CHUNK}, got keep_ratio {keep_ratio}"
+    )
+
+
+def settings_of(vllm_config: Any) -> Settings | None:
+    """What `additional_config` or the environment asks for; None if they say nothing.
+
+    Raises
+    ------
+    ValueError : an unknown parameter, or a wrong value.
+    """
+    asked = getattr(vllm_config, "additional_config", None) or {}
+    asked = asked.get("kvcluster") if isinstance(asked, dict) else None
+    if asked is None:
+        text = os.environ.get("KVCLUSTER_VLLM", "")
+        if not text:
+            return None
+        try:
+            asked = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"KVCLUSTER_VLLM must be JSON, got {text!r}") from error
+    known = [field.name for field in fields(Settings)]
+    if not isinstance(asked, dict) or "keep_ratio" not in asked:
+        raise ValueError(f"kvcluster must be a mapping with keep_ratio and maybe {', '.join(known[1:])}, got {asked!r}")
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"kvcluster must have parameters among {', '.join(known)}, got {name!r}")
+    return Settings(**asked)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse engines whose caches the plugin does not understand, by name.
+
+    Raises
+    ------
+    ValueError : names the option of vLLM, the rule and the value.
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    machine = platform.machine()
+    rules = (
+        (machine in ("x86_64", "AMD64"), "the processor must be x86, whose layout of pages is known", machine),
+        (vllm_config.kv_transfer_config is None, "kv_transfer_config must be None", vllm_config.kv_transfer_config),
+        (vllm_config.speculative_config is None, "speculative_config must be None", vllm_config.speculative_config),
+        (not is_quantized(cache.cache_dtype), "kv_cache_dtype must not be quantized", cache.cache_dtype),
+        (not model.use_mla, "the model must not use MLA", model.model),
+        (not model.is_hybrid, "the model must have attention in every layer", model.model),
+        (not model.is_encoder_decoder, "the model must be a decoder", model.model),
+        (
+            parallel.decode_context_parallel_size == 1,
+            "decode_context_parallel_size must be 1",
+            parallel.decode_context_parallel_size,
+        ),
+        (
+            parallel.prefill_context_parallel_size == 1,
+            "prefill_context_parallel_size must be 1",
+            parallel.prefill_context_parallel_size,
+        ),
+    )
+    for holds, rule, value in rules:
+        if not holds:
+            raise ValueError(f"kvcluster: {rule}, got {value}")
+
+
+def check_layer(
+    *,
+    head_size: int,
+    sliding_window: int | None,
+    alibi_slopes: Any,
+    logits_soft_cap: float | None,
+    sinks: Any,
+    attn_type: str,
+    kv_sharing_target: str | None,
+) -> None:
+    """Refuse attention layers that attend in another way than by a plain softmax over all tokens before.
+
+    Raises
+    ------
+    ValueError : names what the layer has.
+    """
+    rules = (
+        (head_size % 16 == 0, "head_size must be a multiple of 16", head_size),
+        (sliding_window is None, "layers must not have a sliding window", sliding_window),
+        (alibi_slopes is None, "layers must not have ALiBi slopes", "some"),
+        (not logits_soft_cap, "layers must not cap their logits", logits_soft_cap),
+        (sinks is None, "layers must not have learned attention sinks", "some"),
+        (attn_type == "decoder", "layers must be a decoder's", attn_type),
+        (kv_sharing_target is None, "layers must not share the cache of another", kv_sharing_target),
+    )
+    for holds, rule, value in rules:
+        if not holds:
+            raise ValueError(f"kvcluster: {rule}, got {value}")
+
+
+def is_quantized(cache_dtype: str) -> bool:
+    return cache_dtype not in ("auto", "float32", "float16", "bfloat16", "half", "float")
