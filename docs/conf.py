@@ -17,8 +17,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "plain_math"]
 default_role = "literal"
 myst_heading_anchors = 4
 nb_execution_mode = "off"
-# of an output in several forms: the picture that stays where no kernel runs, before a control that needs one
-nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
 autodoc_member_order = "bysource"
@@ -32,9 +30,9 @@ html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 CONTENTS = {
-    "Learn": ["notebooks/*"],
+    "Learn": ["notebooks/0*"],
     "The method": [
-        *(f"reference/{name}.py" for name in reading_order()),
+        *(f"{name}.py <reference/{name}.py>" for name in reading_order()),
         "reference/SPECIFICATION",
     ],
     "Theory": ["theory/README", "theory/notation", "theory/[!Rn]*"],

@@ -62,7 +62,8 @@ class Formula:
         parts = []
         while self.place < len(self.text):
             parts.append(self.next())
-        return re.sub(r"\\,(?=\\(text|in|notin)\b)|(?<= })\\,|(?<=in )\\,", "", "".join(parts)).strip()
+        tex = re.sub(r"\\,(?=\\(text|in|notin)\b)|(?<= })\\,|(?<=in )\\,", "", "".join(parts)).strip()
+        return re.sub(r" \}(?=[,.])", "}", re.sub(r" \}\\text\{ ", " ", tex))
 
     def next(self) -> str:
         """TeX of the next token, with the brackets that belong to it."""

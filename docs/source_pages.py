@@ -5,6 +5,7 @@ link to a line of it goes to the section that holds the line; a link to a folder
 """
 
 import ast
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ PAGES = ("*.md", "docs/*.md", "docs/api/*.md", "docs/vectors/*.md", "theory/*.md
 NOTEBOOKS = "notebooks/*.ipynb"
 FIGURES = ("docs/*.png", "docs/theory/*.png")
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#L\d+)?(?=[)#])")
+CONTROL = "application/vnd.jupyter.widget-view+json"
 LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cff": "yaml", ".toml": "toml", "": "make"}
 LISTED = {".py", ".cpp", ".h", ".md", ".ipynb"}
 
@@ -28,7 +30,8 @@ def stage(folder: Path) -> None:
     for path in pages:
         text = path.read_text()
         wanted |= {target for target in targets(path, text) if target not in pages and target.suffix != ".png"}
-        write(folder / path.relative_to(ROOT), LINK.sub(lambda link, page=path: rewritten(page, link), text))
+        text = LINK.sub(lambda link, page=path: rewritten(page, link), text)
+        write(folder / path.relative_to(ROOT), without_controls(text) if path.suffix == ".ipynb" else text)
     tour = reading_order()
     for path in with_listed(wanted):
         page = folder_page(path) if path.is_dir() else file_page(path)
@@ -41,6 +44,17 @@ def stage(folder: Path) -> None:
             place = folder / path.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(path.read_bytes())
+
+
+def without_controls(text: str) -> str:
+    """A notebook without sliders, which need a kernel; the picture that each of them moves stands beside it."""
+    notebook = json.loads(text)
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        cell["outputs"] = [output for output in cell.get("outputs", []) if CONTROL not in output.get("data", {})]
+        if cell["cell_type"] == "markdown":
+            del cell["outputs"]
+    return json.dumps(notebook, indent=1)
 
 
 def write(place: Path, text: str) -> None:
