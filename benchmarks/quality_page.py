@@ -151,7 +151,8 @@ def how_section(page: Page) -> str:
     if page.presses:
         lines.append(
             "kvpress's presses have its defaults but for what is named here; its `compression_ratio` is the fraction "
-            "removed, 1 - kept, and none sees a question (SnapKV and TOVA judge by the last tokens of the context):"
+            "removed, 1 - kept, and none sees a question (some, as SnapKV and TOVA, judge by the last tokens of the "
+            "context):"
         )
         lines.append("\n".join(f"- {name}: `{made}`" for name, made in page.presses.items()))
     if page.left_out:
