@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -71,3 +72,20 @@ def test_readme_leads_to_reference_theory_tests_specification_and_notebooks():
         "docs/modes.md",
     ):
         assert any(link == place or link.startswith(f"{place}/") for link in links), place
+
+
+def test_how_to_cite_is_the_same_in_readme_and_citation():
+    cited = re.findall(r"(?s)@\w+\{(.*?)\n\}", (ROOT / "README.md").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    software, *papers = [dict(re.findall(r"(\w+) += \{+(.+?)\}+,?\n", f"{entry}\n")) for entry in cited]
+    assert software == {"author": citation["authors"][0]["name"]} | {
+        name: citation[name] for name in ("title", "version")
+    }
+    known = {reference["identifiers"][0]["value"]: reference for reference in citation["references"]}
+    assert len(papers) == 2
+    for paper in papers:
+        reference = known[paper["journal"]]
+        authors = [f"{author['family-names']}, {author['given-names']}" for author in reference["authors"]]
+        assert paper["author"] == " and ".join(authors)
+        assert paper["title"] == reference["title"]
+        assert paper["year"] == str(reference["year"])

@@ -183,3 +183,9 @@ def test_notebooks_lose_their_sliders_only():
     cells = [{"cell_type": "code", "outputs": [view, {"text": "1"}]}, {"cell_type": "markdown", "source": "a"}]
     still = json.loads(source_pages.without_controls(json.dumps({"metadata": {"widgets": {}}, "cells": cells})))
     assert still == {"metadata": {}, "cells": [{"cell_type": "code", "outputs": [{"text": "1"}]}, cells[1]]}
+
+
+def test_the_picture_of_the_idea_is_drawn(tmp_path):
+    script("idea").draw(tmp_path / "idea.png")
+    assert (tmp_path / "idea.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs" / "idea.png").stat().st_size < 300_000
