@@ -11,6 +11,7 @@ namespace {
 constexpr int TILE = 4;      // query rows that share one pass over a page
 constexpr int ROWS = 64;     // query rows of one program
 constexpr int SPLIT = 1024;  // entries of one program, a multiple of BLOCK
+constexpr int PIECE = 2 * LANES;  // entries that are scored at once, never of two pages
 
 // Strides are counted in elements of the dtype of the pages.
 struct Shape {
@@ -26,49 +27,62 @@ struct Request {
     int64_t first_token, n_tokens, n_entries, counted, uncounted;
 };
 
-// Logits of the entries of half a page or a whole one, at most BLOCK, for the rows of one tile.
+// Logits of a piece's entries, its keys `page` apart from feature to feature, for the rows of one tile.
 template <class Element, int N>
-void score(const Element* keys, int64_t page, int n, const float* query, int dim, float (*weights)[BLOCK]) {
-    for (int j = 0; j < n; j += 2 * LANES) {
-        Floats dots[N][2] = {};
-        for (int d = 0; d < dim; d++) {
-            const Element* at = keys + d * page + j;
-            const Floats a = load(at), b = load(at + LANES);
-#pragma GCC unroll 4
-            for (int r = 0; r < N; r++) {
-                const Floats q = Floats{} + query[r * dim + d];
-                dots[r][0] += q * a;
-                dots[r][1] += q * b;
-            }
-        }
+void score(const Element* keys, int64_t page, const float* query, int dim, float (*weights)[BLOCK]) {
+    Floats dots[N][2] = {};
+    for (int d = 0; d < dim; d++) {
+        const Floats a = load(keys + d * page), b = load(keys + d * page + LANES);
 #pragma GCC unroll 4
         for (int r = 0; r < N; r++) {
-            store(&weights[r][j], dots[r][0]);
-            store(&weights[r][j + LANES], dots[r][1]);
+            const Floats q = Floats{} + query[r * dim + d];
+            dots[r][0] += q * a;
+            dots[r][1] += q * b;
         }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < N; r++) {
+        store(weights[r], dots[r][0]);
+        store(weights[r] + LANES, dots[r][1]);
     }
 }
 
-// Entries of one page from `offset` on, `n` of them that exist, into the results of one tile; `first` is the place of
-// the first of them in the split.
+// PIECE entries that lie side by side in one page, of which `n` exist, and the piece whose keys are wanted next.
+template <class Element>
+struct Piece {
+    const Element* cell;
+    const Element* next;
+    int offset, n;  // entries of the page before it; what is scored beyond n is never seen
+    bool has_counts;
+};
+
+// The pieces of a block into the results of one tile; `first` is the place of the first entry in the split.
 template <class Element, int N>
-void attend_page(const Element* cell, const Element* next, const Shape& s, bool has_counts, int offset, int n,
-                 int first, const float* query, const int* visible, Partial to) {
+void attend_block(const Piece<Element>* pieces, int n_pieces, const Shape& s, int first, const float* query,
+                  const int* visible, Partial to) {
     const int dim = static_cast<int>(s.dim);
     alignas(64) float weights[N][BLOCK], bias[BLOCK] = {};
-    const int whole = (n + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;  // what is scored beyond n is never seen
-    score<Element, N>(cell + offset, s.page, whole, query, dim, weights);
-    if (has_counts) {
-        const char* counts = reinterpret_cast<const char*>(cell + 2 * s.page * s.dim);
-        for (int j = 0; j < n; j++) {
-            int32_t count;
-            std::memcpy(&count, counts + (offset + j) * sizeof count, sizeof count);
-            bias[j] = log_of_count(count);
+    int n = 0;
+    for (int i = 0; i < n_pieces; i++) {
+        const Piece<Element>& p = pieces[i];
+        float(*logits)[BLOCK] = reinterpret_cast<float(*)[BLOCK]>(*weights + i * PIECE);
+        score<Element, N>(p.cell + p.offset, s.page, query, dim, logits);
+        if (p.has_counts) {
+            const char* counts = reinterpret_cast<const char*>(p.cell + 2 * s.page * s.dim);
+            for (int j = 0; j < p.n; j++) {
+                int32_t count;
+                std::memcpy(&count, counts + (p.offset + j) * sizeof count, sizeof count);
+                bias[i * PIECE + j] = log_of_count(count);
+            }
         }
+        n += p.n;
     }
     weigh<N>(weights, bias, n, first, visible, dim, to);
-    const Element* values = cell + s.page * s.dim + offset * s.dim;
-    add_values<Element, N>(weights, values, s.dim, next, s.dim, n, dim, to.output);
+    for (int i = 0; i < n_pieces; i++) {
+        const Piece<Element>& p = pieces[i];
+        add_values<Element, N>(reinterpret_cast<const float (*)[BLOCK]>(*weights + i * PIECE),
+                               p.cell + (s.page + p.offset) * s.dim, s.dim, p.next, s.dim, p.n, dim, to.output);
+    }
 }
 
 // One program: some rows of one KV head of one request, and the entries of one split.
@@ -76,27 +90,29 @@ template <class Element>
 void attend_split(const Shape& s, const Request& q, const Element* pages, const int32_t* blocks, int64_t split,
                   int rows, const float* query, const int* visible, Partial to) {
     const int64_t from = split * SPLIT, until = std::min<int64_t>(from + SPLIT, q.n_entries);
-    const int unit = static_cast<int>(s.page % BLOCK == 0 ? BLOCK : 2 * LANES);
-    for (int64_t entry = from; entry < until; entry += unit) {
-        const int64_t place = entry / s.page;
-        const int offset = static_cast<int>(entry % s.page);
-        const Element* cell = pages + blocks[place] * s.block_stride;
-        const bool is_last = offset + unit == s.page && entry + unit < until;
-        const Element* next = is_last ? pages + blocks[place + 1] * s.block_stride : cell + offset + unit;
-        const int first = static_cast<int>(entry - from);
+    for (int64_t block = from; block < until; block += BLOCK) {
+        Piece<Element> pieces[BLOCK / PIECE];
+        int n_pieces = 0;
+        for (int64_t entry = block; entry < std::min(block + BLOCK, until); entry += PIECE) {
+            const int64_t place = entry / s.page, offset = entry % s.page;
+            const int64_t later = std::min(entry + BLOCK, until - 1);
+            pieces[n_pieces++] = {pages + blocks[place] * s.block_stride,
+                                  pages + blocks[later / s.page] * s.block_stride + later % s.page,
+                                  static_cast<int>(offset), static_cast<int>(std::min<int64_t>(PIECE, until - entry)),
+                                  place >= q.counted && place < q.uncounted};
+        }
+        const int first = static_cast<int>(block - from);
         for (int row = 0; row < rows; row += TILE) {
             const int tile = std::min(TILE, rows - row);
             const int last = *std::max_element(visible + row, visible + row + tile);
-            const int n = std::min({unit, static_cast<int>(until - entry), last - first});
-            if (n <= 0) continue;
-            const bool counts = place >= q.counted && place < q.uncounted;
-            const float* rows_of_tile = query + row * s.dim;
+            const int seen = std::min(n_pieces, (last - first + PIECE - 1) / PIECE);  // of the pieces, by any row
+            if (seen <= 0) continue;
+            const float* of_tile = query + row * s.dim;
             const Partial part = {to.output + row * s.dim, to.sum + row, to.highest + row};
-            const int* seen = visible + row;
-            if (tile == 4) attend_page<Element, 4>(cell, next, s, counts, offset, n, first, rows_of_tile, seen, part);
-            if (tile == 3) attend_page<Element, 3>(cell, next, s, counts, offset, n, first, rows_of_tile, seen, part);
-            if (tile == 2) attend_page<Element, 2>(cell, next, s, counts, offset, n, first, rows_of_tile, seen, part);
-            if (tile == 1) attend_page<Element, 1>(cell, next, s, counts, offset, n, first, rows_of_tile, seen, part);
+            if (tile == 4) attend_block<Element, 4>(pieces, seen, s, first, of_tile, visible + row, part);
+            if (tile == 3) attend_block<Element, 3>(pieces, seen, s, first, of_tile, visible + row, part);
+            if (tile == 2) attend_block<Element, 2>(pieces, seen, s, first, of_tile, visible + row, part);
+            if (tile == 1) attend_block<Element, 1>(pieces, seen, s, first, of_tile, visible + row, part);
         }
     }
 }
