@@ -53,7 +53,7 @@ class Settings:
         return PageRule(
             page=page,
             keep_ratio=self.keep_ratio,
-            chunk_size=self.chunk_size or default_chunk(self.keep_ratio, page),
+            chunk_size=default_chunk(self.keep_ratio, page) if self.chunk_size is None else self.chunk_size,
             n_sink=page if self.n_sink is None else self.n_sink,
             n_recent=self.n_recent,
             n_shared=self.n_shared if self.method == "distinctive" else None,
