@@ -47,7 +47,9 @@ class Pool:
     def cluster(self):
         blocks = [self.table[list(self.rule.pages_of(chunk))] for chunk in range(self.n_chunks)]
         if blocks:
-            cluster_chunks(self.cells, torch.stack(blocks), self.rule, self.dim)
+            blocks = torch.stack(blocks)
+            to = blocks[:, : self.rule.entries // self.rule.page]
+            cluster_chunks(self.cells, blocks, self.cells, to, self.rule, self.dim)
 
     @property
     def kept(self):
@@ -191,3 +193,12 @@ def test_every_page_is_kept_or_free_and_none_is_both(changes):
         assert sorted(kept + free) == list(range(-(-n_tokens // rule.page)))
         assert kept == sorted(kept)
         assert rule.n_stored(n_tokens, n_chunks) <= len(kept) * rule.page
+
+
+@pytest.mark.parametrize("changes", [{}, {"keep_ratio": 0.5}, {"chunk_size": 256, "n_sink": 0}, {"n_recent": 0}])
+def test_the_most_pages_are_those_of_the_worst_length(changes):
+    """Pages of n tokens, of which the step before had clustered what it may have."""
+    rule = make_rule(**changes)
+    held = [len(rule.kept_pages(n_tokens, rule.n_chunks(max(0, n_tokens - 1), 1))) for n_tokens in range(1500)]
+    for n_tokens in (1, 40, 199, 200, 201, 327, 328, 329, 700, 1499):
+        assert rule.most_pages(n_tokens) == max(held[: n_tokens + 1])

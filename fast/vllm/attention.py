@@ -57,16 +57,19 @@ class ClusteredAttention(CPUAttentionBackendImpl):
         """`output` (tokens, heads, dim), filled for the step's tokens, whose keys and values lie in the pages."""
         if attn_metadata is None:  # warming up
             return output
-        step, pages = attn_metadata, self.without_counts(kv_cache)
-        for tokens, of_run in step.runs:
-            parts = (x[tokens] for x in (query, key, value))
-            super().forward(layer, *parts, pages, of_run, output[tokens], output_scale, output_block_scale)
-        cells, page = cells_of(kv_cache), kv_cache.shape[2]
+        step, cells, page = attn_metadata, cells_of(kv_cache), kv_cache.shape[2]
+        for run in step.runs:
+            pages = self.without_counts(kv_cache if run.slots is None else step.own)
+            parts = [x[run.tokens] for x in (query, key, value)]
+            if run.slots is not None:
+                super().do_kv_cache_update(layer, *parts[1:], pages, run.slots)
+            super().forward(layer, *parts, pages, run.known, output[run.tokens], output_scale, output_block_scale)
         if len(step.requests):
             made = attend_pages(query, cells, step.tables, step.requests, page=page, scale=self.scale)
             output[step.tokens] = made[step.tokens].to(output.dtype)
-        if len(step.due):
-            cluster_chunks(cells, step.due, step.rule, self.head_size)
+        for source, due in ((cells, step.due), (cells_of(step.own), step.due_of_own)):
+            if len(due.blocks):
+                cluster_chunks(source, due.blocks, cells, due.to, step.rule, self.head_size)
         return output
 
     def do_kv_cache_update(

@@ -38,21 +38,27 @@ def counts_of(cells: Tensor, page: int, dim: int) -> Int32[Tensor, "blocks heads
     return cells[..., 2 * page * dim :].view(torch.int32)
 
 
-def cluster_chunks(cells: Tensor, blocks: Int64[Tensor, "chunks pages"], rule: PageRule, dim: int) -> None:
-    """Cluster chunks, each a row of `blocks`, into their own first pages.
+def cluster_chunks(
+    source: Tensor,
+    blocks: Int64[Tensor, "chunks pages"],
+    cells: Tensor,
+    to: Int64[Tensor, "chunks entry_pages"],
+    rule: PageRule,
+    dim: int,
+) -> None:
+    """Cluster the chunks that lie in `blocks` of the cells `source`, and write their entries to the pages `to`.
 
     The entries have the bits of the chunk's entries in a `ClusteredCache` of the same parameters.
     """
     page, n_pages = rule.page, rule.entries // rule.page
-    keys = keys_of(cells, page, dim)[blocks]  # (chunks, pages, heads, dim, page)
-    values = values_of(cells, page, dim)[blocks]  # (chunks, pages, heads, page, dim)
+    keys = keys_of(source, page, dim)[blocks]  # (chunks, pages, heads, dim, page)
+    values = values_of(source, page, dim)[blocks]  # (chunks, pages, heads, page, dim)
     keys = keys.permute(0, 2, 1, 4, 3).flatten(2, 3)  # (chunks, heads, chunk, dim)
     values = values.permute(0, 2, 1, 3, 4).flatten(2, 3)
     made = compress_tokens(keys, values, rule)
     assert made.values is not None  # values were given
     chunks, heads = keys.shape[:2]
     in_pages = [x.reshape(chunks, heads, n_pages, page, -1) for x in (made.keys, made.values, made.counts)]
-    to = blocks[:, :n_pages]
     keys_of(cells, page, dim)[to] = in_pages[0].permute(0, 2, 1, 4, 3).to(cells.dtype)
     values_of(cells, page, dim)[to] = in_pages[1].permute(0, 2, 1, 3, 4).to(cells.dtype)
     counts_of(cells, page, dim)[to] = in_pages[2].squeeze(-1).transpose(1, 2).int()

@@ -93,6 +93,14 @@ class PageRule:
         """Those of them that are free once it is clustered."""
         return self.pages_of(chunk)[self.entries // self.page :]
 
+    def most_pages(self, n_tokens: int) -> int:
+        """The most pages that a request of up to `n_tokens` tokens holds at once, if its prompt never holds holes."""
+        n_chunks = self.n_chunks(n_tokens, 1)
+        numbers = [len(self.kept_pages(n_tokens, n_chunks))]
+        if n_chunks:  # just before the last hole is free
+            numbers.append(len(self.kept_pages(self.n_sink + self.n_recent + n_chunks * self.chunk_size, n_chunks - 1)))
+        return max(numbers)
+
     def kept_pages(self, n_tokens: int, n_chunks: int) -> Int64[np.ndarray, " pages"]:
         """Places of the pages that hold entries, in order."""
         of_chunks = (np.arange(n_chunks) * self.chunk_size // self.page)[:, None]

@@ -57,10 +57,28 @@ def test_wrong_positions_would_be_seen(engine, expected, monkeypatch):
 
 
 def test_a_pool_so_small_that_requests_wait_changes_nothing(engine, expected):
-    served = engine(CLUSTERED, n_blocks=24, max_model_len=700)
+    served = engine(CLUSTERED, n_blocks=20, max_model_len=700)
     assert served.generate(PROMPTS, 48) == expected
     assert not served.preempted
     assert served.most_at_once < len(PROMPTS)
+
+
+def test_a_prompt_that_fits_a_step_never_holds_its_holes(engine, expected):
+    """So that requests of 648 tokens, 21 blocks, are served by a pool of 13."""
+    served = engine(CLUSTERED, n_blocks=14, max_model_len=700)
+    assert served.generate(PROMPTS[2:3], 48) == expected[2:3]
+    assert served.records[0] == (1, 7)
+    assert max(held for _, held in served.records) == 9
+    split = engine(CLUSTERED, max_num_batched_tokens=512)  # of which 256 are for requests that generate
+    assert split.generate(PROMPTS[2:3], 48) == expected[2:3]
+    assert max(held for _, held in split.records) == 19
+
+
+def test_a_prompt_that_fits_a_step_is_not_split(engine, expected):
+    """Though there were tokens left in the first step: it would have to hold its holes."""
+    served = engine(CLUSTERED)
+    assert served.generate([PROMPTS[2], PROMPTS[4]], 48) == [expected[2], expected[4]]
+    assert [running for running, _ in served.records[:2]] == [1, 2]
 
 
 def test_a_block_freed_too_early_would_be_seen(engine, expected, monkeypatch):
@@ -69,7 +87,7 @@ def test_a_block_freed_too_early_would_be_seen(engine, expected, monkeypatch):
     monkeypatch.setattr(
         PageRule, "hole", lambda rule, chunk: range(hole(rule, chunk).start - 1, hole(rule, chunk).stop)
     )
-    assert engine(CLUSTERED, n_blocks=24, max_model_len=700).generate(PROMPTS, 48) != expected
+    assert engine(CLUSTERED, n_blocks=20, max_model_len=700).generate(PROMPTS, 48) != expected
 
 
 def test_blocks_of_holes_are_used_by_others(engine):
