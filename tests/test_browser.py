@@ -13,10 +13,12 @@ import pytest
 from browsers import needs_browser, open_browser
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent
 SECOND = "02-match-and-merge-a-chunk-by-hand.ipynb"
+THIRD = "03-attend-to-centroids.ipynb"
 PATIENCE = 120  # seconds, for a machine that others use too
 NUMBER = r"return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"
 ERRORS = ".jp-OutputArea-output[data-mime-type*='error'], .jp-OutputArea-output[data-mime-type*='stderr']"
@@ -27,14 +29,16 @@ pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.xdist_group("browser"
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory):
-    """A folder like this repository, with two notebooks without outputs: the second, and the same with a mistake."""
+    """A folder like this repository, with notebooks that have no outputs: two of ours, and one with a mistake."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "notebooks").mkdir()
-    notebook = nbformat.read(ROOT / "notebooks" / SECOND, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, folder / "notebooks" / SECOND)
+    for name in (THIRD, SECOND):
+        notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+        notebook.metadata.pop("widgets", None)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / "notebooks" / name)
     (cell,) = [cell for cell in notebook.cells if "== 0.9216" in cell.source]
     cell.source = cell.source.replace("== 0.9216", "== 0.9217")
     nbformat.write(notebook, folder / "notebooks" / "wrong.ipynb")
@@ -88,6 +92,11 @@ def run_all_cells(browser, lab, name):
     when(lambda _: errors(browser) or has_run(browser), "the notebook has not run to its end")
 
 
+def picture(browser):
+    """The address of what a slider's picture shows."""
+    return browser.execute_script("return document.querySelector('img.widget-image')?.src")
+
+
 def has_run(browser):
     prompts = browser.execute_script(NUMBER)
     return prompts and all(prompt.strip("[]: ").isdigit() for prompt in prompts)
@@ -108,3 +117,14 @@ def test_a_notebook_that_fails_is_seen_to_fail(browser, lab):
     run_all_cells(browser, lab, "wrong.ipynb")
     assert any("AssertionError" in error for error in errors(browser))
     assert not has_run(browser)
+
+
+def test_the_slider_of_the_third_notebook_moves_its_picture(browser, lab):
+    run_all_cells(browser, lab, THIRD)
+    patient = WebDriverWait(browser, PATIENCE)
+    before = patient.until(picture, "no picture")
+    handle = browser.find_element(By.CSS_SELECTOR, ".widget-slider .noUi-handle")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+    handle.send_keys(Keys.ARROW_RIGHT)
+    patient.until(lambda _: picture(browser) not in (None, before), "the picture did not change")
+    assert errors(browser) == []
