@@ -1,7 +1,7 @@
 # make demo    a real Llama on a clustered cache, checked by the reference
 # make notebooks  the tutorials in JupyterLab; more of its options in LAB_OPTIONS
 # make site    all pages as a site, for a browser without a network, in .cache/site
-# make test    everything: lint, all tests
+# make test    everything: lint, all tests; those of the vLLM plugin if `make vllm` has been run
 # make check   lint and the quick tests, for daily work
 # make test-versions   the tests of the transformers side on every supported version
 # make bench   the cost of certified decisions, then attention, decoding and serving on this CPU; run it alone
@@ -9,6 +9,8 @@
 # make peers   kvpress, in an environment of its own, on the contexts and needles of `kvcluster eval`, an hour; run it alone
 # make quality ours on the same, then benchmarks/QUALITY.md with its figures, 15 minutes; run it alone
 # make vllm    vLLM with the plugin in .venv-vllm, for make test-vllm, make serve-demo and make serve-bench
+# make serve-demo   conversations with vLLM's server, stock and clustered, the same pool, 3 minutes
+# make serve-bench  tokens per second against pool size in vLLM, and its attention beside ours, 15 minutes; run it alone
 # make gpu     comparison and timings on a CUDA machine
 # Everything is installed into .venv; nothing outside this folder is touched but pip's and the model's cache.
 
@@ -30,7 +32,7 @@ export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: install demo notebooks site check test test-versions lint bench recall peers quality gpu vllm test-vllm clean
+.PHONY: install demo notebooks site check test test-versions lint bench recall peers quality gpu vllm test-vllm serve-demo serve-bench clean
 
 install: .venv/.installed
 
@@ -56,6 +58,7 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	if [ -e .venv-vllm/.installed ]; then $(MAKE) test-vllm; fi
 
 # Each beside the torch of .venv: wheels in a folder that comes first on the path.
 test-versions: $(patsubst tests/versions/%.txt,$(CACHES)/versions/%/.installed,$(wildcard tests/versions/*.txt))
@@ -108,10 +111,17 @@ vllm: .venv-vllm/.installed
 test-vllm: vllm
 	$(VLLM)/python -m pytest -q -p no:cacheprovider tests/serving
 
+serve-demo: vllm
+	$(VLLM)/kvcluster serve-demo
+
+serve-bench: vllm
+	$(VLLM)/python benchmarks/serving_attention.py
+	$(VLLM)/python benchmarks/serving_pools.py
+
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:
 	PIP_CONSTRAINT= $(PYTHON) -m pip install --no-deps --no-build-isolation .
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .venv-vllm .cache build *.egg-info
