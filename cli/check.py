@@ -42,6 +42,11 @@ def chunked_soft_matching(keys, *, keep_ratio, chunk_size=64):
     return my_package.match(keys, keep_ratio, chunk_size)
 
 
+def distinctive_matching(keys, values, *, keep_ratio, chunk_size=256, n_shared=4):
+    """labels (..., tokens), counts (..., entries)."""
+    return my_package.match_distinctive(keys, values, keep_ratio, chunk_size, n_shared)
+
+
 def merge(array, clustering):
     """(..., entries, dim) float32; clustering has .labels and .counts."""
     return my_package.merge(array, clustering.labels, clustering.counts)
@@ -72,7 +77,8 @@ def recall_attention(query, keys, values, clusters, *, budget, scale=None):
     return my_package.recall(query, keys, values, clusters, budget, scale)
 
 
-# ClusteredCache = my_package.ClusteredCache  # append(keys, values), attend(query), n_seen, n_stored
+# append(keys, values), attend(query), n_seen, n_stored; without the parameters budget or n_shared, if you have none
+# ClusteredCache = my_package.ClusteredCache
 # RecallCache = my_package.RecallCache
 '''
 

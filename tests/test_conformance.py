@@ -117,7 +117,7 @@ def test_the_reference_passes_in_a_minute():
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_numbers_pass_too(seed):
     assert_agrees(check(Implementation(reference), seed=seed))
-    assert_agrees(check(Implementation(fast), seed=seed, only=OPERATIONS[:6]))
+    assert_agrees(check(Implementation(fast), seed=seed, only=OPERATIONS[:7]))
 
 
 @pytest.mark.slow
@@ -128,8 +128,9 @@ def test_the_fast_path_passes(backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS[2:])
-def test_the_kernels_pass(operation, few_programs):
+def test_the_kernels_pass(operation, few_programs, monkeypatch):
     """Without subnormal bfloat16 numbers, which Triton's interpreter reads wrongly."""
+    monkeypatch.setattr("kvcluster.fast.kernels.likeness.BLOCK_TOKENS", 64)
     dtypes = ("f16", "bf16", "f32") if torch.cuda.is_available() else ("f16", "f32")
     assert_agrees(check(on_backend("triton", dtypes), only=(operation,), has_smallest=False))
 
@@ -173,7 +174,7 @@ def test_cases_are_the_same_to_the_last_bit_on_every_machine():
         if case.operation != "recall_attention":  # whose clusters the reference makes
             for array in case.arrays.values():
                 digest.update(array.tobytes())
-    assert digest.hexdigest()[:16] == "b9660148f751b05f"
+    assert digest.hexdigest()[:16] == "8468b9dea3e91f2a"
 
 
 def test_what_is_raised_or_has_another_shape_or_dtype_is_told():

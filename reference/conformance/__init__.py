@@ -8,7 +8,8 @@
 those of SPECIFICATION.md.
 """
 
-from .cases import OPERATIONS, Case, all_cases
+from .case import OPERATIONS, Case
+from .cases import all_cases
 from .implementation import Implementation, load_implementation
 from .suite import Report, check
 

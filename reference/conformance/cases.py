@@ -1,55 +1,21 @@
 """The cases of the conformance suite: for every public operation, what goes in.
 
-A case is arrays and parameters by name, as the operation takes them. What must come out is not stored: the reference
-says it, see `operations`.
+What must come out is not stored: the reference says it, see `comparing`. Cases keep their name and their numbers
+for good, since others hold them as files (see `vectors`): new ones come beside them.
 """
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from .. import kmeans
-from .inputs import DTYPES, KINDS, make_array
+from .cache_cases import clustered_cache_cases, recall_cache_cases
+from .case import OPERATIONS, Case
+from .inputs import DTYPES, KINDS, attention_arrays, make_array
+from .refused_cases import refused
 
-__all__ = ["OPERATIONS", "Case", "all_cases"]
-
-OPERATIONS = (
-    "alternating_partition",
-    "similarity",
-    "chunked_soft_matching",
-    "merge",
-    "attention",
-    "clustered_attention",
-    "ClusteredCache",
-    "kmeans",
-    "select_clusters",
-    "recall_attention",
-    "RecallCache",
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """What one call gets.
-
-    Attributes
-    ----------
-    operation : a public name of `kvcluster.reference`.
-    name : unique within the operation.
-    arrays : arguments that are arrays. `labels`, `counts` and `centroids` make up one argument where the operation
-        takes a `Clustering` or `Clusters`. Caches get `keys`, `values` in pieces, then `query`.
-    parameters : the other arguments; `pieces`, of caches, are the numbers of tokens of each append.
-    is_refused : whether the call must raise ValueError or TypeError.
-    """
-
-    operation: str
-    name: str
-    arrays: dict[str, np.ndarray]
-    parameters: dict[str, Any] = field(default_factory=dict)
-    is_refused: bool = False
+__all__ = ["all_cases"]
 
 
 def all_cases(operations: tuple[str, ...] = OPERATIONS, seed: int = 0) -> Iterator[Case]:
@@ -106,6 +72,43 @@ def matching(name: str, keys: np.ndarray, keep_ratio: float, chunk_size: int) ->
     return Case("chunked_soft_matching", name, {"keys": keys}, {"keep_ratio": keep_ratio, "chunk_size": chunk_size})
 
 
+def distinctive_cases(base: int) -> Iterator[Case]:
+    settings = ((0.4, 20, 3), (0.25, 16, 4), (0.5, 9, 40), (0.1, 8, 1), (1.0, 8, 4), (0.7, 13, 2))
+    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in KINDS):
+        keep_ratio, chunk_size, n_shared = settings[index % len(settings)]
+        lead, tokens = (2, 1 + index % 3), 2 * chunk_size + index % 4
+        made = keys_and_values(kind, (*lead, tokens), ((16, 5), (64, 80), (7, 7))[index % 3], dtype, base + 150 + index)
+        name = f"{kind}-C{chunk_size}-keep{keep_ratio}-shared{n_shared}-{dtype}"
+        parameters = {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_shared": n_shared}
+        yield Case("distinctive_matching", name, made, parameters)
+    plan = {"keep_ratio": 0.4, "chunk_size": 20, "n_shared": 3}
+    for dtype in DTYPES:  # the ends of chunks, where fewer neighbours count, and the bits of means
+        made = keys_and_values("smooth", (2, 2, 180), (16, 16), dtype, base + 180)
+        yield Case("distinctive_matching", f"chunks-{dtype}", made, plan)
+    made = keys_and_values("normal", (2, 600), (8, 8), "f32", base + 181)
+    yield Case("distinctive_matching", "defaults", made, {"keep_ratio": 0.25})
+    yield Case("distinctive_matching", "no-heads", keys_and_values("signs", (47,), (8, 8), "f32", base + 182), plan)
+    for tokens in (0, 19):
+        made = keys_and_values("normal", (2, tokens), (8, 8), "f32", base + 183)
+        yield Case("distinctive_matching", f"normal-T{tokens}", made, plan)
+    same = np.ones((2, 40, 4), np.float32)  # all tie
+    yield Case("distinctive_matching", "equal-tokens", {"keys": same, "values": same}, plan)
+    phrase = same.copy()
+    phrase[:, 11:14] = -1
+    for name, keys, values in (("phrase-of-keys", phrase, same), ("phrase-of-values", same, phrase)):
+        yield Case("distinctive_matching", name, {"keys": keys, "values": values}, plan)
+
+
+def keys_and_values(
+    kind: str, shape: tuple[int, ...], dims: tuple[int, int], dtype: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Both of one kind; `dims` are dim and dim_value."""
+    return {
+        name: make_array(kind, (*shape, dim), dtype, 2 * seed + i)
+        for i, (name, dim) in enumerate(zip(("keys", "values"), dims, strict=True))
+    }
+
+
 def merge_cases(base: int) -> Iterator[Case]:
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in KINDS):
         tokens, entries = 60, (1, 7, 60)[index % 3]
@@ -147,16 +150,6 @@ def clustered_attention_cases(base: int) -> Iterator[Case]:
     keys = np.repeat(arrays["keys"], [3], axis=0)
     batch = {"query": np.stack([arrays["query"][0] * (i + 1) for i in range(3)]), "keys": keys, "values": keys}
     yield Case("clustered_attention", "heads-differ", {**batch, "counts": some_counts((3, 12), 3)})
-
-
-def attention_arrays(
-    kind: str, lead: tuple[int, ...], group: int, tokens: int, dim: int, dtype: str, seed: int
-) -> dict[str, np.ndarray]:
-    shapes = {"query": (*lead, group, dim), "keys": (*lead, tokens, dim), "values": (*lead, tokens, dim)}
-    return {
-        name: make_array("normal" if name == "query" else kind, shape, dtype, 3 * seed + i)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
 
 
 def some_counts(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -218,95 +211,11 @@ def recall_cases(base: int) -> Iterator[Case]:
         yield Case("recall_attention", f"{dtype}-rest", arrays, {"budget": 30, "centroids_for_rest": True})
 
 
-def clustered_cache_cases(base: int) -> Iterator[Case]:
-    plan = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 3, "n_recent": 20}
-    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
-        arrays = attention_arrays(kind, (2,), 3, 150, 16, dtype, base + 110 + index)
-        for name, pieces in (("prompt", (150,)), ("split", (1, 2, 60, 1, 0, 37, 49)), ("tokens", (100, *[1] * 50))):
-            yield Case("ClusteredCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
-    arrays = attention_arrays("normal", (1, 2), 2, 200, 8, "f32", base + 120)
-    changes: dict[str, dict[str, Any]] = {
-        "defaults": {"keep_ratio": 0.25},
-        "keep-all": {**plan, "keep_ratio": 1.0},
-        "no-sink": {**plan, "n_sink": 0},
-        "no-recent": {**plan, "n_recent": 0},
-        "just-due": {**plan, "n_sink": 4, "pieces": (4 + 20 + 16 * 3, 15, 1)},
-        "three-rounds": {**plan, "keep_ratio": 0.2, "chunk_size": 13},
-    }
-    for name, changed in changes.items():
-        yield Case("ClusteredCache", name, arrays, {"pieces": (120, 80), **changed})
-    short = attention_arrays("normal", (1,), 1, 5, 8, "f32", base + 121)
-    yield Case("ClusteredCache", "shorter-than-sinks", short, {**plan, "n_sink": 9, "pieces": (2, 3)})
-    yield Case("ClusteredCache", "scale", arrays, {**plan, "scale": 0.7, "pieces": (200,)})
-
-
-def recall_cache_cases(base: int) -> Iterator[Case]:
-    plan = {"budget": 40, "n_sink": 4, "n_recent": 2, "tokens_per_cluster": 4}
-    plan |= {"segment_size": 16, "prompt_segment_size": 32}
-    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs")):
-        arrays = attention_arrays(kind, (2,), 3, 150, 16, dtype, base + 130 + index)
-        for name, pieces in (("prompt", (150,)), ("tokens", (101, *[1] * 49)), ("pieces", (1, 60, 0, 40, 49))):
-            yield Case("RecallCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
-    arrays = attention_arrays("smooth", (1, 2), 2, 200, 8, "f32", base + 140)
-    changes: dict[str, dict[str, Any]] = {
-        "absolute-segments": {**plan, "prompt_segment_size": 0},
-        "one-segment": {**plan, "prompt_segment_size": None},
-        "no-spread": {**plan, "spread": 0.0},
-        "centred": {**plan, "is_centred": True},
-        "rest": {**plan, "centroids_for_rest": True},
-        "budget-covers-all": {**plan, "budget": 300},
-        "scale": {**plan, "scale": 0.7},
-    }
-    for name, changed in changes.items():
-        yield Case("RecallCache", name, arrays, {**changed, "pieces": (150, 1, 49)})
-
-
-def refused(operation: str) -> Iterator[Case]:
-    """Calls that must raise: no number, no finite number, a wrong dtype, shapes that do not fit, out of range."""
-    keys = make_array("normal", (1, 8, 4), "f32", 1)
-    nan, infinite, double = keys.copy(), keys.copy(), keys.astype(np.float64)
-    nan[0, 3, 1], infinite[0, 0, 0] = np.nan, np.inf
-    bad = {"nan": nan, "infinity": infinite, "float64": double}
-    good: dict[str, Any] = {"query": keys[:, :2], "keys": keys, "values": keys}
-    if operation in ("attention", "clustered_attention"):
-        more = {"counts": np.ones((1, 8), int)} if operation == "clustered_attention" else {}
-        for name, array in bad.items():
-            yield Case(operation, f"refused-{name}", {**good, "values": array, **more}, is_refused=True)
-        yield Case(operation, "refused-shapes", {**good, "values": keys[:, :7], **more}, is_refused=True)
-    if operation == "chunked_soft_matching":
-        for name, array in bad.items():
-            yield Case(operation, f"refused-{name}", {"keys": array}, {"keep_ratio": 0.5, "chunk_size": 4}, True)
-        for keep_ratio in (0.0, 1.5):
-            yield Case(operation, f"refused-keep{keep_ratio}", {"keys": keys}, {"keep_ratio": keep_ratio}, True)
-        yield Case(operation, "refused-chunk0", {"keys": keys}, {"keep_ratio": 0.5, "chunk_size": 0}, True)
-    if operation == "merge":
-        labels, counts = np.zeros((1, 8), int), np.array([[8]])
-        for name, array in bad.items():
-            arrays = {"array": array, "labels": labels, "counts": counts}
-            yield Case(operation, f"refused-{name}", arrays, is_refused=True)
-        yield Case(operation, "refused-counts", {"array": keys, "labels": labels, "counts": counts - 1}, {}, True)
-    if operation == "kmeans":
-        for name, array in bad.items():
-            yield Case(operation, f"refused-{name}", {"keys": array}, {"n_clusters": 2}, True)
-        for n_clusters in (0, 9):
-            yield Case(operation, f"refused-K{n_clusters}", {"keys": keys}, {"n_clusters": n_clusters}, True)
-    if operation == "select_clusters":
-        arrays = {"query": keys[:, :2], "centroids": keys, "counts": np.ones((1, 8), int)}
-        for name, array in bad.items():
-            yield Case(operation, f"refused-{name}", {**arrays, "centroids": array}, {"budget": 3}, True)
-        yield Case(operation, "refused-budget", arrays, {"budget": -1}, True)
-    if operation in ("ClusteredCache", "RecallCache"):
-        rule = {"keep_ratio": 0.5} if operation == "ClusteredCache" else {"budget": 20, "n_sink": 2}
-        for name, array in bad.items():
-            yield Case(operation, f"refused-{name}", {**good, "keys": array}, {**rule, "pieces": (8,)}, True)
-        wrong = {"keep_ratio": 2.0} if operation == "ClusteredCache" else {"budget": 0}
-        yield Case(operation, "refused-parameter", good, {**wrong, "pieces": (8,)}, True)
-
-
 MAKERS = {
     "alternating_partition": partition_cases,
     "similarity": similarity_cases,
     "chunked_soft_matching": matching_cases,
+    "distinctive_matching": distinctive_cases,
     "merge": merge_cases,
     "attention": attention_cases,
     "clustered_attention": clustered_attention_cases,

@@ -9,7 +9,7 @@ from kvcluster import reference
 
 from ..agreement import attention_agreement
 from ..recall import mean_deviations, mean_of_members, recalled_entries
-from .cases import Case
+from .case import Case
 from .implementation import Implementation, Outcome, filled_cache, run
 
 __all__ = ["Difference", "compare", "expected", "oracle_arguments"]
@@ -28,6 +28,7 @@ SECTIONS = {
     "select_clusters": 11,
     "recall_attention": 12,
     "RecallCache": 13,
+    "distinctive_matching": 16,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cases import OPERATIONS, Case
+from .case import OPERATIONS, Case
 from .inputs import DTYPES
 
 __all__ = ["Implementation", "Outcome", "filled_cache", "load_implementation", "run"]
@@ -156,6 +156,7 @@ RESULTS = {
     "alternating_partition": ("sources", "destinations"),
     "similarity": ("similarity",),
     "chunked_soft_matching": ("labels", "counts"),
+    "distinctive_matching": ("labels", "counts"),
     "merge": ("centroids",),
     "attention": ("output",),
     "clustered_attention": ("output",),

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["DTYPES", "KINDS", "make_array"]
+__all__ = ["DTYPES", "KINDS", "attention_arrays", "make_array"]
 
 KINDS = ("normal", "signs", "duplicates", "near_ties", "zeros", "huge", "tiny", "smooth")
 DTYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
@@ -44,6 +44,17 @@ def make_array(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> Floa
     else:
         array = bell
     return array.astype(made)
+
+
+def attention_arrays(
+    kind: str, lead: tuple[int, ...], group: int, tokens: int, dim: int, dtype: str, seed: int
+) -> dict[str, np.ndarray]:
+    """Query (*lead, group, dim), normal, with keys and values of one kind."""
+    shapes = {"query": (*lead, group, dim), "keys": (*lead, tokens, dim), "values": (*lead, tokens, dim)}
+    return {
+        name: make_array("normal" if name == "query" else kind, shape, dtype, 3 * seed + i)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def bell_shaped(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -1,56 +1,27 @@
 """Mistakes that implementations make, each as a change of the reference: what explains a wrong outcome has its cause.
 
-A mistake is either other code in one or two places of the reference, or the right code on other arguments. If the
-reference with a mistake gives what an implementation gave in most cases that failed, that is what went wrong there.
+If the reference with a mistake gives what an implementation gave in most cases that failed, that is what went wrong
+there. Those of distinctive matching and of budgets are in `own_mistakes`.
 """
-
-import sys
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from unittest.mock import patch
 
 import numpy as np
 
-from kvcluster import reference
-
 from ..agreement import EPS, attention_agreement
 from . import wrong_parts as wrong
-from .cases import Case
+from .case import Case
 from .comparing import oracle_arguments
-from .implementation import Implementation, Outcome, run
+from .implementation import Outcome
+from .mistake import Mistake
+from .own_mistakes import OWN_MISTAKES
 from .wrong_parts import Patch
 
-__all__ = ["MISTAKES", "Mistake", "explain"]
+__all__ = ["MISTAKES", "explain"]
 
 MATCHING = ("chunked_soft_matching", "ClusteredCache")
 ATTENTION = ("attention", "clustered_attention", "recall_attention", "ClusteredCache", "RecallCache")
 CENTROIDS = ("merge", "ClusteredCache", "chunked_soft_matching")
 SELECTION = ("select_clusters", "recall_attention", "RecallCache")
 KMEANS = ("kmeans", "RecallCache")
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """What is wrong in words that a kernel author can act on, the paragraph of SPECIFICATION.md, and how to make it."""
-
-    cause: str
-    rule: str
-    operations: tuple[str, ...]
-    patches: tuple[Patch, ...] = ()
-    change: Callable[[Case], Case] = lambda case: case
-    restore: Callable[[np.ndarray], np.ndarray] = lambda output: output  # after a change of the heads' order
-
-    def outcome(self, case: Case) -> Outcome:
-        """What the reference gives with this mistake."""
-        with ExitStack() as stack:
-            for module, name, part in self.patches:
-                place = sys.modules[f"kvcluster.reference.{module}".rstrip(".")]
-                stack.enter_context(patch.object(place, name, part))
-            made = run(Implementation(reference), self.change(case))
-        if "output" in made.arrays:
-            made.arrays["output"] = self.restore(made.arrays["output"])
-        return made
 
 
 def explain(failures: list[tuple[Case, Outcome]]) -> Mistake | None:
@@ -90,10 +61,10 @@ def in_matching(name: str, part: object) -> tuple[Patch, ...]:
 
 
 def for_similarity(part: object) -> tuple[Patch, ...]:
-    return (("soft_matching", "similarity", part), ("kmeans", "similarity", part), ("", "similarity", part))
+    return tuple((place, "similarity", part) for place in ("soft_matching", "distinctive_matching", "kmeans", ""))
 
 
-SIMILAR = ("similarity", *MATCHING, *KMEANS)
+SIMILAR = ("similarity", *MATCHING, "distinctive_matching", *KMEANS)
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "sources and destinations are swapped: even entries are sources, odd ones destinations",
@@ -142,8 +113,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "the target is rounded down: it is ceil(keep_ratio * chunk_size)",
         "5.1",
-        MATCHING,
-        in_matching("entries_of_chunk", wrong.rounded_down),
+        (*MATCHING, "distinctive_matching"),
+        tuple((place, "entries_of_chunk", wrong.rounded_down) for place in ("soft_matching", "distinctive_matching")),
     ),
     Mistake(
         "there is one round only: rounds go on until the target is reached",
@@ -376,4 +347,5 @@ MISTAKES: tuple[Mistake, ...] = (
         ("RecallCache",),
         (("recall_cache", "round_to_bfloat16", lambda array: array),),
     ),
+    *OWN_MISTAKES,
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .cases import Case
+from .case import Case
 from .comparing import Difference, expected
 from .implementation import Outcome
 

@@ -12,7 +12,8 @@ from hypothesis.errors import NoSuchExample
 from hypothesis.extra.numpy import arrays
 
 from .. import kmeans
-from .cases import Case
+from ..arguments import entries_of_chunk
+from .case import Case
 
 __all__ = ["smallest_case"]
 
@@ -40,18 +41,21 @@ def smallest_case(operation: str, fails: Callable[[Case], bool], seed: int) -> C
 
 @st.composite
 def small_cases(draw: st.DrawFn, operation: str) -> Case:
-    """A case of few tokens, one leading index."""
+    """A case of few tokens, one leading index or two heads."""
     tokens, dim = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     if operation in ("ClusteredCache", "RecallCache"):
         tokens = draw(st.integers(1, 14))
-    keys = draw(numbers(tokens, dim))
+    if operation == "distinctive_matching":
+        tokens = draw(st.integers(1, 9))
+    heads = draw(st.integers(1, 2)) if operation == "distinctive_matching" else 1  # there they share their scores
 
     def rows(n: int) -> np.ndarray:
-        return draw(numbers(n, dim))
+        return draw(numbers(heads, n, dim))
 
     def counts(n: int, least: int) -> np.ndarray:
         return np.array([draw(st.lists(st.sampled_from((*range(least, 4), 2049)), min_size=n, max_size=n))])
 
+    keys = rows(tokens)
     made: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     if operation == "alternating_partition":
@@ -61,6 +65,10 @@ def small_cases(draw: st.DrawFn, operation: str) -> Case:
     elif operation == "chunked_soft_matching":
         parameters = {"keep_ratio": draw(ratios), "chunk_size": draw(st.integers(1, 6))}
         made = {"keys": keys}
+    elif operation == "distinctive_matching":
+        parameters = {"keep_ratio": draw(ratios), "chunk_size": draw(st.integers(1, 8))}
+        parameters["n_shared"] = draw(st.integers(1, 3))
+        made = {"keys": keys, "values": rows(tokens)}
     elif operation == "merge":
         labels = np.unique(draw(st.lists(st.integers(0, 2), min_size=tokens, max_size=tokens)), return_inverse=True)[1]
         made = {"array": keys, "labels": labels[None], "counts": np.bincount(labels)[None]}
@@ -83,6 +91,9 @@ def small_cases(draw: st.DrawFn, operation: str) -> Case:
     if operation == "ClusteredCache":
         parameters |= {"keep_ratio": draw(ratios), "chunk_size": draw(st.integers(1, 4))}
         parameters |= {"n_sink": draw(st.integers(0, 2)), "n_recent": draw(st.integers(0, 3))}
+        least = parameters["n_sink"] + parameters["n_recent"] + parameters["chunk_size"] - 1
+        least += entries_of_chunk(parameters["keep_ratio"], parameters["chunk_size"])
+        parameters |= draw(st.sampled_from(({}, {"n_shared": 1}, {"budget": least}, {"budget": least + 1})))
     if operation == "RecallCache":
         sizes = {name: draw(st.integers(0, 2)) for name in ("n_sink", "n_recent")}
         sizes |= {"segment_size": draw(st.integers(1, 3)), "tokens_per_cluster": draw(st.integers(1, 3))}
@@ -98,5 +109,5 @@ def small_cases(draw: st.DrawFn, operation: str) -> Case:
 ratios = st.sampled_from((1.0, 0.5, 0.75, 0.25, 0.2, 0.7))
 
 
-def numbers(rows: int, dim: int) -> st.SearchStrategy[np.ndarray]:
-    return arrays(np.float32, (1, rows, dim), elements=st.sampled_from([float(np.float32(x)) for x in NUMBERS]))
+def numbers(heads: int, rows: int, dim: int) -> st.SearchStrategy[np.ndarray]:
+    return arrays(np.float32, (heads, rows, dim), elements=st.sampled_from([float(np.float32(x)) for x in NUMBERS]))

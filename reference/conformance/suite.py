@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .cases import OPERATIONS, Case, all_cases
+from .case import OPERATIONS, Case
+from .cases import all_cases
 from .comparing import SECTIONS, Difference, compare, expected
 from .implementation import Implementation, Outcome, run
 from .mistakes import explain
@@ -131,6 +132,11 @@ def check(
     return Report(implementation.name, list(reports.values()), time.monotonic() - begun, is_stopped)
 
 
+def differs(implementation: Implementation, case: Case) -> bool:
+    """Whether the case can be put to the implementation, and is answered wrongly."""
+    return implementation.accepts(case) is None and compare(case, run(implementation, case)) is not None
+
+
 def counterexample(
     implementation: Implementation, failed: list[tuple[Case, Outcome, Difference]], seed: int | None
 ) -> Counterexample:
@@ -141,11 +147,13 @@ def counterexample(
     results = [failure for failure in by_size if not failure[0].is_refused]
     if not results:
         return Counterexample(case, difference, {}, outcome.arrays, "bad input is not refused", "14")
+    # what is wrong without options makes cases with options wrong in ways of their own
+    results = [failure for failure in results if not failure[0].has_option] or results
     mistake = explain([(case, outcome) for case, outcome, _ in results[:: max(1, len(results) // N_EXPLAINED)]])
     cause = (mistake.cause, mistake.rule) if mistake is not None else pattern(results)
     case, outcome, difference = results[0]
     if seed is not None:
-        small = smallest_case(case.operation, lambda case: bool(compare(case, run(implementation, case))), seed)
+        small = smallest_case(case.operation, lambda case: differs(implementation, case), seed)
         if small is not None:
             again = run(implementation, small)
             found = compare(small, again)

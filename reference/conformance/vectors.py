@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from .cases import OPERATIONS, Case, all_cases
+from .case import OPERATIONS, Case
+from .cases import all_cases
 from .comparing import expected, oracle_arguments
 from .exact import exact_attention, exact_bound
 from .inputs import DTYPES

@@ -7,9 +7,10 @@ import numpy as np
 from .. import alternating_partition, merge, similarity
 from ..arguments import entries_of_chunk
 from ..cluster_scores import cluster_scores
+from ..distinctive_matching import distinctiveness, match_distinctive
 from ..merging import Clustering
 from ..soft_matching import match_round
-from .cases import Case
+from .case import Case
 
 __all__ = ["decisions"]
 
@@ -18,6 +19,8 @@ def decisions(case: Case) -> list[str]:
     """Lines on the first leading index of a case; none for operations that decide nothing."""
     if case.operation == "chunked_soft_matching":
         return list(matching(case))
+    if case.operation == "distinctive_matching":
+        return list(distinctive(case))
     return list(selection(case)) if case.operation == "select_clusters" else []
 
 
@@ -54,6 +57,23 @@ def matches(centroids: np.ndarray, n_merged: int) -> Iterator[str]:
         if rivals and (index in merged) != all(list(sources).index(other) in merged for other in rivals):
             line += f", and ties with source {', '.join(map(str, rivals))}: those of the smallest index merge"
         yield line
+
+
+def distinctive(case: Case) -> Iterator[str]:
+    """A line for each token of each chunk of one layer: its score, and where it goes in each head."""
+    keys, values = (x[(0,) * max(0, x.ndim - 3)] for x in (case.arrays["keys"], case.arrays["values"]))
+    chunk_size = case.parameters.get("chunk_size", 256)
+    target = entries_of_chunk(case.parameters["keep_ratio"], chunk_size)
+    n_shared = max(1, min(case.parameters.get("n_shared", 4), target // 2))
+    yield f"a chunk of {chunk_size} tokens becomes {target} entries, of which {n_shared} are shared"
+    for chunk in range(keys.shape[-2] // chunk_size if target < chunk_size else 0):
+        span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+        of_chunk = keys[..., span, :], values[..., span, :]
+        scores, labels = distinctiveness(*of_chunk), match_distinctive(*of_chunk, target, n_shared)
+        for token, score in enumerate(scores):
+            entries = np.ravel(labels[..., token]).tolist()  # of each head
+            where = "it stays exact, entry" if entries[0] < target - n_shared else "ordinary, in entry"
+            yield f"chunk {chunk}, token {token} scores {score:.17g}: {where} {', '.join(map(str, entries))}"
 
 
 def selection(case: Case) -> Iterator[str]:

@@ -13,7 +13,7 @@ from ..merging import Clustering, merge
 from ..partition import alternating_partition
 from ..selection import Selection
 from ..similarity import halving_sum, similarity
-from .cases import Case
+from .case import Case
 
 Patch = tuple[str, str, Any]  # module of the reference ("" is the package), name in it, what stands there instead
 
@@ -188,7 +188,7 @@ def merging(wrong: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
             means[used] = wrong(keys, Clustering(entry, np.bincount(entry)))
         return means if keys.dtype != np.float64 else right_update(keys, labels, centroids)
 
-    merged = [(module, "merge", wrong) for module in ("", "cache", "soft_matching")]
+    merged = [(module, "merge", wrong) for module in ("", "cache", "soft_matching", "distinctive_matching")]
     return (*merged, *((module, "update", update) for module in ("kmeans", "recall")))
 
 
