@@ -65,7 +65,7 @@ def distinctive(case: Case) -> Iterator[str]:
     chunk_size = case.parameters.get("chunk_size", 256)
     target = entries_of_chunk(case.parameters["keep_ratio"], chunk_size)
     n_shared = max(1, min(case.parameters.get("n_shared", 4), target // 2))
-    yield f"a chunk of {chunk_size} tokens becomes {target} entries, of which {n_shared} are shared"
+    yield f"a chunk of {chunk_size} tokens becomes {target} entries, the last {n_shared} of them shared"
     for chunk in range(keys.shape[-2] // chunk_size if target < chunk_size else 0):
         span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
         of_chunk = keys[..., span, :], values[..., span, :]
