@@ -23,7 +23,6 @@ class Engine:
             str(model),
             skip_tokenizer_init=True,
             dtype=dtype,
-            enforce_eager=True,
             block_size=PAGE,
             num_gpu_blocks_override=n_blocks,
             kv_cache_memory_bytes=2**30,
@@ -31,7 +30,13 @@ class Engine:
             seed=0,
             disable_log_stats=True,
             additional_config={} if kvcluster is None else {"kvcluster": kvcluster},
-            **{"max_model_len": 1024, "max_num_batched_tokens": 1024, "enable_prefix_caching": False} | options,
+            **{
+                "enforce_eager": True,
+                "max_model_len": 1024,
+                "max_num_batched_tokens": 1024,
+                "enable_prefix_caching": False,
+            }
+            | options,
         )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
