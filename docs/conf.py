@@ -29,6 +29,9 @@ html_static_path = [str(HERE / "static")]
 html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
+MEASURED = ["demo", "kept", "speed", "recall"]
+USE = sorted({path.stem for path in HERE.glob("*.md")} - set(MEASURED))
+
 CONTENTS = {
     "Learn": ["notebooks/0*"],
     "The method": [
@@ -36,8 +39,8 @@ CONTENTS = {
         "reference/SPECIFICATION",
     ],
     "Theory": ["theory/README", "theory/notation", "theory/[!Rn]*"],
-    "Use": ["docs/[!_]*", "docs/vectors/README"],
-    "Measured": ["benchmarks/QUALITY"],
+    "Use": [*(f"docs/{name}" for name in USE), "docs/vectors/README"],
+    "Measured": [*(f"docs/{name}" for name in MEASURED), "benchmarks/QUALITY"],
     "API": ["docs/api/*"],
     "Take part": ["CONTRIBUTING"],
 }

@@ -22,7 +22,7 @@ SHORT_WORDS = {"at", "by", "is", "of", "or", "so", "to"}
 SIGNS = {"<=": r"\le ", ">=": r"\ge ", "->": r"\to ", "<-": r"\leftarrow ", "+-": r"\pm ", "..": r"\ldots "}
 SIGNS |= {"*": r"\times ", "{": r"\{", "}": r"\}"}
 BRACKETS = {"ceil": (r"\lceil ", r"\rceil "), "floor": (r"\lfloor ", r"\rfloor "), "sqrt": (r"\sqrt{", "}")}
-FILE_OR_COMMAND = re.compile(r"\.(py|cpp|md)\b|^-|^python |kvcluster|torch|scipy|check_|test_")
+FILE_OR_COMMAND = re.compile(r"\.(py|cpp|md)\b|^--?[a-z]|^python |kvcluster|torch|scipy|check_|test_")
 NAME = re.compile(r"[A-Za-z_][\w.]*")
 TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<hyper>2F1)|(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)|(?P<hyphened>[A-Za-z]{2,}(?:-[a-z]{2,})+)"
@@ -62,6 +62,8 @@ class Formula:
         parts = []
         while self.place < len(self.text):
             parts.append(self.next())
+        if self.is_in_bars:
+            raise ValueError(f"bars of a formula must be pairs, got {self.text}")
         tex = re.sub(r"\\,(?=\\(text|in|notin)\b)|(?<= })\\,|(?<=in )\\,", "", "".join(parts)).strip()
         return re.sub(r" \}(?=[,.])", "}", re.sub(r" \}\\text\{ ", " ", tex))
 
@@ -89,7 +91,7 @@ class Formula:
                 return part + self.script(part, before)
         if part == "|":
             self.is_in_bars = not self.is_in_bars
-            return r"\lvert " if self.is_in_bars else r"\rvert "
+            return r"\left|" if self.is_in_bars else r"\right|"
         return sign(part, before, after)
 
     def word(self, word: str) -> str:

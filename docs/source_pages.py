@@ -51,17 +51,14 @@ def without_controls(text: str) -> str:
     notebook = json.loads(text)
     notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
-        cell["outputs"] = [output for output in cell.get("outputs", []) if CONTROL not in output.get("data", {})]
-        if cell["cell_type"] == "markdown":
-            del cell["outputs"]
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if CONTROL not in output.get("data", {})]
     return json.dumps(notebook, indent=1)
 
 
 def write(place: Path, text: str) -> None:
-    """Only what is new, so that Sphinx reads again only what has changed."""
-    if not place.exists() or place.read_text() != text:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
 
 
 def reading_order() -> list[str]:
@@ -77,10 +74,11 @@ def reading_order() -> list[str]:
 
 
 def targets(page: Path, text: str) -> Iterator[Path]:
-    """Files and folders of the repository that a page links to."""
+    """Files and folders of the repository that a page links to; of what does not exist Sphinx tells."""
     for name, _ in LINK.findall(text):
-        if not re.match(r"[a-z]+:", name):
-            yield Path(os.path.normpath(page.parent / name))
+        target = Path(os.path.normpath(page.parent / name))
+        if not re.match(r"[a-z]+:", name) and target.exists():
+            yield target
 
 
 def with_listed(wanted: set[Path]) -> list[Path]:
@@ -90,7 +88,8 @@ def with_listed(wanted: set[Path]) -> list[Path]:
 
 
 def listing(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in LISTED and path.name != "README.md")
+    """Its files and those of the folders in it."""
+    return sorted(path for path in folder.rglob("[!.]*.*") if path.suffix in LISTED and path.name != "README.md")
 
 
 def rewritten(page: Path, link: re.Match) -> str:
@@ -98,7 +97,7 @@ def rewritten(page: Path, link: re.Match) -> str:
     name, line = link[1], link[2] or ""
     target = Path(os.path.normpath(page.parent / name))
     if re.match(r"[a-z]+:", name) or not target.exists():
-        return link[0]  # Sphinx tells of what does not exist
+        return link[0]
     if target.is_dir():
         return f"{name.rstrip('/')}/{'README' if (target / 'README.md').exists() else 'index'}.md"
     if target.suffix in {".md", ".ipynb", ".png"}:
@@ -125,7 +124,7 @@ def first_line(node: ast.FunctionDef | ast.ClassDef) -> int:
 def file_page(path: Path) -> str:
     """A page with a file's docstring and all of its source."""
     name = path.relative_to(ROOT)
-    parts = [f"# {name}\n"]
+    parts = [f"# {as_words(name)}\n"]
     source = path.read_text()
     if path.suffix != ".py":
         return "\n".join([*parts, fenced(source, LANGUAGES.get(path.suffix, "text"), 1)])
@@ -135,11 +134,16 @@ def file_page(path: Path) -> str:
     for node in definitions(source):
         start = first_line(node) - 1
         parts.append(fenced("".join(lines[done:start]), "python", done + 1))
-        parts.append(f"## {node.name}\n")
+        parts.append(f"## {as_words(node.name)}\n")
         parts.append(fenced("".join(lines[start : node.end_lineno]), "python", start + 1))
         done = node.end_lineno
     parts.append(fenced("".join(lines[done:]), "python", done + 1))
     return "\n".join(parts)
+
+
+def as_words(name: Path | str) -> str:
+    """A name with underscores that Markdown leaves alone."""
+    return str(name).replace("_", r"\_")
 
 
 def fenced(source: str, language: str, first: int) -> str:
@@ -154,8 +158,9 @@ def folder_page(folder: Path) -> str:
     """A list of what is in a folder, with the first line that each file says of itself."""
     lines = [f"# {folder.relative_to(ROOT)}/\n"]
     for path in listing(folder):
-        link = f"{path.name}.md" if path.suffix not in {".md", ".ipynb"} else path.name
-        lines.append(f"- [{path.name}]({link}) {summary(path)}")
+        name = path.relative_to(folder)
+        link = f"{name}.md" if path.suffix not in {".md", ".ipynb"} else name
+        lines.append(f"- [{as_words(name)}]({link}) {summary(path)}")
     return "\n".join([*lines, ""])
 
 

@@ -150,12 +150,13 @@ def test_links_to_files_lines_and_folders_become_links_to_pages():
 @pytest.mark.parametrize(
     ("plain", "tex"),
     [
-        ("|s - c| <= eps = (2 k + 2) u64", r"\lvert s - c\rvert  \le  \varepsilon  = (2\,k + 2)\,u_{64}"),
+        ("|s - c| <= eps = (2 k + 2) u64", r"\left|s - c\right| \le  \varepsilon  = (2\,k + 2)\,u_{64}"),
         ("ceil(log2 n) <= 2^-24", r"\lceil \log_{2} \,n\rceil  \le  2^{-24}"),
         ("s q.mu + log n_c", r"s\,q\cdot \mu  + \log \,n_{c}"),
         ("F_(1) >= z_(j+1)", r"F_{(1)} \ge  z_{j+1}"),
         ("sum_(j<r) t^j_i", r"\sum _{j<r}\,t^{j}_{i}"),
         ("f* - f > margin", r"f^* - f > \mathrm{margin}"),
+        ("-149 <= e", r"-149 \le  e"),
         ("<u_N, v_N>", r"\langle u_{N},\,v_{N}\rangle"),
     ],
 )
@@ -176,6 +177,8 @@ def test_what_is_no_formula_is_refused():
         plain_math.to_tex("a @ b")
     with pytest.raises(ValueError, match="a bracket of a formula must be closed"):
         plain_math.to_tex("sqrt(a")
+    with pytest.raises(ValueError, match="bars of a formula must be pairs"):
+        plain_math.to_tex("|a| < |b")
 
 
 def test_notebooks_lose_their_sliders_only():
