@@ -26,7 +26,7 @@ def few_programs(monkeypatch):
     """Triton's interpreter is slow per program, not per number: a whole chunk in one, and its lookups remembered."""
     if torch.cuda.is_available():
         return
-    from kvcluster.fast.kernels import assign, attention, match, merge, score, select
+    from kvcluster.fast.kernels import assign, attention, likeness, match, merge, score, select
 
     for module, name in (
         (match, "BLOCK_ROWS"),
@@ -39,6 +39,7 @@ def few_programs(monkeypatch):
     ):
         monkeypatch.setattr(module, name, 128)
     monkeypatch.setattr(match, "BLOCK_SCORED", 128)
+    monkeypatch.setattr(likeness, "BLOCK_TOKENS", 64)
     monkeypatch.setattr(attention, "SPLIT", 2048)
     monkeypatch.setattr(attention, "entries_of_step", lambda *_: 128)
     monkeypatch.setattr(merge, "BLOCK_ENTRIES", 4096)

@@ -17,10 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = {"keep_ratio": 0.4, "chunk_size": 20, "n_shared": 3}
 
 
-@pytest.fixture(autouse=True)
-def whole_chunks_in_a_program(few_programs, monkeypatch):
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(likeness, "BLOCK_TOKENS", 64)
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 def pair(kind, shape, dtype="f32", seed=0, dim_value=None):

@@ -172,3 +172,19 @@ def test_figures_are_drawn(tmp_path):
     draw_frontier(tmp_path / "frontier.png", results, ["distinctive"], "title")
     draw_depths(tmp_path / "depths.png", results, ["distinctive"], "title")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("frontier.png", "depths.png"))
+
+
+def test_what_lies_beyond_the_figure_is_named_and_no_two_presses_look_alike(monkeypatch):
+    import quality_figures
+    from quality_results import collect
+
+    figures = []
+    monkeypatch.setattr(quality_figures, "save", lambda figure, path: figures.append(figure))
+    runs = make_runs("full", 5, 1.0, keeps=[1.0]) + make_runs("distinctive", 4, 1.1) + make_runs("kvpress far", 1, 1.5)
+    for number in range(19):
+        runs += make_runs(f"kvpress {number}", 3, 1.1)
+    quality_figures.draw_frontier(None, collect(runs), ["distinctive"], "title")
+    shown, beyond = figures[0].legends
+    assert [text.get_text() for text in beyond.get_texts()] == [f"kvpress far {keep}: 1.65, 0.20" for keep in KEEPS]
+    looks = [(line.get_color(), line.get_marker()) for line in shown.get_lines()]
+    assert len(set(looks)) == len(looks) == 22  # with the full cache's star
