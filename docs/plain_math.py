@@ -22,6 +22,7 @@ SHORT_WORDS = {"at", "by", "is", "of", "or", "so", "to"}
 SIGNS = {"<=": r"\le ", ">=": r"\ge ", "->": r"\to ", "<-": r"\leftarrow ", "+-": r"\pm ", "..": r"\ldots "}
 SIGNS |= {"*": r"\times ", "{": r"\{", "}": r"\}"}
 BRACKETS = {"ceil": (r"\lceil ", r"\rceil "), "floor": (r"\lfloor ", r"\rfloor "), "sqrt": (r"\sqrt{", "}")}
+LONG = 30  # characters: what may be wider than a telephone
 FILE_OR_COMMAND = re.compile(r"\.(py|cpp|md)\b|^--?[a-z]|^python |kvcluster|torch|scipy|check_|test_")
 NAME = re.compile(r"[A-Za-z_][\w.]*")
 TOKEN = re.compile(
@@ -179,7 +180,8 @@ def set_formulas(app: Sphinx, document: nodes.document) -> None:
 
 
 def visit_math(translator, node: nodes.math) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    formula = tex2mathml(node.astext(), as_block=False)
+    translator.body.append(f'<span class="long formula">{formula}</span>' if len(node.rawsource) > LONG else formula)
     raise nodes.SkipNode
 
 
