@@ -9,6 +9,7 @@ from .check import check
 from .demo import demo
 from .eval import evaluate
 from .kernels import kernels
+from .serving import serve_demo
 from .vectors import vectors
 
 __all__ = ["app", "main"]
@@ -19,6 +20,7 @@ app.command()(check)
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(kernels)
+app.command()(serve_demo)
 app.command()(vectors)
 
 

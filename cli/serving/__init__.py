@@ -1,0 +1,36 @@
+"""`kvcluster serve-demo`: vLLM's server, stock and with clustered pages, with the same pool and the same clients."""
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["serve_demo"]
+
+
+def serve_demo(
+    keep_ratio: Annotated[float, typer.Option(help="Entries kept / tokens of a clustered chunk, in (0, 1].")] = 0.25,
+    conversations: Annotated[int, typer.Option(min=1, max=32, help="Conversations that begin at once.")] = 9,
+    tokens: Annotated[int, typer.Option(min=128, max=4096, help="Tokens of each conversation's text.")] = 1000,
+    answer: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of each answer.")] = 128,
+    blocks: Annotated[int, typer.Option(min=8, max=4096, help="Blocks of the pool, of 32 tokens each.")] = 116,
+) -> None:
+    """Serve conversations by vLLM on this machine, stock and then clustered, and compare what the pool held.
+
+    Needs the environment that `make vllm` makes. Listens on loopback only.
+    """
+    try:
+        from .run import run_demo
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; run it as make serve-demo")
+    from .server import ServerFailedError
+
+    try:
+        run_demo(keep_ratio=keep_ratio, n_conversations=conversations, n_text=tokens, n_new=answer, n_blocks=blocks)
+    except (ServerFailedError, FileNotFoundError, ValueError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """One line on standard error, exit code 2."""
+    typer.echo(f"kvcluster serve-demo: {message}", err=True)
+    raise typer.Exit(2)
