@@ -1,5 +1,6 @@
 """`kvcluster serve-demo`: vLLM's server, stock and with clustered pages, with the same pool and the same clients."""
 
+import importlib.util
 from typing import Annotated
 
 import typer
@@ -11,17 +12,17 @@ def serve_demo(
     keep_ratio: Annotated[float, typer.Option(help="Entries kept / tokens of a clustered chunk, in (0, 1].")] = 0.25,
     conversations: Annotated[int, typer.Option(min=1, max=32, help="Conversations that begin at once.")] = 9,
     tokens: Annotated[int, typer.Option(min=128, max=4096, help="Tokens of each conversation's text.")] = 1000,
-    answer: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of each answer.")] = 128,
-    blocks: Annotated[int, typer.Option(min=8, max=4096, help="Blocks of the pool, of 32 tokens each.")] = 116,
+    answer: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of each answer.")] = 240,
+    blocks: Annotated[int, typer.Option(min=8, max=4096, help="Blocks of the pool, of 32 tokens each.")] = 136,
 ) -> None:
     """Serve conversations by vLLM on this machine, stock and then clustered, and compare what the pool held.
 
     Needs the environment that `make vllm` makes. Listens on loopback only.
     """
-    try:
-        from .run import run_demo
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed; run it as make serve-demo")
+    for name in ("vllm", "openai"):
+        if importlib.util.find_spec(name) is None:
+            fail(f"{name} is not installed; run it as make serve-demo")
+    from .run import run_demo
     from .server import ServerFailedError
 
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import vllm  # noqa: F401  # so that its absence is told before anything is started
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -28,6 +28,7 @@ CHUNK_SIZE, N_RECENT = 128, 32
 QUESTION = "\n\nIn one sentence: what does the text above explain?"
 BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 WATCHED_EVERY = 0.1  # seconds
+END = "<|im_end|>"  # of an answer; all are generated to one length, so that both servers do the same work
 
 
 @dataclass
@@ -63,7 +64,7 @@ def run_demo(*, keep_ratio: float, n_conversations: int, n_text: int, n_new: int
     ServerFailedError : a server did not come up.
     ValueError : the built-in text is too short for so many conversations.
     """
-    console, folder = Console(), smollm2_folder()
+    console, folder = Console(width=None if sys.stdout.isatty() else 100), smollm2_folder()
     texts = texts_of(folder, n_conversations, n_text)
     asked = {"keep_ratio": keep_ratio, "chunk_size": CHUNK_SIZE, "n_recent": N_RECENT}
     options = {"dtype": "bfloat16", "max-model-len": n_text + n_new + 128, "max-num-batched-tokens": 4096}
@@ -101,7 +102,7 @@ async def watched(server: Server, texts: list[str], n_new: int, name: str, conso
             run.preemptions = int(metrics["preemptions"])
             progress.update(task, completed=metrics["generated"])
             title = f"The first of {len(texts)} answers; {metrics['running']:.0f} run, {metrics['waiting']:.0f} wait"
-            live.update(Group(progress, Panel(run.answers[0], title=title, title_align="left")))
+            live.update(Group(progress, Panel(run.answers[0].split(END)[0], title=title, title_align="left")))
 
         asking = asyncio.gather(*(converse(server.url, text, run, at, start) for at, text in enumerate(texts)))
         while not asking.done():
@@ -110,6 +111,8 @@ async def watched(server: Server, texts: list[str], n_new: int, name: str, conso
         await asking
         run.seconds = time.perf_counter() - start
         show(await asyncio.to_thread(server.metrics))
+    if not console.is_terminal:
+        console.print()  # the last line of what was live has no end there
     return run
 
 
@@ -124,7 +127,7 @@ async def converse(url: str, text: str, run: Run, at: int, start: float) -> None
             max_tokens=run.n_new,
             temperature=0,
             stream=True,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "skip_special_tokens": False},
         )
         async for part in stream:
             said = part.choices[0].delta.content if part.choices else None
