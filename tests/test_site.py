@@ -24,11 +24,11 @@ LOOKED_AT = {
     DESKTOP: ("*.html", "theory/[!.]*[!y].html", "notebooks/*.html", "docs/**/*.html", "benchmarks/QUALITY.html"),
 }
 WIDER = """
-const scrolls = element => element.tagName !== 'ARTICLE' && (/auto|scroll|hidden/.test(getComputedStyle(element).overflowX)
-    ? true : scrolls(element.parentElement));
-return [...document.querySelectorAll('article *')].filter(element =>
-    element.getBoundingClientRect().right > innerWidth + 1 && element.getClientRects().length
-    && !scrolls(element)).map(element => element.tagName + ' ' + element.textContent.slice(0, 60)).slice(0, 3)
+const scrolls = element => element.tagName !== 'ARTICLE'
+    && (/auto|scroll|hidden/.test(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+const isOut = element => element.getClientRects().length && element.getBoundingClientRect().right > innerWidth + 1;
+return [...document.querySelectorAll('article *')].filter(element => isOut(element) && !scrolls(element))
+    .map(element => element.tagName + ' ' + element.textContent.slice(0, 60)).slice(0, 3)
 """
 
 plain_math = script("plain_math")
