@@ -13,7 +13,7 @@ def serve_demo(
     conversations: Annotated[int, typer.Option(min=1, max=32, help="Conversations that begin at once.")] = 9,
     tokens: Annotated[int, typer.Option(min=128, max=4096, help="Tokens of each conversation's text.")] = 1000,
     answer: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of each answer.")] = 240,
-    blocks: Annotated[int, typer.Option(min=8, max=4096, help="Blocks of the pool, of 32 tokens each.")] = 136,
+    blocks: Annotated[int, typer.Option(min=8, max=4096, help="Blocks of the pool, of 32 tokens each.")] = 130,
 ) -> None:
     """Serve conversations by vLLM on this machine, stock and then clustered, and compare what the pool held.
 
