@@ -114,9 +114,10 @@ test-vllm: vllm
 serve-demo: vllm
 	$(VLLM)/kvcluster serve-demo
 
-serve-bench: vllm
+serve-bench: vllm install
 	$(VLLM)/python benchmarks/serving_attention.py
 	$(VLLM)/python benchmarks/serving_pools.py
+	$(BIN)/python benchmarks/serving_pools.py --draw
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:

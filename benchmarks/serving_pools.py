@@ -4,7 +4,7 @@ Every run is a process of its own that loads SmolLM2, sends all its requests at 
 the engine. Contenders come in turn, so that all meet the same machine. Two rates are told apart: one of the steps that
 only generate, and one of the whole run, in which the prompts are read too.
 
-Writes serving-pools.json beside this file and docs/serving-pools.png.
+Writes serving-pools.json beside this file; with --draw, where there is matplotlib, docs/serving-pools.png from it.
 """
 
 import argparse
@@ -195,6 +195,7 @@ def draw(found, path):
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for contender, colour in COLOURS.items():
             lines = [line for line in found if line["contender"] == contender and line["n_new"] == 256]
+            lines.sort(key=lambda line: line["blocks"])
             blocks = [line["blocks"] for line in lines]
             rates = [[run[name] for run in line["runs"]] for line in lines]
             middle = [statistics.median(each) for each in rates]
@@ -225,23 +226,21 @@ def main():
     )
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--draw", action="store_true", help="only show and draw what the JSON holds")
+    parser.add_argument("--draw", action="store_true", help="measure nothing; draw what the JSON holds")
     asked = parser.parse_args()
     if asked.one is not None:
         print(json.dumps(serve(*asked.one, time.process_time if asked.processor_time else time.perf_counter)))
         return
-    if not asked.draw:
-        cases = CASES if asked.case is None else tuple(map(tuple, asked.case))
-        load = os.getloadavg()[0]
-        found = measure(cases, asked.processor_time)
-        clock = "processor time of one thread" if asked.processor_time else "wall"
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(load, 2), "seconds": clock}
-        about = machine | {"n_prompt": N_PROMPT, "page": PAGE, "contenders": CONTENDERS}
-        asked.json.write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
-    found = json.loads(asked.json.read_text())["found"]
+    if asked.draw:
+        draw(json.loads(asked.json.read_text())["found"], asked.figure)
+        return
+    load = os.getloadavg()[0]
+    found = measure(CASES if asked.case is None else tuple(map(tuple, asked.case)), asked.processor_time)
+    clock = "processor time of one thread" if asked.processor_time else "wall"
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(load, 2), "seconds": clock}
+    about = machine | {"n_prompt": N_PROMPT, "page": PAGE, "contenders": CONTENDERS}
+    asked.json.write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
     show(found)
-    if any(line["n_new"] == 256 for line in found):
-        draw(found, asked.figure)
 
 
 if __name__ == "__main__":
