@@ -75,10 +75,11 @@ class Pool:
             "n_stored": rule.n_stored(self.n_tokens, self.n_chunks),
             "counted": first,
             "uncounted": first + self.n_chunks * per_chunk,
-        }
-        request = torch.tensor([list((numbers | wrong).values())])
+        } | wrong
+        request = torch.tensor([list(numbers.values())])
         tables = self.kept.int()[None]
-        return attend_pages(query, self.cells, tables, request, page=rule.page, scale=self.dim**-0.5)[2 : 2 + n_new]
+        output = attend_pages(query, self.cells, tables, request, page=rule.page, scale=self.dim**-0.5)
+        return output[numbers["first"] :][:n_new]
 
 
 def reference_cache(pool):

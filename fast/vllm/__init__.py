@@ -1,7 +1,7 @@
 """Clustered key-value caches in vLLM: a plugin that vLLM loads by itself and that does nothing unless it is asked.
 
 Asked by `additional_config={"kvcluster": {"keep_ratio": 0.25}}`, or by the same JSON in the environment variable
-KVCLUSTER_VLLM. `docs/serving.md` says what is done, for which models, and what is refused. Our choice; no paper
+KVCLUSTER_VLLM. `docs/serving-vllm.md` says what is done, for which models, and what is refused. Our choice; no paper
 describes an integration.
 
 The pieces, each a small file: `settings` (what may be asked), `rule` (which tokens are clustered, which pages are

@@ -53,9 +53,7 @@ class ClusteredBackend(CPUAttentionBackend):
         settings = settings_of(cls.config)
         if cls.config is None or settings is None:
             return spec
-        scheduler = cls.config.scheduler_config
-        most_at_once = scheduler.max_num_batched_tokens - scheduler.max_num_seqs  # a token for each that generates
-        return ClusteredSpec.of(spec, settings.rule(spec.block_size), most_at_once)
+        return ClusteredSpec.of(spec, settings.rule(spec.block_size), most_at_once(cls.config.scheduler_config))
 
 
 @dataclass
@@ -209,6 +207,13 @@ def side_by_side(tables: list[Any]) -> Tensor:
     for row, blocks in enumerate(tables):
         table[row, : len(blocks)] = blocks
     return torch.from_numpy(table)
+
+
+def most_at_once(scheduler: Any) -> int:
+    """Tokens of the longest prompt that always fits one step, beside a token for each request that generates."""
+    budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    rest = max(0, budget - scheduler.max_num_seqs)
+    return min(rest, scheduler.long_prefill_token_threshold or rest)
 
 
 def neighbours(rows: list[int]) -> list[range]:

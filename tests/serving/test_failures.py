@@ -116,7 +116,7 @@ async def ask(server):
 
 
 def test_a_killed_process_is_told_to_clients_and_a_new_server_works(engine, tmp_path):
-    """By the server: the `LLM` of vLLM 0.32 waits for ever for an engine core that was killed, stock or not."""
+    """By the server: the `LLM` of vLLM 0.32 was seen to wait for ever for an engine core that was killed."""
     expected = engine(CLUSTERED).generate(PROMPTS, N_NEW)
     folder = model_with_tokenizer(tmp_path / "served")
     for title in ("VLLM::EngineCore", "VLLM::Worker"):

@@ -103,8 +103,14 @@ def test_blocks_of_holes_are_used_by_others(engine):
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_num_batched_tokens": 64}, {"enable_prefix_caching": True}, {"max_num_seqs": 2}, {"enforce_eager": False}],
-    ids=["chunked prefill", "prefix caching requested", "two at a time", "compiled"],
+    [
+        {"max_num_batched_tokens": 64},
+        {"long_prefill_token_threshold": 200},
+        {"enable_prefix_caching": True},
+        {"max_num_seqs": 2},
+        {"enforce_eager": False},
+    ],
+    ids=["chunked prefill", "long prompts in pieces", "prefix caching requested", "two at a time", "compiled"],
 )
 def test_options_of_the_engine_change_nothing(engine, expected, options):
     served = engine(CLUSTERED, **options)
