@@ -14,6 +14,7 @@ from kvcluster import fast, reference
 REFERENCE_MODULES = sorted(f"kvcluster.reference.{module.name}" for module in pkgutil.iter_modules(reference.__path__))
 
 
+WITH_EXAMPLES = [*REFERENCE_MODULES, "kvcluster.fast.vllm.rule", "kvcluster.fast.vllm.steps"]
 DATA = {"Clustering", "Clusters", "Selection"}  # dataclasses
 
 
@@ -42,7 +43,7 @@ def parameters(function):
     return [(p.name, p.kind, p.default) for p in given if p.name != "backend"]
 
 
-@pytest.mark.parametrize("name", REFERENCE_MODULES)
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples_in_docstrings_are_true(name):
     module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs={"np": __import__("numpy")})

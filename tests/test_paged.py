@@ -10,6 +10,7 @@ from kvcluster import reference
 from kvcluster.fast.cpu.paged import attend_pages
 from kvcluster.fast.vllm.pages import cells_of, cluster_chunks, counts_of, keys_of, values_of
 from kvcluster.fast.vllm.rule import PageRule
+from kvcluster.fast.vllm.steps import plan_step
 
 HEADS, GROUP = 2, 3
 
@@ -194,6 +195,30 @@ def test_every_page_is_kept_or_free_and_none_is_both(changes):
         assert sorted(kept + free) == list(range(-(-n_tokens // rule.page)))
         assert kept == sorted(kept)
         assert rule.n_stored(n_tokens, n_chunks) <= len(kept) * rule.page
+
+
+def test_each_request_of_a_step_is_served_once_and_each_chunk_clustered_once():
+    """Requests that come in random pieces, step after step: a chunk is due once, when the rule says that it is."""
+    rule, rng = make_rule(), np.random.default_rng(4)
+    prompts, totals = rng.integers(1, 700, 8), rng.integers(700, 900, 8)
+    table, done = np.arange(8 * 29).reshape(8, 29), np.zeros(8, dtype=int)
+    clustered = [[] for _ in prompts]
+    while (done < totals).any():
+        rows = np.flatnonzero(done < totals)
+        new = np.where(done < prompts, rng.choice([prompts - done, rng.integers(1, 200, 8)]), 1)[rows]
+        new = np.minimum(new, totals[rows] - done[rows])
+        done[rows] += new
+        starts = np.concatenate([[0], np.cumsum(new)])
+        plan = plan_step(rule, starts, done[rows], prompts[rows], table[rows])
+        assert sorted(plan.paged + plan.own + plan.clustered) == list(range(len(rows)))
+        for due in (plan.due, plan.due_of_own):
+            for to in due.to:
+                clustered[to[0] // 29].append(int(to[0] % 29))
+        for row in plan.own:
+            assert new[row] == done[rows][row]
+    for row, places in enumerate(clustered):
+        n_chunks = rule.n_chunks(int(totals[row]), int(prompts[row]))
+        assert places == [rule.pages_of(chunk)[0] for chunk in range(n_chunks)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"keep_ratio": 0.5}, {"chunk_size": 256, "n_sink": 0}, {"n_recent": 0}])

@@ -5,8 +5,8 @@ KVCLUSTER_VLLM. `docs/serving-vllm.md` says what is done, for which models, and 
 describes an integration.
 
 The pieces, each a small file: `settings` (what may be asked), `rule` (which tokens are clustered, which pages are
-free), `pages` (what a page holds), `spec` and `manager` (the scheduler's side), `backend` and `attention` (the
-worker's). The two sides never talk: both evaluate the rule.
+free), `pages` (what a page holds), `spec` and `manager` (the scheduler's side), `backend`, `steps`, `builder` and
+`attention` (the worker's). The two sides never talk: both evaluate the rule.
 """
 
 import importlib.metadata

@@ -7,7 +7,7 @@ from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from ..cpu.paged import attend_pages
-from .backend import ClusteredMetadata
+from .builder import ClusteredMetadata
 from .pages import cells_of, cluster_chunks
 from .settings import check_layer
 
@@ -68,8 +68,9 @@ class ClusteredAttention(CPUAttentionBackendImpl):
             made = attend_pages(query, cells, step.tables, step.requests, page=page, scale=self.scale)
             output[step.tokens] = made[step.tokens].to(output.dtype)
         for source, due in ((cells, step.due), (cells_of(step.own), step.due_of_own)):
-            if len(due.blocks):
-                cluster_chunks(source, due.blocks, cells, due.to, step.rule, self.head_size)
+            if due is not None:
+                blocks, to = due
+                cluster_chunks(source, blocks, cells, to, step.rule, self.head_size)
         return output
 
     def do_kv_cache_update(
