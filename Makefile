@@ -109,7 +109,7 @@ vllm: .venv-vllm/.installed
 	touch $@
 
 test-vllm: vllm
-	$(VLLM)/python -m pytest -q -p no:cacheprovider tests/serving
+	$(VLLM)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider tests/serving
 
 serve-demo: vllm
 	$(VLLM)/kvcluster serve-demo
