@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
 from .backends import Backend
-from .chunk_compression import compress
 from .clustered_attention import clustered_attention
-from .distinctive_matching import compress_distinctive
+from .distinctive_matching import compress_by_method
 from .ordinary import on_ordinary_tensors
 from .overwritten import Overwritten, keep
 from .span_merging import merge_spans
@@ -245,13 +244,13 @@ class ClusteredCache:
     def _compress(self, start: int, stop: int) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
         whole = self.keys[..., start:stop, :], self.values[..., start:stop, :]
-        size, target = self.chunk_size, self._rules.entries
-        if self.n_shared is None:
-            made = compress(*whole, chunk_size=size, target=target, backend=self.backend)
-        else:
-            made = compress_distinctive(
-                *whole, chunk_size=size, target=target, n_shared=self.n_shared, backend=self.backend
-            )
+        made = compress_by_method(
+            *whole,
+            chunk_size=self.chunk_size,
+            target=self._rules.entries,
+            n_shared=self.n_shared,
+            backend=self.backend,
+        )
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])

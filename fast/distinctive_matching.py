@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk, with_four_axes
 from .backends import Backend, choose_backend, has_cpp
-from .chunk_compression import CompressedChunks, count_members
+from .chunk_compression import CompressedChunks, compress, count_members
 from .cpu import LANES
 from .cpu.distinctive import likeness_to_mean as likeness_by_cpp
 from .entry_attention import rows_of
@@ -16,6 +16,7 @@ from .merging import Clustering
 from .operators import clustering_of_chunks
 
 __all__ = [
+    "compress_by_method",
     "compress_distinctive",
     "distinctive_matching",
     "distinctiveness",
@@ -56,6 +57,21 @@ def distinctive_matching(
     whole = [array[..., :body, :].detach() for array in (keys, values)]
     made = compress_distinctive(*whole, chunk_size=chunk_size, target=target, n_shared=n_shared, backend=backend)
     return Clustering(*clustering_of_chunks(made, lead, body, tokens - body))
+
+
+def compress_by_method(
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    *,
+    chunk_size: int,
+    target: int,
+    n_shared: int | None,
+    backend: Backend = "auto",
+) -> CompressedChunks:
+    """`compress_distinctive` with `n_shared` shared entries; without them `compress`, the published method."""
+    if n_shared is None:
+        return compress(keys, values, chunk_size=chunk_size, target=target, backend=backend)
+    return compress_distinctive(keys, values, chunk_size=chunk_size, target=target, n_shared=n_shared, backend=backend)
 
 
 def compress_distinctive(

@@ -18,7 +18,7 @@ from kvcluster.reference.conformance.words import decisions
 
 BOTH, CACHE = ("distinctive_matching", "ClusteredCache"), ("ClusteredCache",)
 SCORES, SPLIT = "distinctive_matching.distinctiveness", "distinctive_matching.split_by_score"
-COMPRESS = "distinctive_matching.compress_distinctive", "cache.compress_distinctive"
+COMPRESS = "distinctive_matching.compress_distinctive"
 MATCH, INIT = "distinctive_matching.match_ordinary", "cache.ClusteredCache.__init__"
 
 
@@ -132,7 +132,7 @@ MUTANTS = (
         BOTH,
         together(put(as_layers_of_one_head, SCORES), put(lambda right, x, _, n: right(x, 1, n), SPLIT)),
     ),
-    Mutant("batch rows together", BOTH, put(as_one_layer, *COMPRESS)),
+    Mutant("batch rows together", BOTH, put(as_one_layer, COMPRESS)),
     Mutant("mean in the dtype", BOTH[:1], put(likeness_to_rounded_mean, "distinctive_matching.likeness_to_mean")),
     Mutant("no window", BOTH, without_window),
     Mutant("always by seven", BOTH, put(divided_by_window, SCORES)),
@@ -145,7 +145,7 @@ MUTANTS = (
     ),
     Mutant("tied destinations: the last", BOTH, match_by(last_of_tied)),
     Mutant("destinations may leave", BOTH[:1], match_by(lambda similarities, at: similarities.argmax(dim=-1))),
-    Mutant("shared entries first", BOTH, put(shared_first, *COMPRESS)),
+    Mutant("shared entries first", BOTH, put(shared_first, COMPRESS)),
     Mutant("n_shared ignored", CACHE, made_with(n_shared=lambda given: None)),
     Mutant("budget ignored", CACHE, made_with(budget=lambda given: None)),
     Mutant(

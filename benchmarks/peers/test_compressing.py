@@ -3,31 +3,17 @@
 import pytest
 import torch
 from compressing import PressedLayer, attention_weights, compress, read_context
+from models import tiny_llama
 from presses import PRESSES
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 RATIO = 0.75
-
-
-def make_model(attention="sdpa"):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=96,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        attn_implementation=attention,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("name", PRESSES)
 @torch.inference_mode()
 def test_caches_are_those_of_kvpress(name):
-    model = make_model("eager" if PRESSES[name].needs_weights else "sdpa")
+    model = tiny_llama(heads=6, attention="eager" if PRESSES[name].needs_weights else "sdpa")
     tokens = torch.randint(97, (1, 700), generator=torch.Generator().manual_seed(1))
     theirs = DynamicCache(config=model.config)
     torch.manual_seed(2)
@@ -49,7 +35,7 @@ def test_caches_are_those_of_kvpress(name):
 
 @torch.inference_mode()
 def test_weights_of_attention_are_those_of_transformers():
-    model = make_model("eager")
+    model = tiny_llama(heads=6, attention="eager")
     tokens = torch.randint(97, (1, 150), generator=torch.Generator().manual_seed(4))
     context = read_context(model, tokens[0].tolist())
     expected = model(tokens, output_attentions=True).attentions

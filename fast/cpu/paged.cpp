@@ -25,6 +25,10 @@ struct Shape {
 // these tokens; the pages from `counted` to `uncounted` of its list hold counts, all others tokens.
 struct Request {
     int64_t first_token, n_tokens, n_entries, counted, uncounted;
+
+    int64_t rows(const Shape& s) const { return n_tokens * s.group; }  // of each KV head
+    int64_t tiles(const Shape& s) const { return (rows(s) + ROWS - 1) / ROWS; }
+    int64_t splits() const { return (n_entries + SPLIT - 1) / SPLIT; }
 };
 
 // Logits of a piece's entries, its keys `page` apart from feature to feature, for the rows of one tile.
@@ -127,9 +131,9 @@ void attend(const Shape& s, const Request* requests, const int32_t* tables, cons
             float* output) {
     Plan plan;
     for (int64_t i = 0; i < s.requests; i++) {
-        const int64_t rows = requests[i].n_tokens * s.group, splits = (requests[i].n_entries + SPLIT - 1) / SPLIT;
-        plan.programs.push_back(plan.programs.back() + s.heads * splits * ((rows + ROWS - 1) / ROWS));
-        plan.results.push_back(plan.results.back() + s.heads * splits * rows);
+        const Request& q = requests[i];
+        plan.programs.push_back(plan.programs.back() + s.heads * q.splits() * q.tiles(s));
+        plan.results.push_back(plan.results.back() + s.heads * q.splits() * q.rows(s));
     }
     const int64_t total = plan.results.back();
     std::vector<float> outputs(total * s.dim, 0.0f), sums(total, 0.0f), highest(total, -INFINITY);
@@ -139,8 +143,7 @@ void attend(const Shape& s, const Request* requests, const int32_t* tables, cons
         const int64_t i = std::upper_bound(plan.programs.begin(), plan.programs.end(), program) -
                           plan.programs.begin() - 1;
         const Request& q = requests[i];
-        const int64_t all = q.n_tokens * s.group, tiles = (all + ROWS - 1) / ROWS;
-        const int64_t splits = (q.n_entries + SPLIT - 1) / SPLIT, mine = program - plan.programs[i];
+        const int64_t all = q.rows(s), tiles = q.tiles(s), splits = q.splits(), mine = program - plan.programs[i];
         const int64_t head = mine / (tiles * splits), row = mine / splits % tiles * ROWS, split = mine % splits;
         const int rows = static_cast<int>(std::min<int64_t>(ROWS, all - row));
         int visible[ROWS];
@@ -157,7 +160,7 @@ void attend(const Shape& s, const Request* requests, const int32_t* tables, cons
     }
 
     for (int64_t i = 0; i < s.requests; i++) {
-        const int64_t all = requests[i].n_tokens * s.group, splits = (requests[i].n_entries + SPLIT - 1) / SPLIT;
+        const int64_t all = requests[i].rows(s), splits = requests[i].splits();
         for (int64_t head = 0; head < s.heads; head++)
             for (int64_t row = 0; row < all; row++) {
                 const int64_t token = requests[i].first_token + row / s.group;

@@ -8,7 +8,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from ..cpu.paged import attend_pages
 from .builder import ClusteredMetadata
-from .pages import cells_of, cluster_chunks
+from .pages import cells_of, cluster_chunks, without_counts
 from .settings import check_layer
 
 __all__ = ["ClusteredAttention"]
@@ -59,7 +59,7 @@ class ClusteredAttention(CPUAttentionBackendImpl):
             return output
         step, cells, page = attn_metadata, cells_of(kv_cache), kv_cache.shape[2]
         for run in step.runs:
-            pages = self.without_counts(kv_cache if run.slots is None else step.own)
+            pages = without_counts(kv_cache if run.slots is None else step.own, self.head_size)
             parts = [x[run.tokens] for x in (query, key, value)]
             if run.slots is not None:
                 super().do_kv_cache_update(layer, *parts[1:], pages, run.slots)
@@ -76,9 +76,4 @@ class ClusteredAttention(CPUAttentionBackendImpl):
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        super().do_kv_cache_update(layer, key, value, self.without_counts(kv_cache), slot_mapping)
-
-    def without_counts(self, kv_cache: Tensor) -> Tensor:
-        """The pages as vLLM's kernels know them, (blocks, heads, page, 2 * dim): a view."""
-        page, width = kv_cache.shape[2], 2 * self.head_size
-        return cells_of(kv_cache)[..., : page * width].unflatten(-1, (page, width))
+        super().do_kv_cache_update(layer, key, value, without_counts(kv_cache, self.head_size), slot_mapping)

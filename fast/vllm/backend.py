@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from .settings import check_engine, settings_of
+from .settings import Settings, check_engine, settings_of
 from .spec import ClusteredSpec
 
 __all__ = ["ClusteredBackend", "register_backend_class"]
@@ -20,25 +20,27 @@ __all__ = ["ClusteredBackend", "register_backend_class"]
 class ClusteredBackend(CPUAttentionBackend):
     """vLLM's CPU backend where nothing is asked of the plugin; else its layout, with clustered pages."""
 
-    config: ClassVar[VllmConfig | None] = None  # of the model that was loaded last, if it asked for the plugin
+    # Of the model that was loaded last, if it asked for the plugin: its settings, and `most_at_once` of its scheduler.
+    asked: ClassVar[tuple[Settings, int] | None] = None
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """The first thing that a model asks when it is built, with the engine's options at hand."""
         config = get_current_vllm_config()
         settings = settings_of(config)
-        ClusteredBackend.config = None if settings is None else config
+        ClusteredBackend.asked = None
         if settings is None:
             return CPUAttentionBackendImpl
         check_engine(config)
-        settings.rule(config.cache_config.block_size)
+        settings.rule(config.cache_config.block_size)  # refuses what does not fit, before the weights are read
+        ClusteredBackend.asked = settings, most_at_once(config.scheduler_config)
         from .attention import ClusteredAttention
 
         return ClusteredAttention
 
     @staticmethod
     def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        if ClusteredBackend.config is None:
+        if ClusteredBackend.asked is None:
             return CPUAttentionMetadataBuilder
         from .builder import ClusteredBuilder
 
@@ -46,10 +48,10 @@ class ClusteredBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        settings = settings_of(cls.config)
-        if cls.config is None or settings is None:
+        if cls.asked is None:
             return spec
-        return ClusteredSpec.of(spec, settings.rule(spec.block_size), most_at_once(cls.config.scheduler_config))
+        settings, longest = cls.asked
+        return ClusteredSpec.of(spec, settings.rule(spec.block_size), longest)
 
 
 def most_at_once(scheduler: Any) -> int:

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from ..chunk_compression import CompressedChunks, compress
-from ..distinctive_matching import compress_distinctive
+from ..distinctive_matching import compress_by_method
 from .rule import PageRule
 
-__all__ = ["COUNT_BYTES", "cells_of", "cluster_chunks", "counts_of", "keys_of", "values_of"]
+__all__ = ["COUNT_BYTES", "cells_of", "cluster_chunks", "counts_of", "keys_of", "values_of", "without_counts"]
 
 COUNT_BYTES = 4
 
@@ -21,6 +20,14 @@ def cells_of(kv_cache: Float[Tensor, "blocks heads page content"]) -> Float[Tens
     """Pages of each KV head as vLLM allocated them, contents not told apart: a view."""
     blocks, heads, page, content = kv_cache.shape
     return kv_cache.as_strided((blocks, heads, page * content), (kv_cache.stride(0), kv_cache.stride(1), 1))
+
+
+def without_counts(
+    kv_cache: Float[Tensor, "blocks heads page content"], dim: int
+) -> Float[Tensor, "blocks heads page content_of_stock"]:
+    """The pages as vLLM's kernels know them, keys and values, without the counts: a view."""
+    page = kv_cache.shape[2]
+    return cells_of(kv_cache)[..., : 2 * page * dim].unflatten(-1, (page, 2 * dim))
 
 
 def keys_of(cells: Tensor, page: int, dim: int) -> Float[Tensor, "blocks heads dim page"]:
@@ -55,17 +62,10 @@ def cluster_chunks(
     values = values_of(source, page, dim)[blocks]  # (chunks, pages, heads, page, dim)
     keys = keys.permute(0, 2, 1, 4, 3).flatten(2, 3)  # (chunks, heads, chunk, dim)
     values = values.permute(0, 2, 1, 3, 4).flatten(2, 3)
-    made = compress_tokens(keys, values, rule)
+    made = compress_by_method(keys, values, chunk_size=rule.chunk_size, target=rule.entries, n_shared=rule.n_shared)
     assert made.values is not None  # values were given
     chunks, heads = keys.shape[:2]
     in_pages = [x.reshape(chunks, heads, n_pages, page, -1) for x in (made.keys, made.values, made.counts)]
     keys_of(cells, page, dim)[to] = in_pages[0].permute(0, 2, 1, 4, 3).to(cells.dtype)
     values_of(cells, page, dim)[to] = in_pages[1].permute(0, 2, 1, 3, 4).to(cells.dtype)
     counts_of(cells, page, dim)[to] = in_pages[2].squeeze(-1).transpose(1, 2).int()
-
-
-def compress_tokens(keys: Tensor, values: Tensor, rule: PageRule) -> CompressedChunks:
-    """By the method that the rule names."""
-    if rule.n_shared is None:
-        return compress(keys, values, chunk_size=rule.chunk_size, target=rule.entries)
-    return compress_distinctive(keys, values, chunk_size=rule.chunk_size, target=rule.entries, n_shared=rule.n_shared)

@@ -88,8 +88,9 @@ def test_other_ratios_and_chunked_prefill(engine, monkeypatch, keep_ratio):
 def test_pages_differ_from_a_cache_with_another_parameter(engine, monkeypatch, wrong):
     served = engine(CLUSTERED)
     checked = Checked(Watched(served, monkeypatch), Settings(**CLUSTERED), layers=(0,), **wrong)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises(AssertionError):
         served.generate(random_prompts([310]), 2, after_step=checked)
+    assert served.llm.llm_engine.has_unfinished_requests()  # so it was the pages of the first step
     served.llm.llm_engine.abort_request([str(served.n_asked)])
 
 
