@@ -40,11 +40,11 @@ def test_metrics_count_the_blocks_that_a_conversation_holds(server):
     """Of 600 tokens 4 chunks are clustered: 1 block of sinks, 4 of centroids, at least 2 of exact tokens."""
 
     async def watched():
-        async with client_of(server) as client, await stream_of(client, PROMPTS[2], 200) as stream:
-            async for part in stream:
-                if part.choices[0].token_ids:
-                    break
-            return await asyncio.to_thread(wait_for, server, lambda metrics: metrics["generated"] > before + 4)
+        async with client_of(server) as client, await stream_of(client, PROMPTS[2], 400) as stream:
+            watching = asyncio.to_thread(
+                wait_for, server, lambda metrics: metrics["running"] == 1 and metrics["generated"] > before + 4
+            )
+            return (await asyncio.gather(watching, anext(aiter(stream))))[0]
 
     before = server.metrics()["generated"]
     metrics = asyncio.run(watched())
