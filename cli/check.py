@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvcluster.reference.conformance.suite import Counterexample, Report
+    from kvcluster.conformance.suite import Counterexample, Report
 
 __all__ = ["check"]
 
@@ -112,8 +112,8 @@ def check(
         console.print(f"{target} written: fill it in, then run kvcluster check {target}")
         return
     try:
-        from kvcluster.reference.conformance import OPERATIONS, all_cases, load_implementation
-        from kvcluster.reference.conformance import check as check_all
+        from kvcluster.conformance import OPERATIONS, all_cases, load_implementation
+        from kvcluster.conformance import check as check_all
     except ModuleNotFoundError as error:
         stop(f"{error.name} is not installed: pip install 'kvcluster[oracle]'")
     try:
@@ -176,7 +176,7 @@ def show_counterexample(console: "Console", operation: str, found: "Counterexamp
     from rich.panel import Panel
     from rich.text import Text
 
-    from kvcluster.reference.conformance.words import decisions
+    from kvcluster.conformance.words import decisions
 
     lines = [f"What is wrong: {found.cause or 'no known mistake explains it'}"]
     lines += [f"Rule: {found.rule} of SPECIFICATION.md", "", f"Case: {found.case.name}"]

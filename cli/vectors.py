@@ -20,8 +20,8 @@ def vectors(
     from rich.progress import Progress
 
     try:
-        from kvcluster.reference.conformance.cases import all_cases
-        from kvcluster.reference.conformance.vectors import verify_vectors, write_vectors
+        from kvcluster.conformance.cases import all_cases
+        from kvcluster.conformance.vectors import verify_vectors, write_vectors
     except ModuleNotFoundError as error:
         raise missing(error) from error
 

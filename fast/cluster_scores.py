@@ -49,7 +49,7 @@ def make_probe(query: Tensor, spread: float) -> Float32[Tensor, "problems group 
 def approximate_scores(probe: Tensor, clusters: ScoredClusters) -> tuple[Tensor, Tensor]:
     """Scores (problems, clusters) in float32, and the lead (problems, 1) above which their order is certain.
 
-    theory/exactness.md, E9. The mean cluster's score is made in float64: its error, other for each query of the group,
+    theory/exactness, E9. The mean cluster's score is made in float64: its error, other for each query of the group,
     would count as much as a cluster's.
     """
     with torch.autocast(probe.device.type, enabled=False):

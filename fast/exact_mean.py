@@ -2,7 +2,7 @@
 
 Two ways to the same bits. `ordered_sum` adds in that order, for all clusters side by side. `certified_mean` lets a
 matrix product add in whatever order it likes, for chunks whose numbers are so close in size that no sum of them is
-ever rounded in float64 (theory/exactness.md, claim E6): nearly all chunks of real keys and values. The others it adds
+ever rounded in float64 (theory/exactness, claim E6): nearly all chunks of real keys and values. The others it adds
 in order.
 """
 

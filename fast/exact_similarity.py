@@ -1,7 +1,7 @@
 """Canonical similarity, and the best matches by it without computing most of it: a filter with a proof.
 
 The bits are those of `kvcluster.reference.similarity`. A float32 matrix product gives every cosine with an error below
-a bound that holds for any order of summation (theory/exactness.md, claim E4). Where the best candidate leads by more
+a bound that holds for any order of summation (theory/exactness, claim E4). Where the best candidate leads by more
 than twice the bound, the canonical similarity must agree, and is not computed; where it does not, the few candidates
 inside the bound are scored canonically.
 """

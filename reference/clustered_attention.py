@@ -37,7 +37,7 @@ def clustered_attention(
     -----
     Exact when all keys of a cluster are equal, whatever their values: n equal logits sum to the one logit plus
     log n, and their values are averaged. Otherwise `q . centroid + log n <= logsumexp(q . k_i)` (Jensen): a
-    cluster gets at most the weight of its tokens. Proofs, and how much is lost: theory/merging.md, M1 to M5. Log
+    cluster gets at most the weight of its tokens. Proofs, and how much is lost: theory/merging, M1 to M5. Log
     counts: reported for CentroidKV (arXiv:2506.11418, "degree correction") and used before in ToMe (arXiv:2210.09461).
     Costs `entries` instead of `tokens`.
 

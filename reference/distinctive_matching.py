@@ -1,10 +1,10 @@
 """Distinctive matching: the distinctive tokens of a chunk stay exact, the ordinary ones share a few centroids.
 
-All of it is our choice; no paper defines it. What led here, measured in benchmarks/QUALITY.md: chunked soft matching
-merges neighbours, whose keys are alike while their values are not, so it blurs the digits of a number first. A token
-that a later question may ask for is one that stands out. The mean key and the mean value of a chunk point where its
-ordinary tokens do, and a token stands out as far as its own key and value point elsewhere. Tokens are kept or not for
-all KV heads of a layer together, and a moving average over neighbours keeps whole phrases.
+All of it is our choice; no paper defines it. What led here, measured in benchmarks/quality/QUALITY.md: chunked soft
+matching merges neighbours, whose keys are alike while their values are not, so it blurs the digits of a number first.
+A token that a later question may ask for is one that stands out. The mean key and the mean value of a chunk point where
+its ordinary tokens do, and a token stands out as far as its own key and value point elsewhere. Tokens are kept or not
+for all KV heads of a layer together, and a moving average over neighbours keeps whole phrases.
 
 That keys unlike the mean key matter is also the idea of KeyDiff (arXiv:2504.15364), which evicts the most alike.
 """

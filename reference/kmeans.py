@@ -73,7 +73,7 @@ def kmeans(
     A round assigns each token to the centroid of highest canonical `similarity`, of ties the first, then makes each
     centroid the mean of its tokens: added in float64 in ascending token order, divided by the count, rounded once to
     float32. Rounds end early when the labels repeat. One round costs about `2 * tokens * n_clusters * dim` operations
-    (exactly: theory/complexity.md, C2).
+    (exactly: theory/complexity, C2).
 
     From the paper: distance 1 - cosine, plain means, rounds until the labels repeat. Our choices: `init` (the paper
     takes a random sample), `max_iter`, what becomes of empty clusters, squared cosine in float64, `is_centred`.

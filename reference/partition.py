@@ -27,7 +27,7 @@ def alternating_partition(size: int) -> tuple[Int64[np.ndarray, " sources"], Int
     Notes
     -----
     Every source has a destination right beside it, which is where similar keys are expected; where similarity falls
-    with distance no partition is better (theory/partition.md, P1 and P2).
+    with distance no partition is better (theory/partition, P1 and P2).
     Alternating partition: arXiv:2506.11418v1. Even entries as sources: our choice, as in ToMe
     (arXiv:2210.09461); the paper's text was not available to us.
 

@@ -51,7 +51,7 @@ def recall_attention(
     -----
     Reads `n_clusters` centroids and `budget` keys and values instead of all. That a trimmed cluster's rest has the
     centroid of the whole cluster: our choice. Exact tokens for the clusters that matter and centroids for the rest is
-    the idea of Multipole Attention (arXiv:2506.13059). What a budget guarantees: theory/recall.md, R1 to R4.
+    the idea of Multipole Attention (arXiv:2506.13059). What a budget guarantees: theory/recall, R1 to R4.
 
     Examples
     --------

@@ -35,7 +35,7 @@ def similarity(
     -----
     Orders pairs as the cosine does, `cos * |cos|` being increasing in `cos`, and needs no square root
     (library square roots were seen to differ in the last bit). The product of two float32 numbers is
-    exact in float64, so fused multiply-add cannot change it either (theory/exactness.md, E1 to E3).
+    exact in float64, so fused multiply-add cannot change it either (theory/exactness, E1 to E3).
 
     Cosine: our choice, as in ToMe (arXiv:2210.09461); the text of arXiv:2506.11418 was not available
     to us. Costs about `2 * m * n * dim` operations in float64.

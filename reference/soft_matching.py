@@ -41,7 +41,7 @@ def chunked_soft_matching(
     Notes
     -----
     One round costs about a quarter of `chunk_size ** 2 * dim` multiply-adds per chunk, so all of it is linear
-    in `tokens` (exact counts: theory/complexity.md, C1 and C4). A round removes at most half of the entries:
+    in `tokens` (exact counts: theory/complexity, C1 and C4). A round removes at most half of the entries:
     keep_ratio 0.5 takes one, 0.25 two, 0.2 three.
 
     Examples

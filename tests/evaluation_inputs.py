@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from kvcluster.fast.evaluation.texts import built_in_text
+from kvcluster.evaluation.texts import built_in_text
 
 
 def character_tokenizer():

@@ -49,6 +49,6 @@ class Claim:
         ------
         ModuleNotFoundError : its module needs a package that is not there.
         """
-        module, function = name.split(".")
+        module, function = name.rsplit(".", 1)
         found: Callable[[], Check] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
         return found

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from kvcluster.reference import alternating_partition
 
-from . import closed_forms
-from .certified import KEEP_RATIOS, Trial, judge, random_trials, real_trials
-from .merging import log_sum_exp
-from .optimal import mean_best_of_real_keys
+from .complexity import closed_forms
+from .merging.certified import KEEP_RATIOS, Trial, judge, random_trials, real_trials
+from .merging.checks import log_sum_exp
+from .partition.optimal import mean_best_of_real_keys
 
 __all__ = ["draw_all"]
 

@@ -42,7 +42,7 @@ def real_cache() -> RealCache:
         import torch
         from torch.overrides import TorchFunctionMode
 
-        from kvcluster.cli.demo.inputs import UnusableInputError, load_model, load_tokens
+        from kvcluster.evaluation.demo.inputs import UnusableInputError, load_model, load_tokens
     except ModuleNotFoundError as error:
         raise NotInstalledError(f"{error.name} is not installed") from error
     try:

@@ -7,27 +7,31 @@ file of results, and only what is missing there runs. A context is read once for
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
+
 import torch
-from compressing import compress, read_context
-from presses import PRESSES
-from quality_cases import add_case_arguments, cases_of
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from kvcluster.fast.evaluation import Case, Runs
-from kvcluster.fast.evaluation.scoring import following_nll, score_needles
+from benchmarks.peers.compressing import compress, read_context
+from benchmarks.peers.presses import PRESSES
+from benchmarks.quality.cases import add_case_arguments, cases_of
+from kvcluster.evaluation.models import load_llama, smollm2_folder
+from kvcluster.evaluation.quality import Case, Runs
+from kvcluster.evaluation.quality.scoring import following_nll, score_needles
 from kvcluster.fast.huggingface.saving import fingerprint
-from kvcluster.fast.huggingface.smollm2 import load_llama, smollm2_folder
 
 __all__ = ["main"]
 
-RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 FULL = "full (in kvpress's environment)"
 
 

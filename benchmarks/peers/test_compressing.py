@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from compressing import PressedLayer, attention_weights, compress, read_context
 from models import tiny_llama
-from presses import PRESSES
 from transformers import DynamicCache
+
+from benchmarks.peers.compressing import PressedLayer, attention_weights, compress, read_context
+from benchmarks.peers.presses import PRESSES
 
 RATIO = 0.75
 

@@ -59,7 +59,7 @@ class ClusteredCache(ModelCache):
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
         chunk_size, n_sink, n_recent, n_shared : as in `kvcluster.reference.ClusteredCache`, for every layer. These
             defaults keep distinctive tokens exact, which loses far less of what may be asked later: see
-            benchmarks/QUALITY.md. The published method is `n_shared=None`, in this project's examples with
+            benchmarks/quality/QUALITY.md. The published method is `n_shared=None`, in this project's examples with
             `chunk_size=64, n_recent=64`.
 
         Raises

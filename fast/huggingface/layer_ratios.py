@@ -21,7 +21,7 @@ def layer_ratios(
     Parameters
     ----------
     reading_layers : indices of the layers in which answers find what they ask for, the most important first. Few do;
-        `benchmarks/reading_layers.py` finds those of a model.
+        `benchmarks/ablation/reading_layers.py` finds those of a model.
     n_layers : layers of the model.
     keep_ratio : entries / tokens of what is clustered, the mean over the layers, in (0, 1].
     chunk_size : as the cache has it.
@@ -35,7 +35,7 @@ def layer_ratios(
 
     Notes
     -----
-    If all reading layers stay whole, the others share what is left. Our choice; see benchmarks/QUALITY.md.
+    If all reading layers stay whole, the others share what is left. Our choice; see benchmarks/quality/QUALITY.md.
 
     Examples
     --------

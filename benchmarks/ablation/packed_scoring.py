@@ -1,0 +1,168 @@
+"""All questions about a context in one forward pass, on any entries: what the ablation and the reading layers ask with.
+
+The same numbers as `kvcluster.evaluation.quality` gives, several times sooner: all questions are one row of tokens,
+each at the context's end and blind to all others. For Llamas alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from kvcluster.evaluation.quality import Case, needle_cases
+from kvcluster.evaluation.quality.scoring import NeedleScore, prefill
+from kvcluster.evaluation.texts import built_in_text, encode
+from kvcluster.fast.huggingface.saving import fingerprint
+
+__all__ = ["Context", "Held", "answer_spans", "exact", "following_nll", "needle_spans", "read_contexts", "score"]
+
+CACHED = Path(__file__).resolve().parents[2] / ".cache" / "contexts"
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What one layer stores: `counts` are the tokens of each entry."""
+
+    keys: Float[Tensor, "kv_heads entries dim"]
+    values: Float[Tensor, "kv_heads entries dim"]
+    counts: Int[Tensor, "kv_heads entries"]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A case and the keys and values of all its tokens, one pair (kv_heads, tokens, dim) for each layer."""
+
+    case: Case
+    read: list[tuple[Tensor, Tensor]]
+
+    def full_cache(self, config: Any) -> DynamicCache:
+        """As transformers' own cache."""
+        cache = DynamicCache(config=config)
+        for layer, (keys, values) in enumerate(self.read):
+            cache.update(keys[None], values[None], layer)
+        return cache
+
+
+def read_contexts(model: Any, tokenizer: Any, which: str, kind: str, **sizes: Any) -> list[Context]:
+    """Contexts of the set `which` with needles of one kind; what was read once lies in `.cache/contexts`.
+
+    `sizes` are those of `needle_cases`.
+    """
+    cases = needle_cases(tokenizer, encode(tokenizer, built_in_text()), which, kinds=(kind,), **sizes)
+    weights = fingerprint(model)["weights"]
+    CACHED.mkdir(parents=True, exist_ok=True)
+    contexts = []
+    for case in cases:
+        path = CACHED / f"{weights}-{case.fingerprint}.pt"
+        if not path.exists():
+            read = [
+                (layer.keys[0], layer.values[0]) for layer in prefill(model, lambda model: None, case.tokens).layers
+            ]
+            torch.save(read, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+        contexts.append(Context(case, torch.load(path)))
+    return contexts
+
+
+def exact(read: list[tuple[Tensor, Tensor]]) -> list[Held]:
+    """Every token, each an entry of its own."""
+    return [Held(keys, values, torch.ones(keys.shape[:2], dtype=torch.int64)) for keys, values in read]
+
+
+def needle_spans(case: Case) -> list[slice]:
+    """Where in the context each needle stands: from its first token, as many as its question and its answer have."""
+    starts = [round(needle.depth * len(case.tokens)) for needle in case.needles]
+    lengths = [len(needle.question) + len(needle.answer) for needle in case.needles]
+    return [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+
+
+def answer_spans(case: Case) -> list[slice]:
+    """Rows of `score` that predict the answer of each needle."""
+    spans, first = [], 0
+    for needle in case.needles:
+        start = first + len(needle.question) - 1  # a token is predicted at the one before it
+        spans.append(slice(start, start + len(needle.answer)))
+        first += len(needle.question) + len(needle.answer) - 1
+    return spans
+
+
+def score(
+    model: Any, case: Case, held: list[Held], *, watch: Callable[[int, Tensor], object] | None = None
+) -> list[NeedleScore]:
+    """Scores of all needles, asked of `held`, one of each layer.
+
+    `watch` is given each layer's number and its weights (heads, rows, entries) on what is stored.
+    """
+    asked = [(needle.question + needle.answer, len(needle.answer)) for needle in case.needles]
+    scores = predict(model, len(case.tokens), held, asked, watch)
+    return [NeedleScore(is_right.tolist(), nll.tolist()) for is_right, nll in scores]
+
+
+def following_nll(model: Any, case: Case, held: list[Held]) -> list[float]:
+    """Nats of each token of what follows the context but the first."""
+    [(_, nll)] = predict(model, len(case.tokens), held, [(case.following, len(case.following) - 1)], None)
+    return nll.tolist()
+
+
+@torch.inference_mode()
+def predict(
+    model: Any,
+    n_context: int,
+    held: list[Held],
+    asked: list[tuple[list[int], int]],
+    watch: Callable[[int, Tensor], object] | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Whether each of the last tokens of each text is predicted, and its nats; how many is the text's number."""
+    read = [text[:-1] for text, _ in asked]
+    tokens = torch.tensor([token for text in read for token in text])
+    owner = torch.tensor([number for number, text in enumerate(read) for _ in text])
+    positions = torch.tensor([n_context + place for text in read for place in range(len(text))])
+    is_seen = (owner[:, None] == owner) & (positions[:, None] >= positions)  # (rows, rows)
+    mask = torch.zeros(is_seen.shape).masked_fill(~is_seen, -math.inf)
+    hidden = forward(model, tokens, positions, mask, held, watch)
+    ends = [sum(map(len, read[: number + 1])) for number in range(len(read))]
+    rows = [row for end, (_, n) in zip(ends, asked, strict=True) for row in range(end - n, end)]
+    right = torch.tensor([token for text, n in asked for token in text[-n:]])
+    logits = model.lm_head(model.model.norm(hidden[torch.tensor(rows)]))
+    nll = torch.nn.functional.cross_entropy(logits, right, reduction="none")
+    numbers = [n for _, n in asked]
+    return list(zip((logits.argmax(dim=-1) == right).split(numbers), nll.split(numbers), strict=True))
+
+
+def forward(
+    model: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    held: list[Held],
+    watch: Callable[[int, Tensor], object] | None,
+) -> Float[Tensor, "rows features"]:
+    """Hidden states after all layers: tokens attend to what is stored, and to each other as `mask` allows."""
+    n_rows, config = len(tokens), model.config
+    hidden = model.model.embed_tokens(tokens)
+    cos, sin = model.model.rotary_emb(hidden[None], positions[None])
+    for number, (layer, stored) in enumerate(zip(model.model.layers, held, strict=True)):
+        module, normed = layer.self_attn, layer.input_layernorm(hidden)
+        projected = [part(normed) for part in (module.q_proj, module.k_proj, module.v_proj)]
+        query, keys, values = (x.view(1, n_rows, -1, module.head_dim).transpose(1, 2) for x in projected)
+        query, keys = apply_rotary_pos_emb(query, keys, cos, sin)
+        outputs = []
+        for head, rows in enumerate(query[0].chunk(config.num_key_value_heads)):  # (group, rows, dim)
+            on_stored = rows @ stored.keys[head].T * module.scaling + stored.counts[head].float().log()
+            on_new = rows @ keys[0, head].T * module.scaling + mask
+            weights = torch.cat([on_stored, on_new], dim=-1).softmax(dim=-1)
+            n_stored = on_stored.shape[-1]
+            if watch is not None:
+                watch(number, weights[..., :n_stored])
+            outputs.append(weights[..., :n_stored] @ stored.values[head] + weights[..., n_stored:] @ values[0, head])
+        output = torch.cat(outputs).transpose(0, 1).reshape(n_rows, -1)  # (rows, heads * dim)
+        hidden = hidden + module.o_proj(output)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden

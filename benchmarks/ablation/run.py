@@ -1,0 +1,250 @@
+"""What each ingredient of distinctive matching is worth: `python benchmarks/ablation/run.py`, on the tuning set alone.
+
+The same budget throughout, one ingredient changed at a time. The row of what is shipped is the package's own cache; all
+other rows are of `ablation_variants`, plain torch, whose default decides the same. Every run is kept in a file, and
+only what is missing there runs: after a change of a method remove its lines. Twenty minutes; `--kind words` asks for
+words instead of numbers, of what is shipped alone.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.ablation.packed_scoring import Context, Held, exact, following_nll, read_contexts, score
+from benchmarks.ablation.variants import PANELS, Settings, compress_layers, describe
+from kvcluster.evaluation.models import load_llama, smollm2_folder
+from kvcluster.evaluation.quality import METHODS, Runs
+from kvcluster.evaluation.quality.scoring import fill
+from kvcluster.evaluation.quality.summary import estimate, exp_ratio_of_sums
+
+__all__ = ["main"]
+
+HERE = Path(__file__).resolve().parent
+SHIPPED = "distinctive-layers"
+N_ROUNDS = 3  # of timing
+OWN = ("full", SHIPPED, "distinctive")  # rows of the package itself
+SETTINGS = {describe(each): each for panel in PANELS.values() for each in panel.values()}
+SAME = {"default": SHIPPED, "share_out=alike": "distinctive"}  # scored by their needles, a check, and no further
+
+
+def main() -> None:
+    """Measure what is missing, print, draw."""
+    parser = argparse.ArgumentParser(description="What each ingredient of distinctive matching is worth.")
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.2, 0.25], metavar="SHARE")
+    parser.add_argument("--kind", default="digits", help="of answers: digits, or words for what is shipped alone")
+    parser.add_argument("--contexts", type=int, default=4)
+    parser.add_argument("--needles", type=int, default=12, help="in each context")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--following", type=int, default=512, help="tokens after each context, for perplexity; or 0")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing more after this long")
+    parser.add_argument("--no-measuring", action="store_true", help="print and draw what there is")
+    parser.add_argument("--runs", type=Path, default=HERE / "results" / "runs.jsonl", metavar="FILE")
+    parser.add_argument(
+        "--figure", type=Path, default=ROOT / "docs" / "figures" / "quality-ablation.png", metavar="FILE"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    runs = Runs(arguments.runs)
+    if not arguments.no_measuring:
+        measure(arguments, runs)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    results = collect(runs.all, arguments.kind)
+    console.print(table_of(results, arguments.keep))
+    if arguments.kind == "digits":
+        from benchmarks.ablation.figure import draw
+
+        draw(arguments.figure, results, arguments.keep)
+
+
+def wanted(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """Variant and share kept of every run."""
+    names = [*OWN[1:], *(SETTINGS if arguments.kind == "digits" else ())]
+    return [("full", 1.0), *((name, keep) for keep in arguments.keep for name in names)]
+
+
+def measure(arguments: argparse.Namespace, runs: Runs) -> None:
+    begun = time.monotonic()
+    console = Console()
+    model, tokenizer = load_llama(smollm2_folder())
+    sizes = {
+        "lengths": [arguments.tokens],
+        "n_contexts": arguments.contexts,
+        "n_needles": arguments.needles,
+        "n_following": arguments.following,
+    }
+    contexts = read_contexts(model, tokenizer, "tuning", arguments.kind, **sizes)
+    if arguments.kind == "digits":
+        time_all(model, contexts[0], wanted(arguments)[1:], runs)
+    todo = [("needles", *row) for row in wanted(arguments)]
+    if arguments.following:
+        todo += [("following", *row) for row in wanted(arguments) if row[0] not in SAME]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("answers", total=len(todo) * len(contexts))
+        for part, name, keep in todo:
+            for context in contexts:
+                if time.monotonic() - begun > 60 * arguments.minutes:
+                    return
+                key = {"part": part, "variant": name, "keep": keep, "kind": arguments.kind}
+                key["case"] = context.case.fingerprint
+                if runs.found(key) is None:
+                    runs.add({"key": key, **run(model, context, part, name, keep)})
+                progress.advance(task)
+
+
+def time_all(model: Any, context: Context, rows: list[tuple[str, float]], runs: Runs) -> None:
+    """The least seconds of each compression, all in turns."""
+    keys = [
+        {"part": "times", "variant": name, "keep": keep, "kind": "digits", "case": context.case.fingerprint}
+        for name, keep in rows
+    ]
+    if all(runs.found(key) for key in keys):
+        return  # else all once more: times of different runs are not to be compared
+    seconds = dict.fromkeys(rows, math.inf)
+    for _ in range(N_ROUNDS):
+        for row in rows:
+            begun = time.perf_counter()
+            stored(model, context, *row)
+            seconds[row] = min(seconds[row], time.perf_counter() - begun)
+    for key, least in zip(keys, seconds.values(), strict=True):  # of one row the last counts
+        runs.add({"key": key, "seconds": round(least, 4)})
+
+
+def run(model: Any, context: Context, part: str, name: str, keep: float) -> dict[str, Any]:
+    """How the model answers or goes on from what one variant stores of one context."""
+    held = stored(model, context, name, keep)
+    n_stored = [each.counts.shape[1] for each in held]
+    if sum(n_stored) > keep * len(context.case.tokens) * len(held):
+        raise RuntimeError(f"{name} must keep {keep} of all tokens, got {sum(n_stored):,} entries")
+    if part == "following":
+        nll = following_nll(model, context.case, held)
+        return {"n": len(nll), "nll": round(sum(nll), 5)}
+    scores = score(model, context.case, held)
+    return {
+        "n_stored": n_stored,
+        "right": [sum(each.is_right) for each in scores],
+        "n": [len(each.nll) for each in scores],
+        "nll": [round(sum(each.nll), 5) for each in scores],
+    }
+
+
+@torch.inference_mode()
+def stored(model: Any, context: Context, name: str, keep: float) -> list[Held]:
+    """What a variant stores of a context; of the package's own rows what its cache does."""
+    if name == "full":
+        return exact(context.read)
+    if name not in OWN:
+        return compress_layers(context.read, keep, SETTINGS[name])
+    cache = METHODS[name].make(model, keep, len(context.case.tokens))
+    entries = [layer.entries for layer in fill(cache, context.full_cache(model.config)).layers]
+    return [Held(each.keys[0], each.values[0], each.counts[0]) for each in entries]
+
+
+Run = dict[str, Any]
+Row = tuple[str, float]  # variant, share kept
+
+
+def collect(runs: list[dict[str, Any]], kind: str) -> dict[Row, dict[str, Any]]:
+    """Accuracy, its difference to what is shipped, perplexity ratio and relative time by variant and share kept.
+
+    Rows that did not run on every context of the full cache are left out. All 95 % intervals are of contexts, drawn
+    again and again with replacement.
+    """
+    grouped: dict[str, dict[Row, dict[str, Run]]] = {"needles": {}, "following": {}, "times": {}}
+    for each in runs:
+        key = each["key"]
+        if key["kind"] == kind:
+            grouped[key["part"]].setdefault((key["variant"], key["keep"]), {})[key["case"]] = each
+    cases = list(grouped["needles"]["full", 1.0])
+    needles, following = (
+        {row: [found[case] for case in cases] for row, found in of_part.items() if set(cases) <= set(found)}
+        for of_part in (grouped["needles"], grouped["following"])
+    )
+    seconds = {row: next(iter(found.values()))["seconds"] for row, found in grouped["times"].items()}
+    made = {}
+    for (name, keep), found in needles.items():
+        made[name, keep] = needle_summary(found, needles.get((SHIPPED, keep)), needles["full", 1.0])
+        made[name, keep]["perplexity"] = None
+        scored = SAME.get(name, name), keep
+        if scored in following and ("full", 1.0) in following:
+            text, full = following[scored], following["full", 1.0]
+            more = [a["nll"] - b["nll"] for a, b in zip(text, full, strict=True)]
+            made[name, keep]["perplexity"] = estimate(more, [float(each["n"]) for each in text], exp_ratio_of_sums)
+        plain = describe(Settings()), keep
+        has_times = {(name, keep), plain} <= set(seconds)
+        made[name, keep]["time"] = seconds[name, keep] / seconds[plain] if has_times else None
+    return made
+
+
+def needle_summary(found: list[Run], shipped: list[Run] | None, full: list[Run]) -> dict[str, Any]:
+    right, of_shipped, of_full = ([float(sum(each["right"])) for each in runs or []] for runs in (found, shipped, full))
+    n = [float(sum(each["n"])) for each in found]
+    pairs = [pair for each in found for pair in zip(each["right"], each["n"], strict=True)]
+    less = [a - b for a, b in zip(right, of_shipped, strict=True)] if shipped else None
+    return {
+        "entries": sum(sum(each["n_stored"]) for each in found) / sum(sum(each["n_stored"]) for each in full),
+        "accuracy": estimate(right, n),
+        "of_full": sum(right) / sum(of_full),
+        "difference": estimate(less, n) if less else None,
+        "exact": sum(a == b for a, b in pairs) / len(pairs),
+        "nll": sum(sum(each["nll"]) for each in found) / sum(n),
+    }
+
+
+def table_of(results: dict[Row, dict[str, Any]], keeps: list[float]) -> Table:
+    table = Table(title="95 % intervals from resampling contexts; time relative to the default in plain torch")
+    for name in ("ingredient", "variant", "keep"):
+        table.add_column(name)
+    for name in ("stored", "token accuracy", "less shipped", "exact", "nats", "perplexity / full", "time"):
+        table.add_column(name, justify="right")
+    for keep in (1.0, *keeps):
+        for name in OWN:
+            if (name, keep) in results:
+                table.add_row("the package", name, f"{keep:g}", *cells(results[name, keep]))
+    for panel, variants in PANELS.items():
+        table.add_section()
+        for keep in keeps:
+            for name, settings in variants.items():
+                if (describe(settings), keep) in results:
+                    star = " *" * (settings == Settings())
+                    table.add_row(panel, name + star, f"{keep:g}", *cells(results[describe(settings), keep]))
+    return table
+
+
+def cells(each: dict[str, Any]) -> list[str]:
+    difference = each["difference"]
+    return [
+        f"{each['entries']:.4f}",
+        interval(each["accuracy"]),
+        "" if difference is None else interval(difference, sign="+"),
+        f"{each['exact']:.2f}",
+        f"{each['nll']:.3f}",
+        "" if each["perplexity"] is None else interval(each["perplexity"]),
+        "" if each["time"] is None else f"{each['time']:.2f}",
+    ]
+
+
+def interval(made: dict[str, Any], sign: str = "") -> str:
+    if made["low"] is None:
+        return f"{made['value']:{sign}.3f}"
+    return f"{made['value']:{sign}.3f} ({made['low']:{sign}.3f} to {made['high']:{sign}.3f})"
+
+
+if __name__ == "__main__":
+    main()

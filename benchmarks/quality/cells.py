@@ -1,0 +1,60 @@
+"""What sections of the page of quality share: which methods there are, who is best, numbers as text."""
+
+from typing import Any
+
+from benchmarks.quality.results import MEASURES, Comparison, Results, compare
+
+__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "table", "value", "with_interval"]
+
+PEER = "kvpress "  # what names of presses begin with
+
+
+def present(results: Results, names: Any, keep: float) -> list[str]:
+    return [name for name in names if (name, keep) in results.runs]
+
+
+def peers(results: Results, keep: float) -> list[str]:
+    return [name for name in results.methods(keep) if name.startswith(PEER)]
+
+
+def best(results: Results, names: list[str], keep: float, measure: str) -> str | None:
+    """The name with the best value of a measure."""
+    sign = 1 if MEASURES[measure].is_better_high else -1
+    return max(names, key=lambda name: sign * value(results, name, keep, measure), default=None)
+
+
+def value(results: Results, name: str, keep: float, measure: str) -> float:
+    summary = results.summaries[name, keep]
+    return {
+        "accuracy": lambda: summary["needles"]["token_accuracy"],
+        "exact": lambda: summary["needles"]["exact_by_context"],
+        "nll": lambda: summary["needles"]["nll"],
+        "perplexity": lambda: summary["perplexity"]["value"],
+    }[measure]()["value"]
+
+
+def beside(results: Results, first: str, second: str, keep: float, measure: str) -> Comparison:
+    return compare(MEASURES[measure], results.runs[first, keep], results.runs[second, keep])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def short(peer: str) -> str:
+    return peer.removeprefix(PEER)
+
+
+def shown(name: str, ours: list[str]) -> str:
+    return f"`{name}`" if name in ours else short(name)
+
+
+def number(estimate: dict[str, Any]) -> str:
+    return f"{estimate['value']:.3f}"
+
+
+def with_interval(estimate: dict[str, Any]) -> str:
+    if estimate["low"] is None:
+        return number(estimate)
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f}-{estimate['high']:.3f})"

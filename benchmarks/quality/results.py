@@ -1,0 +1,157 @@
+"""From runs, ours and the peers', to what the page of quality says: numbers with intervals, and who is above whom."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvcluster.evaluation.quality import summarize
+from kvcluster.evaluation.quality.summary import estimate, exp_ratio_of_sums
+
+__all__ = ["MEASURES", "Measure", "Results", "by_depth", "collect", "compare"]
+
+Run = dict[str, Any]
+N_DEPTHS = 6
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs on the same contexts.
+
+    Attributes
+    ----------
+    summaries : of `kvcluster.evaluation.quality.summarize`, by method and share kept, where `needles` also has
+        `exact_by_context`, the share of exact needles with an interval from resampling contexts.
+    runs : by method and share kept, in the order of contexts.
+    unfinished : methods and shares that did not run on all contexts; they are in none of the others.
+    """
+
+    summaries: dict[tuple[str, float], dict[str, Any]]
+    runs: dict[tuple[str, float], list[Run]]
+    unfinished: list[tuple[str, float]]
+
+    @property
+    def full(self) -> list[Run]:
+        return self.runs["full", 1.0]
+
+    @property
+    def keeps(self) -> list[float]:
+        return sorted({keep for name, keep in self.runs if keep < 1}, reverse=True)
+
+    def methods(self, keep: float) -> list[str]:
+        return [name for name, kept in self.runs if kept == keep]
+
+
+def collect(runs: list[Run], ours: Sequence[str] = ()) -> Results:
+    """Results on the contexts that the full cache and all of `ours` ran on, as far as these ran anywhere.
+
+    Runs on other contexts or of other weights are left out.
+
+    Raises
+    ------
+    ValueError : no such context.
+    """
+    full = {run["key"]["case"]: run["key"] for run in runs if run["key"]["method"] == "full"}
+    wanted = {(run["key"]["method"], run["key"]["keep"]) for run in runs if run["key"]["method"] in ours}
+    done = {(run["key"]["method"], run["key"]["keep"], run["key"]["case"]) for run in runs}
+    full = {case: key for case, key in full.items() if all((*pair, case) in done for pair in wanted)}
+    if not full:
+        raise ValueError("runs must have a context that the full cache and all of ours ran on, got none")
+    grouped: dict[tuple[str, float], dict[str, Run]] = {}
+    for run in runs:
+        key = run["key"]
+        if key["case"] in full and key["model"] == full[key["case"]]["model"]:
+            grouped.setdefault((key["method"], key["keep"]), {})[key["case"]] = run
+    complete = {pair: [found[case] for case in full] for pair, found in grouped.items() if len(found) == len(full)}
+    summaries = {
+        (each["method"], each["keep"]): each
+        for each in summarize([run for group in complete.values() for run in group])
+    }
+    for pair, group in complete.items():
+        exact = [float(n_exact(run)) for run in group]
+        summaries[pair]["needles"]["exact_by_context"] = estimate(exact, [len(run["needles"]) for run in group])
+    return Results(summaries, complete, [pair for pair in grouped if pair not in complete])
+
+
+def n_right(run: Run) -> int:
+    return sum(sum(needle["is_right"]) for needle in run["needles"])
+
+
+def n_answer(run: Run) -> int:
+    return sum(len(needle["nll"]) for needle in run["needles"])
+
+
+def n_exact(run: Run) -> int:
+    return sum(all(needle["is_right"]) for needle in run["needles"])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What methods are compared by.
+
+    Attributes
+    ----------
+    of : the two numbers of a context, whose sums over contexts are divided.
+    is_better_high : whether more is better.
+    is_ratio : compare by the exponential of the difference.
+    """
+
+    name: str
+    of: Callable[[Run], tuple[float, float]]
+    is_better_high: bool
+    is_ratio: bool = False
+
+
+MEASURES = {
+    "accuracy": Measure("needle token accuracy", lambda run: (n_right(run), n_answer(run)), True),
+    "exact": Measure("exact needles", lambda run: (n_exact(run), len(run["needles"])), True),
+    "nll": Measure(
+        "nats a needle token", lambda run: (sum(sum(x["nll"]) for x in run["needles"]), n_answer(run)), False
+    ),
+    "perplexity": Measure(
+        "perplexity", lambda run: (sum(run["following_nll"]), len(run["following_nll"])), False, is_ratio=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method beside another on the same contexts.
+
+    Attributes
+    ----------
+    value, low, high : the difference of the first from the second, or their ratio for measures that are; the 95 %
+        interval comes from resampling contexts, both methods on the same ones.
+    verdict : "above" or "below" if the whole interval is on that side, better being above; otherwise "level".
+    side : "ahead", "equal" or "behind", by the value alone.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    verdict: str
+    side: str
+
+
+def compare(measure: Measure, first: list[Run], second: list[Run]) -> Comparison:
+    """The first method beside the second."""
+    pairs = [(measure.of(a), measure.of(b)) for a, b in zip(first, second, strict=True)]
+    more, per = [a[0] - b[0] for a, b in pairs], [float(a[1]) for a, _ in pairs]
+    found = estimate(more, per, exp_ratio_of_sums) if measure.is_ratio else estimate(more, per)
+    equal = 1.0 if measure.is_ratio else 0.0
+    sign = 1 if measure.is_better_high else -1
+    gain = sign * (found["value"] - equal)
+    side = "ahead" if gain > 0 else "behind" if gain < 0 else "equal"
+    verdict = "level"
+    if found["low"] is not None and (found["low"] > equal or found["high"] < equal):
+        verdict = "above" if gain > 0 else "below"
+    return Comparison(found["value"], found["low"], found["high"], verdict, side)
+
+
+def by_depth(runs: list[Run], n_depths: int = N_DEPTHS) -> list[float | None]:
+    """Token accuracy of needles in each part of the context; None where there is none."""
+    right, total = [0] * n_depths, [0] * n_depths
+    for needle in (needle for run in runs for needle in run["needles"]):
+        place = min(int(needle["depth"] * n_depths), n_depths - 1)
+        right[place] += sum(needle["is_right"])
+        total[place] += len(needle["is_right"])
+    return [a / b if b else None for a, b in zip(right, total, strict=True)]

@@ -1,0 +1,181 @@
+"""The sections of the page of quality that judge: ours beside the presses, targets, what wins and what fails."""
+
+import statistics
+from typing import Any
+
+from benchmarks.quality.cells import beside, best, peers, present, short, shown, table, value
+from benchmarks.quality.results import MEASURES, Comparison, Results, by_depth
+
+__all__ = [
+    "TARGETS",
+    "beside_section",
+    "cost_ratios",
+    "fails_section",
+    "frontier_section",
+    "target_section",
+    "wins_section",
+]
+
+TARGETS = {0.5: (0.97, 1.03), 0.25: (0.90, 1.06), 0.2: (0.85, None)}
+# by share kept: least needle token accuracy and most perplexity, both over the full cache's
+MOST_COST = 0.05  # of prefill, for compression
+FAILED = 0.5  # of the full cache's token accuracy: below it a method is listed among what fails
+
+
+def beside_section(results: Results, ours: list[str]) -> str:
+    rows = []
+    for keep in results.keeps:
+        names = peers(results, keep)
+        for name in present(results, ours, keep) if names else []:
+            cells = [f"{keep:g}", f"`{name}`"]
+            for measure in ("accuracy", "exact", "perplexity"):
+                peer = best(results, names, keep, measure)
+                cells.append(f"{short(peer)}: {verdict(beside(results, name, peer, keep, measure))}")
+            rows.append(cells)
+    if not rows:
+        return ""
+    head = ["kept", "ours", "needle token accuracy", "exact needles", "perplexity"]
+    n = len(peers(results, results.keeps[0]))
+    intro = (
+        f"Each of ours beside the best of {n} presses of kvpress, which may be another one in each column, at the same "
+        "entries. In brackets the difference of needles (ours - theirs) or the ratio of perplexities (ours / theirs; "
+        "less is better), with its interval on the same contexts. *Above* is better and *below* is worse with the "
+        "whole interval; *level* is what the interval leaves open."
+    )
+    return f"## Beside the best press\n\n{intro}\n\n{table(head, rows)}"
+
+
+def verdict(found: Comparison) -> str:
+    """For a table: the word with its evidence."""
+    words = {"above": "**above**", "below": "**below**", "level": f"level, {found.side}"}
+    interval = "" if found.low is None else f", {found.low:.3f} to {found.high:.3f}"
+    return f"{words[found.verdict]} ({found.value:.3f}{interval})"
+
+
+def frontier_section(results: Results, ours: list[str]) -> str:
+    lines = ["## The frontier of needles and perplexity\n\n![frontier](../../docs/figures/quality-frontier.png)"]
+    bullets = []
+    for keep in results.keeps:
+        names = peers(results, keep)
+        for name in present(results, ours, keep) if names else []:
+            leads = {
+                peer: tuple(beside(results, name, peer, keep, m).side == "ahead" for m in ("accuracy", "perplexity"))
+                for peer in names
+            }
+            groups = {
+                pair: ", ".join(short(peer) for peer, found in leads.items() if found == pair) or "none"
+                for pair in ((False, False), (True, False), (False, True))
+            }
+            n_behind = sum(found == (True, True) for found in leads.values())
+            bullets.append(
+                f"- {keep:g}, `{name}`: ahead of {n_behind} of {len(names)} presses in both, ahead in neither of: "
+                f"{groups[False, False]}. More needles than, at a higher perplexity: {groups[True, False]}. Fewer "
+                f"needles than, at a lower perplexity: {groups[False, True]}."
+            )
+    if bullets:
+        lines.append("Each point of ours beside each press at the same entries, by the values alone:")
+        lines.append("\n".join(bullets))
+    return "\n\n".join(lines)
+
+
+def target_section(results: Results, new: list[str], times: dict[str, Any] | None) -> str:
+    names = [name for name in new if any(name == found for found, _ in results.runs)]
+    rows = []
+    for keep, (least, most) in TARGETS.items():
+        shown = [name for name in names if (name, keep) in results.runs]
+        if not shown:
+            continue
+        cells = {
+            f"keep {keep:g}: needle accuracy / full at least {least:g}": [
+                judged(results.summaries[name, keep]["needles"]["of_full"]["value"], least, is_least=True)
+                for name in shown
+            ]
+        }
+        if most is not None:
+            cells[f"keep {keep:g}: perplexity / full at most {most:g}"] = [
+                judged(results.summaries[name, keep]["perplexity"]["of_full"]["value"], most, is_least=False)
+                for name in shown
+            ]
+        if peers(results, keep):
+            cells[f"keep {keep:g}: needle accuracy above each of {len(peers(results, keep))} presses"] = [
+                above_all(results, name, keep) for name in shown
+            ]
+        by_name = {text: dict(zip(shown, found, strict=True)) for text, found in cells.items()}
+        rows += [[text, *(found.get(name, "not measured") for name in names)] for text, found in by_name.items()]
+    if times and names:
+        ratios = cost_ratios(times)
+        cells = []
+        for name in names:
+            found = [statistics.median(x) for label, x in ratios.items() if label.rsplit(" ", 1)[0] == name]
+            cells.append(judged(max(found), MOST_COST, is_least=False) if found else "not measured")
+        rows.append([f"compression / prefill at most {MOST_COST:g}", *cells])
+    if not rows:
+        return ""
+    text = "Set before measuring (by value, not by interval):"
+    return f"## Targets\n\n{text}\n\n{table(['target', *(f'`{name}`' for name in names)], rows)}"
+
+
+def judged(found: float, bound: float, *, is_least: bool) -> str:
+    is_met = found >= bound if is_least else found <= bound
+    return f"{found:.3f}, met" if is_met else f"{found:.3f}, **missed** by {abs(found - bound):.3f}"
+
+
+def above_all(results: Results, name: str, keep: float) -> str:
+    behind = [peer for peer in peers(results, keep) if beside(results, name, peer, keep, "accuracy").side != "ahead"]
+    if not behind:
+        return "met"
+    worst = best(results, behind, keep, "accuracy")
+    gap = value(results, worst, keep, "accuracy") - value(results, name, keep, "accuracy")
+    return f"**missed**: {', '.join(short(peer) for peer in behind)}, by up to {gap:.3f}"
+
+
+def wins_section(results: Results, ours: list[str]) -> str:
+    rows = []
+    for keep in results.keeps:
+        names = [*present(results, ours, keep), *peers(results, keep)]
+        for key, measure in MEASURES.items():
+            first = best(results, names, keep, key)
+            level = [
+                name for name in names if name != first and beside(results, first, name, keep, key).verdict == "level"
+            ]
+            found = f"{shown(first, ours)}, {value(results, first, keep, key):.3f}"
+            rows.append([f"{keep:g}", measure.name, found, ", ".join(shown(each, ours) for each in level) or "none"])
+    head = ["kept", "measure", "best", "level with it (the interval leaves open which is better)"]
+    return f"## What wins where\n\n{table(head, rows)}"
+
+
+def fails_section(results: Results, ours: list[str]) -> str:
+    bullets = []
+    for keep in results.keeps:
+        names = [*present(results, ours, keep), *peers(results, keep)]
+        of_full = {name: results.summaries[name, keep]["needles"]["of_full"]["value"] for name in names}
+        failed = [f"{shown(name, ours)} {found:.2f}" for name, found in of_full.items() if found < FAILED]
+        if failed:
+            bullets.append(
+                f"- Keep {keep:g}: less than {FAILED:g} of the full cache's needle accuracy: {', '.join(failed)}."
+            )
+    for keep in results.keeps:
+        for name in present(results, ours, keep):
+            depths = [
+                (share, place) for place, share in enumerate(by_depth(results.runs[name, keep])) if share is not None
+            ]
+            lowest, place = min(depths)
+            n = len(by_depth(results.runs[name, keep]))
+            kinds = results.summaries[name, keep]["needles"]["by_kind"]
+            kind = min(kinds, key=lambda kind: kinds[kind]["token_accuracy"])
+            bullets.append(
+                f"- Keep {keep:g}, `{name}`: weakest at depths from {100 * place / n:.0f} to "
+                f"{100 * (place + 1) / n:.0f} % (token accuracy {lowest:.2f}) and for needles of {kind} "
+                f"({kinds[kind]['token_accuracy']:.2f})."
+            )
+    return "## What fails\n\n" + "\n".join(bullets)
+
+
+def cost_ratios(times: dict[str, Any]) -> dict[str, list[float]]:
+    """Compression over prefill, of each round."""
+    seconds = times["seconds"]
+    return {
+        label: [a / b for a, b in zip(found, seconds["prefill"], strict=True)]
+        for label, found in seconds.items()
+        if label != "prefill"
+    }

@@ -1,0 +1,130 @@
+"""Question and answer, token by token, on top of a context that was read before: how well a method answers.
+
+The model's own layers, with attention by a method of `recall_methods`. The answer is teacher-forced: each token is
+predicted after the true ones before it. All questions of a context run as one batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from benchmarks.recall.methods import Exact, Full
+from benchmarks.recall.needles import Context
+
+__all__ = ["Attention", "Score", "prefill", "score"]
+
+N_TOP = 64  # true top tokens of which the recall rate is the share
+N_LEFT_OUT = 2  # first layers, not measured: some settings attend to all tokens there
+
+
+@torch.inference_mode()
+def prefill(model: Any, context: Context) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (kv_heads, tokens, dim) of each layer, after one full forward pass."""
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([context.tokens]), past_key_values=cache, logits_to_keep=1)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+@dataclass
+class Attention:
+    """Means over what was measured so far.
+
+    Attributes
+    ----------
+    recall_rate : share of the 64 tokens of the largest true weights, summed over the group, that are attended to.
+    mass : share of the true weights that falls on what is attended to.
+    error : length of the output's difference to that of full attention, over the length of the latter.
+    entries : entries attended to.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    n: int = 0
+
+    def add(self, exact: Exact, query: Tensor, output: Tensor, attended: Tensor) -> None:
+        weights = exact.weights(query)  # (batch, kv_heads, group, tokens)
+        true = exact.output(weights)
+        shared = weights.mean(dim=-2)
+        top = shared.topk(min(N_TOP, shared.shape[-1]), dim=-1).indices
+        measured = {
+            "recall_rate": attended.gather(-1, top).float().mean(),
+            "mass": (shared * attended).sum(dim=-1).mean(),
+            "error": ((output - true).norm(dim=-1) / true.norm(dim=-1)).mean(),
+            "entries": attended.sum(dim=-1).float().mean(),
+        }
+        self.sums = {name: self.sums.get(name, 0.0) + float(value) for name, value in measured.items()}
+        self.n += 1
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.n for name, value in self.sums.items()}
+
+
+@dataclass(frozen=True)
+class Score:
+    """`is_right` and `nll`, nats, of each token of each answer; `attention` measured while the answers were made."""
+
+    is_right: list[list[bool]]
+    nll: list[list[float]]
+    attention: dict[str, float]
+
+
+@torch.inference_mode()
+def score(
+    model: Any,
+    context: Context,
+    read: list[tuple[Tensor, Tensor]],
+    make: Callable[[Exact, int], Full],
+) -> Score:
+    """Score of the methods that `make` gives for the keys and values of each layer and the layer's number."""
+    batch = len(context.questions)
+    exacts = [Exact(keys, values, batch) for keys, values in read]
+    methods = [make(exact, number) for number, exact in enumerate(exacts)]
+    attention = Attention()
+    rows = [question + answer for question, answer in zip(context.questions, context.answers, strict=True)]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    n_answer = len(context.answers[0])
+    first = torch.tensor([len(question) - 1 for question in context.questions])  # where answers begin to be predicted
+    hidden = []
+    for place in range(longest - 1):
+        is_measured = bool(((first <= place) & (place < first + n_answer)).any())
+        step = tokens[:, place : place + 1]
+        hidden.append(forward(model, step, exacts, methods, attention if is_measured else None))
+    predicting = first[:, None] + torch.arange(n_answer)  # (batch, n_answer)
+    chosen = torch.cat(hidden, dim=1).gather(1, predicting.unsqueeze(-1).expand(-1, -1, hidden[0].shape[-1]))
+    log_probabilities = model.lm_head(model.model.norm(chosen)).log_softmax(dim=-1)
+    answers = torch.tensor(context.answers)
+    nll = -log_probabilities.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+    is_right = log_probabilities.argmax(dim=-1) == answers
+    return Score(is_right.tolist(), nll.tolist(), attention.means())
+
+
+def forward(
+    model: Any, tokens: Tensor, exacts: list[Exact], methods: list[Full], attention: Attention | None
+) -> Tensor:
+    """Hidden states (batch, 1, features) after all layers, for one new token a row."""
+    config = model.config
+    heads, kv_heads, batch = config.num_attention_heads, config.num_key_value_heads, len(tokens)
+    hidden = model.model.embed_tokens(tokens)
+    place = torch.tensor([[exacts[0].n_context + exacts[0].n_new]])
+    cos, sin = model.model.rotary_emb(hidden, place)
+    for number, (layer, exact, method) in enumerate(zip(model.model.layers, exacts, methods, strict=True)):
+        normed, own = layer.input_layernorm(hidden), layer.self_attn
+        query, keys, values = (
+            project(normed).view(batch, 1, -1, own.head_dim).transpose(1, 2)
+            for project in (own.q_proj, own.k_proj, own.v_proj)
+        )  # (batch, heads or kv_heads, 1, dim)
+        query, keys = apply_rotary_pos_emb(query, keys, cos, sin)
+        query = query.reshape(batch, kv_heads, heads // kv_heads, own.head_dim)
+        exact.append(keys, values)
+        method.append(keys, values)
+        output = method.attend(query)  # (batch, kv_heads, group, dim)
+        if attention is not None and number >= N_LEFT_OUT:
+            attention.add(exact, query, output, method.attended(query))
+        hidden = hidden + own.o_proj(output.reshape(batch, 1, -1))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden

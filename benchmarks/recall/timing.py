@@ -1,0 +1,89 @@
+"""What recall costs: one attention step beside full attention, and building the index beside the prefill it follows."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+
+from benchmarks.recall.needles import Context
+from kvcluster.evaluation.report import Claim, Line, Section
+from kvcluster.evaluation.timing import ratios, seconds_in_turn
+from kvcluster.fast import RecallCache, attention
+
+__all__ = ["time_index", "time_step"]
+
+MOST_STEP, MOST_INDEX = 1 / 8, 0.10
+HEADS, GROUP, DIM = 8, 4, 128
+Advance = Callable[[], object]  # moves a progress bar
+
+
+@torch.inference_mode()
+def time_step(tokens: int, budget: int, rounds: int, advance: Advance) -> Section:
+    """Seconds of one decoding step's attention, selection included."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(2))
+    query = torch.randn(1, HEADS, GROUP, DIM, generator=generator)
+    cache = RecallCache(budget=budget)
+    cache.append(keys, values)
+
+    def plain() -> torch.Tensor:
+        return (query @ keys.mT * DIM**-0.5).softmax(dim=-1) @ values
+
+    full = {
+        "full: torch's scaled_dot_product_attention": lambda: scaled_dot_product_attention(query, keys, values),
+        "full: two matrix products": plain,
+        "full: kvcluster.fast.attention": lambda: attention(query, keys, values),
+    }
+    seconds = seconds_in_turn({**full, "RecallCache.attend": lambda: cache.attend(query)}, rounds, advance)
+    best = min(full, key=lambda name: statistics.median(seconds[name]))
+    lines = []
+    for name, mine in seconds.items():
+        ratio = ratios(mine, seconds[best])
+        is_ours = name not in full
+        claim = Claim("time of a recalling step over the best full one", ratio.median, MOST_STEP) if is_ours else None
+        speedup = ratios(seconds[best], mine)
+        lines.append(
+            Line((name, f"{1e3 * statistics.median(mine):.2f} ms", f"{ratio.median:.3f}", str(speedup)), claim)
+        )
+    return Section(
+        f"Time of one attention step: {HEADS} KV heads x {GROUP} queries x {DIM} dims, {tokens:,} tokens, float32, "
+        f"budget {budget:,}",
+        ("attention", "median", "of best full", "times faster than best full"),
+        lines,
+        f"Last column: median (least to largest) of {rounds} turns. Random normal keys; selection included.",
+        {"seconds": seconds, "best_full": best},
+    )
+
+
+@torch.inference_mode()
+def time_index(model: Any, context: Context, budget: int, rounds: int, advance: Advance) -> Section:
+    """Seconds of a prefill and of clustering its keys in every layer."""
+    tokens = torch.tensor([context.tokens])
+
+    def prefill() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    full = prefill()
+
+    def build() -> None:
+        """As a prefill would, one layer after the other; the tokens are copied into the cache as well."""
+        for layer in full.layers:
+            RecallCache(budget=budget).append(layer.keys, layer.values)
+
+    seconds = seconds_in_turn({"prefill": prefill, "index": build}, rounds, advance)
+    share = ratios(seconds["index"], seconds["prefill"])
+    claim = Claim("share of the prefill that the index costs", share.median, MOST_INDEX)
+    prefill_time, index_time = (f"{statistics.median(seconds[name]):.2f} s" for name in ("prefill", "index"))
+    spread = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+    return Section(
+        f"Time of the index: SmolLM2-135M, {len(context.tokens):,} tokens, {len(full.layers)} layers, float32",
+        ("what", "median", "share of the prefill"),
+        [Line(("prefill", prefill_time, "100 %")), Line(("cluster every layer", index_time, spread), claim, "{:.0%}")],
+        f"Median (least to largest) of the shares within each of {rounds} turns.",
+        {"seconds": seconds},
+    )

@@ -1,0 +1,42 @@
+"""`kvcluster demo`: a real Llama on a clustered cache, beside its full cache and checked by the reference."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["demo"]
+
+
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a local Llama in transformers' format. [default: SmolLM2-135M]")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
+    ] = None,
+    keep_ratio: Annotated[float, typer.Option(help="Entries kept / tokens in the clustered body, in (0, 1].")] = 0.25,
+    chunk_size: Annotated[int, typer.Option(help="Tokens that are clustered together.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens of context.")] = 4096,
+    figure: Annotated[Path, typer.Option(help="Where the figure is saved.")] = Path("kvcluster-demo.png"),
+) -> None:
+    """Generate from a clustered cache beside the full one, and let the NumPy reference check every decision."""
+    try:
+        from kvcluster.evaluation.demo.run import run_demo
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed; the demo needs: pip install 'kvcluster[hf]'")
+    from kvcluster.evaluation.demo.inputs import UnusableInputError
+
+    try:
+        agrees = run_demo(
+            model, text, keep_ratio=keep_ratio, chunk_size=chunk_size, n_context=tokens, figure_path=figure
+        )
+    except UnusableInputError as error:
+        fail(str(error))
+    raise typer.Exit(0 if agrees else 1)
+
+
+def fail(message: str) -> None:
+    """One line on standard error, exit code 2."""
+    typer.echo(f"kvcluster demo: {message}", err=True)
+    raise typer.Exit(2)

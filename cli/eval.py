@@ -1,0 +1,94 @@
+"""`kvcluster eval`: what a model still knows of a context when its cache was compressed before anything was asked."""
+
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+
+__all__ = ["evaluate"]
+
+Number = TypeVar("Number", int, float)
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder of a local Llama, or smollm2.")] = "smollm2",
+    text: Annotated[
+        Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Methods, such as full,chunked,recall.")] = "full,chunked",
+    keep: Annotated[
+        str, typer.Option(help="Stored entries / tokens of context, sinks and recent tokens included.")
+    ] = "0.5,0.25,0.2",
+    tasks: Annotated[str, typer.Option(help="Of needles, perplexity, attention, ruler.")] = "needles,perplexity",
+    tokens: Annotated[str, typer.Option(help="Lengths of context.")] = "4096",
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts of each length, and of each task of ruler.")] = 4,
+    needles: Annotated[int, typer.Option(min=1, help="Needles in each context.")] = 12,
+    kinds: Annotated[str, typer.Option(help="What needles end in.")] = "digits,words",
+    following: Annotated[int, typer.Option(min=1, help="Tokens after the context, for perplexity.")] = 512,
+    part: Annotated[str, typer.Option(help="Half of the text, and its needles: tuning or reporting.")] = "reporting",
+    stepwise: Annotated[bool, typer.Option("--stepwise", help="Read everything asked token by token.")] = False,
+    longbench: Annotated[
+        Path | None, typer.Option(help="Folder with LongBench's JSON lines; the first --contexts of each.")
+    ] = None,
+    ruler_files: Annotated[Path | None, typer.Option(help="Folder with RULER's JSON lines, the same.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write results here, and each run beside it as it ends; what is there is not run again."),
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder to save the figures in.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+) -> None:
+    """Measure quality at equal stored entries: needles, perplexity, tasks like RULER's, LongBench's own files.
+
+    A context is read once for each method; questions come after it and are answered from copies of the cache.
+    """
+    try:
+        from kvcluster.evaluation.demo.inputs import UnusableInputError
+        from kvcluster.evaluation.quality.evaluate import Settings, run_eval
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: pip install 'kvcluster[hf]'")
+
+    for path, wanted in ((json, "file in an existing folder"), (figures, "folder that exists")):
+        if path is not None and not (path if path is figures else path.absolute().parent).is_dir():
+            fail(f"{path} must be a {wanted}")
+    for path in (longbench, ruler_files):
+        if path is not None and not path.is_dir():
+            fail(f"{path} must be a folder that exists")
+    settings = Settings(
+        model=model,
+        text=text,
+        methods=parts(method),
+        keeps=[number("keep", each, float) for each in parts(keep)],
+        tasks=parts(tasks),
+        lengths=[number("tokens", each, int) for each in parts(tokens)],
+        n_contexts=contexts,
+        n_needles=needles,
+        kinds=parts(kinds),
+        n_following=following,
+        which=part,
+        is_stepwise=stepwise,
+        longbench=longbench,
+        ruler_files=ruler_files,
+    )
+    try:
+        run_eval(settings, json_path=json, figures=figures, threads=threads)
+    except (UnusableInputError, ValueError, ModuleNotFoundError) as error:
+        fail(str(error))
+
+
+def parts(given: str) -> list[str]:
+    """What commas separate."""
+    return [part.strip() for part in given.split(",") if part.strip()]
+
+
+def number(name: str, given: str, kind: type[Number]) -> Number:
+    try:
+        return kind(given)
+    except ValueError:
+        fail(f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {given!r}")
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    typer.echo(f"kvcluster eval: {message}", err=True)
+    raise typer.Exit(2)

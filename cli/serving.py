@@ -1,0 +1,37 @@
+"""`kvcluster serve-demo`: vLLM's server, stock and with clustered pages, with the same pool and the same clients."""
+
+import importlib.util
+from typing import Annotated
+
+import typer
+
+__all__ = ["serve_demo"]
+
+
+def serve_demo(
+    keep_ratio: Annotated[float, typer.Option(help="Entries kept / tokens of a clustered chunk, in (0, 1].")] = 0.25,
+    conversations: Annotated[int, typer.Option(min=1, max=32, help="Conversations that begin at once.")] = 9,
+    tokens: Annotated[int, typer.Option(min=128, max=4096, help="Tokens of each conversation's text.")] = 1000,
+    answer: Annotated[int, typer.Option(min=2, max=1024, help="Tokens of each answer.")] = 240,
+    blocks: Annotated[int, typer.Option(min=8, max=4096, help="Blocks of the pool, of 32 tokens each.")] = 130,
+) -> None:
+    """Serve conversations by vLLM on this machine, stock and then clustered, and compare what the pool held.
+
+    Needs the environment that `make vllm` makes. Listens on loopback only.
+    """
+    for name in ("vllm", "openai"):
+        if importlib.util.find_spec(name) is None:
+            fail(f"{name} is not installed; run it as make serve-demo")
+    from kvcluster.evaluation.serving.run import run_demo
+    from kvcluster.evaluation.serving.server import ServerFailedError
+
+    try:
+        run_demo(keep_ratio=keep_ratio, n_conversations=conversations, n_text=tokens, n_new=answer, n_blocks=blocks)
+    except (ServerFailedError, FileNotFoundError, ValueError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """One line on standard error, exit code 2."""
+    typer.echo(f"kvcluster serve-demo: {message}", err=True)
+    raise typer.Exit(2)

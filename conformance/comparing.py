@@ -1,0 +1,149 @@
+"""Whether an outcome is right: decisions and centroids bit for bit, attention within its bound."""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvcluster import reference
+from kvcluster.reference.agreement import attention_agreement
+from kvcluster.reference.recall import mean_deviations, mean_of_members, recalled_entries
+
+from .case import Case
+from .implementation import Implementation, Outcome, filled_cache, run
+
+__all__ = ["Difference", "compare", "expected", "oracle_arguments"]
+
+THE_REFERENCE = Implementation(reference, "kvcluster.reference")
+# Sections of SPECIFICATION.md that an operation's result follows.
+SECTIONS = {
+    "alternating_partition": 3,
+    "similarity": 4,
+    "chunked_soft_matching": 5,
+    "merge": 6,
+    "attention": 7,
+    "clustered_attention": 8,
+    "ClusteredCache": 9,
+    "kmeans": 10,
+    "select_clusters": 11,
+    "recall_attention": 12,
+    "RecallCache": 13,
+    "distinctive_matching": 16,
+}
+
+
+class Difference(NamedTuple):
+    """The first thing in which an outcome is wrong: what, what it must be, what it is, and both in words."""
+
+    what: str
+    expected: str
+    got: str
+    text: str
+
+
+@functools.lru_cache(maxsize=1024)
+def expected(case: Case) -> dict[str, np.ndarray]:
+    """What the reference gives; its attention outputs are the oracle."""
+    outcome = run(THE_REFERENCE, case)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.arrays
+
+
+def compare(case: Case, outcome: Outcome) -> Difference | None:
+    """None if the outcome is right."""
+    if case.is_refused:
+        if isinstance(outcome.error, ValueError | TypeError):
+            return None
+        got = "no error" if outcome.error is None else repr(outcome.error)
+        return Difference("error", "ValueError or TypeError", got, "this input must be refused, see section 14")
+    if outcome.error is not None:
+        return Difference("error", "a result", repr(outcome.error), "this input must not raise")
+    for name, right in expected(case).items():
+        if name in outcome.arrays:
+            mine = outcome.arrays[name]
+            found = compare_output(case, mine) if name == "output" else compare_bits(name, mine, right)
+            if found is not None:
+                return found
+    return None
+
+
+def compare_bits(name: str, mine: np.ndarray, right: np.ndarray) -> Difference | None:
+    """Integers may have any integer dtype; numbers must have the dtype and every bit."""
+    if mine.shape != right.shape:
+        return Difference(name, f"shape {right.shape}", f"shape {mine.shape}", f"{name} must have another shape")
+    is_integer = right.dtype.kind == "i"
+    if (mine.dtype.kind not in "iu") if is_integer else (mine.dtype != right.dtype):
+        wanted = "integers" if is_integer else right.dtype.name
+        return Difference(name, wanted, mine.dtype.name, f"{name} must have another dtype")
+    if is_integer:
+        differs = mine.astype(np.int64) != right
+    else:
+        bits = np.dtype(f"u{right.dtype.itemsize}")
+        differs = np.ascontiguousarray(mine).view(bits) != np.ascontiguousarray(right).view(bits)
+    if not differs.any():
+        return None
+    first = tuple(int(i) for i in np.argwhere(differs)[0])
+    place = f"{name}[{', '.join(map(str, first))}]"
+    text = f"{int(differs.sum()):,} of {differs.size:,} differ, the first at {place}"
+    return Difference(name, show(right[first]), show(mine[first]), text)
+
+
+def compare_output(case: Case, output: np.ndarray) -> Difference | None:
+    """Attention by `attention_agreement`; a result of a wider dtype than the query's is rounded to it."""
+    query, keys, values, counts, scale = oracle_arguments(case)
+    shape = (*query.shape[:-1], values.shape[-1])
+    if output.shape != shape:
+        return Difference("output", f"shape {shape}", f"shape {output.shape}", "output must have another shape")
+    if output.dtype.kind not in "fV" or output.dtype.itemsize < query.dtype.itemsize:
+        return Difference("output", f"{query.dtype.name} or wider", output.dtype.name, "output must have another dtype")
+    if not np.isfinite(output).all():
+        return Difference("output", "finite numbers", "NaN or infinity", "output must be finite")
+    found = attention_agreement(output.astype(query.dtype), query, keys, values, counts, scale=scale)
+    if found.holds:
+        return None
+    worst = np.unravel_index(np.argmax(found.error - found.bound), found.error.shape)
+    place = f"output[{', '.join(map(str, (*map(int, worst), '...')))}]"
+    error, bound = found.error[worst], found.bound[worst]
+    text = f"{place} is off by {error:.2g}, {error / bound:.3g} times the bound"
+    return Difference("output", f"within {bound:.2g} of the oracle", f"off by {error:.2g}", text)
+
+
+@functools.lru_cache(maxsize=1024)
+def oracle_arguments(case: Case) -> tuple[Any, ...]:
+    """Query, keys, values, counts and scale of the attention that a case amounts to."""
+    arrays, parameters = case.arrays, case.parameters
+    query, scale = arrays["query"], parameters.get("scale")
+    if case.operation == "attention":
+        return query, arrays["keys"], arrays["values"], None, scale
+    if case.operation == "clustered_attention":
+        return query, arrays["keys"], arrays["values"], arrays["counts"], scale
+    if case.operation == "recall_attention":
+        return query, *recalled(case), scale
+    cache, _ = filled_cache(THE_REFERENCE, case)
+    if case.operation == "ClusteredCache":
+        return query, cache.keys, cache.values, cache.counts, scale
+    return query, *cache.entries(cache.select_clusters(query)), scale
+
+
+def recalled(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Entries that `recall_attention` attends to."""
+    arrays, parameters = case.arrays, case.parameters
+    clusters = reference.Clusters(arrays["labels"], arrays["counts"], arrays["centroids"])
+    selection = reference.select_clusters(
+        arrays["query"],
+        clusters.centroids,
+        clusters.counts,
+        budget=parameters["budget"],
+        deviations=mean_deviations(arrays["keys"], clusters),
+        **{name: parameters[name] for name in ("spread",) if name in parameters},
+    )
+    of_values = mean_of_members(arrays["values"], clusters) if parameters.get("centroids_for_rest") else None
+    return recalled_entries(arrays["keys"], arrays["values"], clusters, selection, of_values)
+
+
+def show(number: Any) -> str:
+    """A number, floats with all their digits and in hexadecimal."""
+    if np.asarray(number).dtype.kind == "i":
+        return str(int(number))
+    return f"{float(number)!r} ({float(number).hex()})"

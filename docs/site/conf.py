@@ -1,0 +1,62 @@
+"""Sphinx configuration of the site; `make site` builds it from pages that build_site.py has put together."""
+
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from source_pages import reading_order  # noqa: E402
+
+project = "kvcluster"
+author = "The kvcluster authors"
+version = release = version_of("kvcluster")
+root_doc = "README"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "plain_math"]
+default_role = "literal"
+myst_heading_anchors = 4
+nb_execution_mode = "off"
+autodoc_typehints = "none"
+numpydoc_show_class_members = False
+autodoc_member_order = "bysource"
+nitpick_ignore = [("py:class", "kvcluster.fast.body_clusters.BodyClusters")]  # the type of a property, no page
+html_math_renderer = "mathml"
+html_theme = "furo"
+html_title = "kvcluster"
+html_copy_source = html_show_sourcelink = html_show_copyright = False
+html_static_path = [str(HERE / "static")]
+html_css_files = ["site.css"]
+html_theme_options = {"navigation_with_keys": True}
+
+MEASURED = ["demo", "kept", "speed", "recall"]
+USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - set(MEASURED))
+
+CONTENTS = {
+    "Learn": ["notebooks/0*"],
+    "The method": [
+        *(f"{name}.py <reference/{name}.py>" for name in reading_order()),
+        "reference/SPECIFICATION",
+    ],
+    "Theory": [
+        "theory/README",
+        "theory/notation",
+        *(f"theory/{page}/README" for page in ("complexity", "partition", "merging", "recall", "exactness")),
+    ],
+    "Use": [*(f"docs/{name}" for name in USE), "docs/vectors/README"],
+    "Measured": [*(f"docs/{name}" for name in MEASURED), "benchmarks/quality/QUALITY"],
+    "API": ["docs/api/*"],
+    "Take part": ["CONTRIBUTING"],
+}
+
+
+def add_contents(app, docname, source):
+    """The start page is README, which knows nothing of Sphinx: what leads to all other pages is added here."""
+    if docname == root_doc:
+        for caption, entries in CONTENTS.items():
+            lines = [f":caption: {caption}", ":hidden:", ":glob:", ":maxdepth: 1", "", *entries]
+            source[0] += "\n".join(["", "```{toctree}", *lines, "```", ""])
+
+
+def setup(app):
+    app.connect("source-read", add_contents)

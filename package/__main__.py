@@ -1,0 +1,5 @@
+"""`python -m kvcluster`: the `kvcluster` command."""
+
+from kvcluster.cli import main
+
+main()

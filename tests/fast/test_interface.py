@@ -1,0 +1,147 @@
+"""What the package promises about itself: names, signatures, shapes, imports, examples."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+from kvcluster import fast, reference
+
+REFERENCE_MODULES = sorted(f"kvcluster.reference.{module.name}" for module in pkgutil.iter_modules(reference.__path__))
+
+
+WITH_EXAMPLES = [*REFERENCE_MODULES, "kvcluster.fast.vllm.rule", "kvcluster.fast.vllm.steps"]
+DATA = {"Clustering", "Clusters", "Selection"}  # dataclasses
+
+
+def in_fresh_interpreter(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_reference_and_fast_have_the_same_names():
+    assert fast.__all__ == reference.__all__ == sorted(reference.__all__)
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_reference_and_fast_have_the_same_signatures(name):
+    ours, theirs = getattr(fast, name), getattr(reference, name)
+    assert parameters(ours) == parameters(theirs)
+    if inspect.isclass(ours) and name not in DATA:
+        public = {method for method in vars(theirs) if not method.startswith("_")}
+        assert public <= set(vars(ours))
+        for method in public & {method for method in public if callable(getattr(theirs, method))}:
+            assert parameters(getattr(ours, method)) == parameters(getattr(theirs, method))
+
+
+def parameters(function):
+    """Without `backend`, which only the fast path has."""
+    given = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in given if p.name != "backend"]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_in_docstrings_are_true(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, extraglobs={"np": __import__("numpy")})
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_every_public_function_of_the_reference_has_an_example(name):
+    assert ">>>" in (getattr(reference, name).__doc__ or "") or name in DATA
+
+
+IMPORTS_ONLY_NUMPY = """
+import sys
+import kvcluster.reference.agreement, kvcluster.reference.llama
+files = {name.partition(".")[0]: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+installed = {root for root, file in files.items() if "site-packages" in file and not root.startswith("_")}
+beyond = installed - {"numpy", "jaxtyping", "wadler_lindig"}  # jaxtyping imports wadler_lindig
+assert not beyond, beyond
+"""
+
+
+def test_the_reference_imports_numpy_and_jaxtyping_only():
+    done = in_fresh_interpreter(IMPORTS_ONLY_NUMPY)
+    assert done.returncode == 0, done.stderr
+    assert in_fresh_interpreter("import rich\n" + IMPORTS_ONLY_NUMPY).returncode != 0
+
+
+@pytest.mark.slow
+def test_fast_never_imports_the_reference():
+    code = "import sys, kvcluster.evaluation.models\nassert not [m for m in sys.modules if 'kvcluster.ref' in m]"
+    assert in_fresh_interpreter(code).returncode == 0
+    assert in_fresh_interpreter("import kvcluster.reference\n" + code).returncode != 0
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "triton", "transformers", "matplotlib"):
+    sys.modules[name] = None
+"""
+
+
+def test_the_command_needs_no_torch_for_its_help():
+    code = WITHOUT_TORCH + "import sys; sys.argv = ['kvcluster', '--help']\nfrom kvcluster.cli import main\nmain()"
+    done = in_fresh_interpreter(code)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
+
+
+def test_the_demo_without_torch_says_what_to_install():
+    code = WITHOUT_TORCH + "import sys; sys.argv = ['kvcluster', 'demo']\nfrom kvcluster.cli import main\nmain()"
+    done = in_fresh_interpreter(code)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "is not installed; the demo needs: pip install 'kvcluster[hf]'" in done.stderr
+
+
+SHAPES = """
+from jaxtyping import install_import_hook
+with install_import_hook(["kvcluster.reference", "kvcluster.fast"], "beartype.beartype"):
+    import kvcluster.reference as reference, kvcluster.fast as fast
+import numpy as np, torch
+from jaxtyping import TypeCheckError
+for dtype in (np.float16, np.float32):
+    for lead in ((), (3,), (2, 3)):
+        for tokens, dim, group in ((70, 16, 1), (64, 5, 4)):
+            keys = np.random.default_rng(0).standard_normal((*lead, tokens, dim)).astype(dtype)
+            query = keys[..., :group, :]
+            for backend, convert in ((reference, np.asarray), (fast, torch.from_numpy)):
+                keys_, query_ = convert(keys), convert(query)
+                clustering = backend.chunked_soft_matching(keys_, keep_ratio=0.25, chunk_size=16)
+                centroids = backend.merge(keys_, clustering)
+                backend.similarity(keys_, query_)
+                backend.attention(query_, keys_, keys_)
+                backend.clustered_attention(convert(query.astype(np.float32)), centroids, centroids, clustering.counts)
+                cache = backend.ClusteredCache(keep_ratio=0.25, chunk_size=16, n_recent=4, budget=30)
+                cache.append(keys_, keys_)
+                cache.attend(query_)
+                clusters = backend.kmeans(keys_, n_clusters=7, is_centred=True)
+                backend.kmeans(keys_, n_clusters=7, init=clusters.centroids)
+                selection = backend.select_clusters(query_, clusters.centroids, clusters.counts, budget=20)
+                selection.tokens(clusters)
+                backend.recall_attention(query_, keys_, keys_, clusters, budget=20, centroids_for_rest=True)
+                cache = backend.RecallCache(budget=30, n_sink=2, segment_size=9)
+                cache.append(keys_, keys_)
+                cache.attend(query_)
+                cache.entries(cache.select_clusters(query_))
+                backend.alternating_partition(5)
+for backend, convert in ((reference, np.asarray), (fast, torch.from_numpy)):
+    try:
+        backend.attention(*(convert(np.ones(shape, dtype=np.float32)) for shape in ((1, 4), (5, 4), (6, 4))))
+    except TypeCheckError:
+        continue
+    raise SystemExit("shapes in signatures are not checked")
+"""
+
+
+@pytest.mark.slow
+def test_shapes_in_signatures_are_true():
+    """Every public function runs under jaxtyping and beartype; a call whose shapes do not fit is told apart."""
+    done = in_fresh_interpreter(SHAPES)
+    assert done.returncode == 0, done.stderr + done.stdout

@@ -1,0 +1,198 @@
+"""The site: built without a word from Sphinx, read without a network, at home on a telephone and in the dark."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browsers import needs_browser, open_browser
+from bs4 import BeautifulSoup
+from test_two_clicks import script
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = "import sys; sys.path.insert(0, 'docs/site'); from build_site import build; from pathlib import Path; "
+ELSEWHERE = re.compile(r"\s*(https?:)?//")
+LOADING = re.compile(r"<(?:script|link|img|iframe|source|object|embed|video|audio)\b[^>]*>")
+STYLE = re.compile(r"(?s)<style[^>]*>.*?</style>|\sstyle=\"[^\"]*\"")
+ADDRESS = re.compile(r"\s(?:src|href|data|srcset)=[\"']([^\"']*)")
+IN_STYLE = re.compile(r"(?:url\(|@import)\s*[\"']?\s*((?:https?:)?//[^)\"']+)")
+PHONE, DESKTOP = 390, 1280  # pixels
+LOOKED_AT = {
+    PHONE: ("*.html", "theory/*.html", "notebooks/*.html", "reference/*.html", "docs/**/*.html", "benchmarks/*.html"),
+    DESKTOP: ("*.html", "theory/[!.]*[!y].html", "notebooks/*.html", "docs/**/*.html", "benchmarks/QUALITY.html"),
+}
+WIDER = """
+const scrolls = element => element.tagName !== 'ARTICLE'
+    && (/auto|scroll|hidden/.test(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
+const isOut = element => element.getClientRects().length && element.getBoundingClientRect().right > innerWidth + 1;
+return [...document.querySelectorAll('article *')].filter(element => isOut(element) && !scrolls(element))
+    .map(element => element.tagName + ' ' + element.textContent.slice(0, 60)).slice(0, 3)
+"""
+
+plain_math = script("plain_math")
+sys.modules.setdefault("source_pages", source_pages := script("source_pages"))
+site_tests = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site's folder, and what Sphinx said."""
+    folder = tmp_path_factory.mktemp("site")
+    code = BUILD + f"sys.exit(build(Path({str(folder / 'site')!r}), Path({str(folder / 'work')!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def foreign(page, is_style=False):
+    """Addresses of other hosts from which a page, or a sheet of styles, would load something."""
+    found = [address for tag in LOADING.findall(page) for address in ADDRESS.findall(tag)]
+    styles = [page] if is_style else STYLE.findall(page)
+    return [address for address in found if ELSEWHERE.match(address)] + IN_STYLE.findall("\n".join(styles))
+
+
+def test_addresses_of_other_hosts_are_noticed():
+    page = '<script src="https://x.org/a.js"></script><link href="//x.org/b.css"><img src="c.png"><a href="https://d">'
+    assert foreign(page) == ["https://x.org/a.js", "//x.org/b.css"]
+    style = "a { background: url('http://x.org/e.png') }"
+    assert foreign(style, is_style=True) == foreign(f"<style>{style}</style>") == ["http://x.org/e.png"]
+    assert foreign(f"<code>{style}</code>") == []
+
+
+class TestBuilt:
+    pytestmark = site_tests
+
+    def test_no_page_loads_anything_from_another_host(self, site):
+        pages = [*site.rglob("*.html"), *site.rglob("*.css")]
+        assert len(pages) > 80
+        found = {page.name: foreign(page.read_text(), page.suffix == ".css") for page in pages}
+        assert {name: addresses for name, addresses in found.items() if addresses} == {}
+
+    def test_every_part_is_there(self, site):
+        start = (site / "index.html").read_text()
+        for page in (
+            *(f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")),
+            *(f"theory/{path.stem}" for path in (ROOT / "theory").glob("*.md")),
+            *(f"reference/{name}.py" for name in source_pages.reading_order()),
+            *(f"docs/api/{name}" for name in ("reference", "fast", "fast-huggingface", "fast-evaluation")),
+            *("reference/SPECIFICATION", "benchmarks/QUALITY", "docs/modes", "CONTRIBUTING"),
+        ):
+            assert (site / f"{page}.html").exists(), page
+            assert f'href="{page}.html' in start, page
+
+    def test_formulas_are_set(self, site):
+        page = (site / "theory" / "merging.html").read_text()
+        assert page.count("<math") > 150
+        assert '<div class="formula"><math' in page
+        assert "<msub>" in page
+        assert "<math" not in (site / "reference" / "SPECIFICATION.html").read_text()
+
+    def test_notebooks_have_their_figures_and_no_control(self, site):
+        for path in (site / "notebooks").glob("0*.html"):
+            article = BeautifulSoup(path.read_text(), "html.parser").article
+            assert article.find("img"), path.name
+            assert "VBox" not in "".join(str(output) for output in article.find_all(class_="cell_output"))
+
+    def test_functions_are_documented_and_linked_to_from_the_tour(self, site):
+        page = BeautifulSoup((site / "docs/api/fast.html").read_text(), "html.parser")
+        assert page.find(id="kvcluster.fast.chunked_soft_matching")
+        assert page.find(id="kvcluster.fast.ClusteredCache.append")
+
+    @needs_browser
+    @pytest.mark.parametrize(("width", "is_dark"), [(PHONE, False), (DESKTOP, True)], ids=["phone", "desktop-dark"])
+    def test_in_a_browser_nothing_is_cut_off_or_missing(self, site, tmp_path, width, is_dark):
+        browser = open_browser(tmp_path / "profile", width=width, is_dark=is_dark)
+        try:
+            for page in sorted(page for folder in LOOKED_AT[width] for page in site.glob(folder)):
+                browser.get(page.as_uri())
+                name = page.relative_to(site)
+                assert browser.execute_script(WIDER) == [], name
+                broken = "return [...document.images].filter(image => image.complete && !image.naturalWidth).length"
+                assert browser.execute_script(broken) == 0, name
+            browser.execute_script("document.querySelector('article').innerHTML += '<p style=width:3000px>a</p>'")
+            assert browser.execute_script(WIDER) == ["P a"]
+            light = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+            assert (light == "rgb(255, 255, 255)") != is_dark
+            assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+        finally:
+            browser.quit()
+
+
+@pytest.mark.slow
+def test_dead_links_are_faults(tmp_path):
+    """The same configuration, other pages."""
+    dead = ["nowhere.md", "#nowhere", "docs/nowhere.py", "docs/modes.md#nothing"]
+    readme = "# A title\n\n[right](docs/modes.md#modes) " + " ".join(f"[words]({link})" for link in dead)
+    for name, text in (("README.md", readme), ("docs/modes.md", "# Modes\n")):
+        page = tmp_path / "pages" / name
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(text)
+    command = [sys.executable, "-m", "sphinx", "-q", "-n", "-c", ROOT / "docs", tmp_path / "pages", tmp_path / "site"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stderr.count("[myst.xref_missing]") == len(dead)
+
+
+@pytest.mark.parametrize("path", ["reference/soft_matching.py", "fast/cache.py", "docs/vectors/reader.cpp", "Makefile"])
+def test_a_page_of_a_file_has_all_of_its_lines(path):
+    page = source_pages.file_page(ROOT / path)
+    blocks = re.findall(r"(?s)\n:lineno-start: (\d+)\n(.*?)\n``````\n", page)
+    numbered = {int(first) + i: line for first, block in blocks for i, line in enumerate(block.split("\n")) if line}
+    assert numbered == {i: line for i, line in enumerate((ROOT / path).read_text().split("\n"), 1) if line}
+
+
+def test_links_to_files_lines_and_folders_become_links_to_pages():
+    text = "[a](theory/merging/checks.py#L33) [b](fast) [c](docs/vectors) [d](docs/modes.md#x) [e](Makefile) [f](https://x.org)"
+    page = source_pages.LINK.sub(lambda link: source_pages.rewritten(ROOT / "README.md", link), text)
+    assert page == (
+        "[a](theory/merging/checks.py.md#check_equal_keys) [b](fast/index.md) [c](docs/vectors/README.md) "
+        "[d](docs/modes.md#x) [e](Makefile.md) [f](https://x.org)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plain", "tex"),
+    [
+        ("|s - c| <= eps = (2 k + 2) u64", r"\left|s - c\right| \le  \varepsilon  = (2\,k + 2)\,u_{64}"),
+        ("ceil(log2 n) <= 2^-24", r"\lceil \log_{2} \,n\rceil  \le  2^{-24}"),
+        ("s q.mu + log n_c", r"s\,q\cdot \mu  + \log \,n_{c}"),
+        ("F_(1) >= z_(j+1)", r"F_{(1)} \ge  z_{j+1}"),
+        ("sum_(j<r) t^j_i", r"\sum _{j<r}\,t^{j}_{i}"),
+        ("f* - f > margin", r"f^* - f > \mathrm{margin}"),
+        ("-149 <= e", r"-149 \le  e"),
+        ("<u_N, v_N>", r"\langle u_{N},\,v_{N}\rangle"),
+    ],
+)
+def test_formulas_keep_their_meaning(plain, tex):
+    assert plain_math.is_math(plain)
+    assert plain_math.to_tex(plain) == tex
+
+
+@pytest.mark.parametrize(
+    "span", ["check_pair", "keep_ratio", "fast/cache.py", "python -m kvcluster.theory", "*", "zeros"]
+)
+def test_code_stays_code(span):
+    assert not plain_math.is_math(span)
+
+
+def test_what_is_no_formula_is_refused():
+    with pytest.raises(ValueError, match="a formula cannot have '@', got a @ b"):
+        plain_math.to_tex("a @ b")
+    with pytest.raises(ValueError, match="a bracket of a formula must be closed"):
+        plain_math.to_tex("sqrt(a")
+    with pytest.raises(ValueError, match="bars of a formula must be pairs"):
+        plain_math.to_tex("|a| < |b")
+
+
+def test_notebooks_lose_their_sliders_only():
+    view = {"data": {source_pages.CONTROL: {}, "text/plain": "VBox()"}}
+    cells = [{"cell_type": "code", "outputs": [view, {"text": "1"}]}, {"cell_type": "markdown", "source": "a"}]
+    still = json.loads(source_pages.without_controls(json.dumps({"metadata": {"widgets": {}}, "cells": cells})))
+    assert still == {"metadata": {}, "cells": [{"cell_type": "code", "outputs": [{"text": "1"}]}, cells[1]]}
+
+
+def test_the_picture_of_the_idea_is_drawn(tmp_path):
+    script("idea").draw(tmp_path / "idea.png")
+    assert (tmp_path / "idea.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs" / "idea.png").stat().st_size < 300_000
