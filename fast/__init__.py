@@ -6,26 +6,30 @@ cache into transformers models.
 """
 
 from .attention import attention
+from .bounded_cache import BoundedCache
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
-from .distinctive_matching import distinctive_matching
-from .exact_similarity import similarity
+from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
 from .recall import recall_attention
 from .recall_cache import RecallCache
 from .selection import Selection, select_clusters
-from .soft_matching import chunked_soft_matching
+from .similarity import similarity
+from .soft_matching import SoftMatching, chunked_soft_matching
 
 ARRAYS = "torch"  # what `kvcluster check` gives to the names below
 
 __all__ = [
+    "BoundedCache",
     "ClusteredCache",
     "Clustering",
     "Clusters",
+    "Distinctive",
     "RecallCache",
     "Selection",
+    "SoftMatching",
     "alternating_partition",
     "attention",
     "chunked_soft_matching",

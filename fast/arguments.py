@@ -8,11 +8,19 @@ import torch
 __all__ = [
     "check_append",
     "check_array",
+    "check_attention",
+    "check_clustering",
+    "check_counts",
     "check_finite",
     "check_half_range",
+    "check_init",
     "check_integer",
     "check_keep_ratio",
+    "check_method",
+    "check_scored",
     "check_shape",
+    "check_share",
+    "dtype_name",
     "entries_of_chunk",
     "with_four_axes",
 ]
@@ -99,3 +107,103 @@ def check_keep_ratio(keep_ratio: float) -> None:
 def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
     """Entries that a chunk of `chunk_size` tokens becomes: `ceil(keep_ratio * chunk_size)`, the product in float64."""
     return math.ceil(float(keep_ratio) * int(chunk_size))
+
+
+def check_init(keys: torch.Tensor, init: torch.Tensor, n_clusters: int) -> None:
+    """Refuse an `init` that does not fit `keys`."""
+    if not isinstance(init, torch.Tensor):
+        raise TypeError(f"init must be a torch tensor, got {type(init).__name__}")
+    shape = (*keys.shape[:-2], n_clusters)
+    if not init.is_floating_point() and not init.is_complex() and init.dtype != torch.bool:
+        if init.shape != shape:
+            raise ValueError(f"init must hold token indices of shape {shape}, got {tuple(init.shape)}")
+        if init.numel() and not bool(((init >= 0) & (init < keys.shape[-2])).all()):
+            raise ValueError(f"init must be from 0 to {keys.shape[-2] - 1}, got {int(init.min())} to {int(init.max())}")
+        return
+    check_array("init", init)
+    if init.shape != (*shape, keys.shape[-1]):
+        raise ValueError(f"init must hold centroids of shape {(*shape, keys.shape[-1])}, got {tuple(init.shape)}")
+
+
+def check_share(name: str, share: float, *, may_be_zero: bool) -> None:
+    """Refuse what is not a number from 0 to 1."""
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"{name} must be a number, got {share!r}")
+    if not (0 <= share <= 1 if may_be_zero else 0 < share <= 1):
+        raise ValueError(f"{name} must be in {'[' if may_be_zero else '('}0, 1], got {share}")
+
+
+def check_scored(query: torch.Tensor, centroids: torch.Tensor, counts: torch.Tensor, deviations: torch.Tensor) -> None:
+    """Refuse tensors that do not fit each other."""
+    for name, array in (("query", query), ("centroids", centroids), ("deviations", deviations)):
+        check_array(name, array)
+    shapes = tuple(query.shape), tuple(centroids.shape)
+    if query.shape[:-2] != centroids.shape[:-2] or query.shape[-1] != centroids.shape[-1]:
+        raise ValueError(f"query must have the leading axes and dim of centroids, got {shapes[0]} and {shapes[1]}")
+    if query.shape[-2] == 0 or centroids.shape[-2] == 0:
+        raise ValueError(f"query and centroids must not be empty, got {shapes[0]} and {shapes[1]}")
+    if deviations.shape != centroids.shape:
+        raise ValueError(f"deviations must have the shape of centroids, got {tuple(deviations.shape)} and {shapes[1]}")
+    if counts.shape != centroids.shape[:-1]:
+        raise ValueError(
+            f"counts must have the shape of centroids without dim, got {tuple(counts.shape)} and {shapes[1]}"
+        )
+    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise ValueError(f"counts must be integers, got {dtype_name(counts)}")
+    if bool((counts < 0).any()):
+        raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
+
+
+def check_clustering(labels: torch.Tensor, counts: torch.Tensor) -> None:
+    """Refuse counts that are not the numbers of the labels, and entries without tokens."""
+    entries = counts.shape[-1]
+    if labels.numel() and not bool(((labels >= 0) & (labels < entries)).all()):
+        raise ValueError(f"labels must be from 0 to {entries - 1}, got {int(labels.min())} to {int(labels.max())}")
+    members = torch.zeros_like(counts).scatter_add_(-1, labels, torch.ones_like(labels))
+    if not torch.equal(members, counts):
+        raise ValueError("counts must be the number of tokens of each label, got other numbers")
+    if bool((counts < 1).any()):
+        raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
+
+
+def check_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuse tensors that do not fit each other."""
+    arrays = {"query": query, "keys": keys, "values": values}
+    devices = {str(array.device) for array in arrays.values() if isinstance(array, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"query, keys and values must be on one device, got {', '.join(sorted(devices))}")
+    for name, array in arrays.items():
+        check_array(name, array)
+    shapes = [tuple(array.shape) for array in (query, keys, values)]
+    if keys.shape[-2] == 0:
+        raise ValueError(f"keys must hold at least one token, got shape {shapes[1]}")
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(
+            f"values must have the leading axes and tokens of keys, got values {shapes[2]} and keys {shapes[1]}"
+        )
+    if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
+        raise ValueError(f"query must have the leading axes and dim of keys, got query {shapes[0]}, keys {shapes[1]}")
+
+
+def check_counts(keys: torch.Tensor, counts: torch.Tensor) -> None:
+    """Refuse counts that do not belong to `keys`."""
+    if not isinstance(counts, torch.Tensor):
+        raise TypeError(f"counts must be a torch tensor, got {type(counts).__name__}")
+    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
+        raise ValueError(f"counts must be integers, got {dtype_name(counts)}")
+    if counts.shape != keys.shape[:-1]:
+        raise ValueError(
+            f"counts must have the shape of keys without dim, got {tuple(counts.shape)} and {tuple(keys.shape)}"
+        )
+    if bool((counts < 0).any()):
+        raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
+    if counts.dtype != torch.int32 and bool((counts >= 2**31).any()):
+        raise ValueError(f"counts must be below 2**31, got {int(counts.max())}")
+    if not bool((counts > 0).any(dim=-1).all()):
+        raise ValueError("counts must have an entry above 0 for every leading index, got only 0")
+
+
+def check_method(method: object) -> None:
+    """Refuse what is no method of clustering chunks."""
+    if isinstance(method, type) or not callable(getattr(method, "compress", None)):
+        raise TypeError(f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {method!r}")

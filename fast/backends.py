@@ -1,38 +1,121 @@
-"""Which implementation does the work: plain torch on any device, Triton kernels on CUDA, for attention C++ on CPUs."""
+"""Which implementation does the work: the one place where a backend has a name.
+
+`TABLE` has a row for each operation and a cell for each backend that can do it: plain torch on any device, Triton
+kernels on CUDA, C++ on CPUs. All cells of a row are functions with the same arguments and, where the operation
+decides something, the same bits. A new backend is a column here and its folder.
+"""
 
 import functools
+import importlib
 import importlib.util
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cpu
+from .cpu.compiling import compiler, library
+from .cpu.layout import DTYPES, LANES
 
-__all__ = ["AttentionBackend", "Backend", "choose_attention_backend", "choose_backend"]
+__all__ = ["AnyBackend", "Backend", "cell", "choose", "implementation"]
 
 Backend = Literal["auto", "torch", "triton"]
-AttentionBackend = Literal["auto", "torch", "triton", "cpp"]
+AnyBackend = Literal["auto", "torch", "triton", "cpp"]
+Chosen = Literal["torch", "triton", "cpp"]
 MAX_DIM = 256  # of the kernels
 
 
-def choose_backend(backend: str, *arrays: Tensor) -> Literal["torch", "triton"]:
-    """`backend` itself, or for `auto` triton where all `arrays` lie on CUDA and the kernels take them, else torch.
+class Row(NamedTuple):
+    """Where the implementations of one operation are, as "module:function" below this package; None: there is none."""
+
+    torch: str
+    triton: str | None = None
+    cpp: str | None = None
+
+
+TABLE = {
+    "soft_matching": Row("plain.soft_matching:compress", "kernels.soft_matching:compress"),
+    "distinctive_matching": Row(
+        "plain.distinctive_matching:compress",
+        "kernels.distinctive_matching:compress",
+        "cpu.distinctive_matching:compress",
+    ),
+    "merge": Row("exact.mean:ordered_mean", "kernels.merge:merge_clusters"),
+    "merge_entries": Row("plain.span_merging:merge_entries"),
+    "attend": Row("plain.attention:attend", "kernels.attention:attend", "cpu.attention:attend"),
+    "attend_places": Row(
+        "plain.attention:attend_places", "kernels.attention:attend_places", "cpu.attention:attend_places"
+    ),
+    "attend_recalled": Row(
+        "plain.attention:attend_recalled", "kernels.attention:attend_recalled", "cpu.recall:attend_recalled"
+    ),
+    "kmeans": Row("plain.kmeans:fit", "kernels.kmeans:fit"),
+    "cluster_means": Row("exact.mean:cluster_means", "kernels.kmeans:cluster_means"),
+    "select_clusters": Row("plain.selection:take", "kernels.select:take"),
+    "take": Row("plain.selection:take", "kernels.select:take", "cpu.recall:take"),  # of features in bfloat16
+}
+
+
+def implementation(operation: str, backend: str, *arrays: Tensor) -> Callable[..., Any]:
+    """The function that does `operation` for `arrays`: the row's cell for what `choose` says."""
+    return cell(operation, choose(operation, backend, *arrays))
+
+
+def cell(operation: str, chosen: str) -> Callable[..., Any]:
+    """The function in one cell; that of plain torch where the row has none for this backend, and for "auto"."""
+    place = getattr(TABLE[operation], chosen, None) or TABLE[operation].torch
+    return load(place)
+
+
+@functools.cache
+def load(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
+    return found
+
+
+def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:
+    """`backend` itself; for `auto`, of those in the row of `operation`, the fastest that takes `arrays`.
+
+    That is triton where all arrays lie on CUDA, cpp on a CPU that has a compiler, else torch. Where gradients of
+    attention are wanted, only torch can answer.
 
     Raises
     ------
-    ValueError : an unknown backend, or triton for tensors that its kernels do not take.
-    ModuleNotFoundError : triton where it is not installed.
+    ValueError : an unknown backend, or one that does not take these tensors.
+    ModuleNotFoundError : triton, or a C++ compiler, where it is not installed.
+    RuntimeError : the C++ compiler failed. With `auto` that is a warning, and torch does the work.
     """
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
-    if backend == "torch":
+    row = TABLE[operation]
+    names = [name for name in Row._fields if getattr(row, name) is not None]
+    if backend not in ("auto", *names):
+        listed = ", ".join(repr(name) for name in ["auto", *names[:-1]])
+        raise ValueError(f"backend must be {listed} or {names[-1]!r}, got {backend!r}")
+    wants_gradients = operation.startswith("attend") and needs_gradients(*arrays)
+    if backend == "torch" or (backend == "auto" and wants_gradients):
         return "torch"
+    if wants_gradients:
+        raise ValueError(f"backend {backend!r} computes no gradients, got a tensor that requires one")
+    if backend == "triton" or (backend == "auto" and "triton" in names and all(array.is_cuda for array in arrays)):
+        return choose_triton(backend, *arrays)
+    if row.cpp is None:
+        return "torch"
+    refused = refused_by_cpp(*arrays)
+    if backend == "cpp":
+        if refused is not None:
+            raise ValueError(f"{refused} for backend 'cpp'")
+        library("attention")
+        return "cpp"
+    return "cpp" if refused is None and has_cpp() else "torch"
+
+
+def choose_triton(backend: str, *arrays: Tensor) -> Chosen:
+    """Triton if it takes `arrays`; if not, an error, or torch for `auto`."""
     largest = max(array.shape[-1] for array in arrays)
     is_installed = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return "triton" if is_installed and largest <= MAX_DIM and all(array.is_cuda for array in arrays) else "torch"
+        return "triton" if is_installed and largest <= MAX_DIM else "torch"
     if not is_installed:
         raise ModuleNotFoundError("backend 'triton' needs the package triton: pip install triton", name="triton")
     if largest > MAX_DIM:
@@ -47,57 +130,30 @@ def choose_backend(backend: str, *arrays: Tensor) -> Literal["torch", "triton"]:
     return "triton"
 
 
-def choose_attention_backend(
-    backend: str, query: Tensor, keys: Tensor, values: Tensor
-) -> Literal["torch", "triton", "cpp"]:
-    """The same for attention, where `cpp` is a fourth answer: for `auto`, on a CPU that has a compiler.
-
-    Where gradients are wanted, only torch can answer.
-
-    Raises
-    ------
-    ValueError : an unknown backend, or one that does not take these tensors.
-    ModuleNotFoundError : triton, or a C++ compiler, where it is not installed.
-    RuntimeError : the C++ compiler failed. With `auto` that is a warning, and torch does the work.
-    """
-    if backend not in ("auto", "torch", "triton", "cpp"):
-        raise ValueError(f"backend must be 'auto', 'torch', 'triton' or 'cpp', got {backend!r}")
-    arrays = (query, keys, values)
-    wants_gradients = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
-    if backend == "torch" or (backend == "auto" and wants_gradients):
-        return "torch"
-    if wants_gradients:
-        raise ValueError(f"backend {backend!r} computes no gradients, got a tensor that requires one")
-    if backend == "triton" or (backend == "auto" and query.is_cuda):
-        return choose_backend(backend, *arrays)
-    refused = refused_by_cpp(*arrays)
-    if backend == "cpp":
-        if refused is not None:
-            raise ValueError(f"{refused} for backend 'cpp'")
-        cpu.library("attention")
-        return "cpp"
-    return "cpp" if refused is None and has_cpp() else "torch"
+def needs_gradients(*arrays: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
 
 
-def refused_by_cpp(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Why the C++ implementation does not take these tensors, None if it does."""
-    if query.device.type != "cpu":
-        return f"tensors must be on the CPU, got {query.device},"
-    if keys.dtype != values.dtype or keys.dtype not in cpu.DTYPES:
+def refused_by_cpp(*arrays: Tensor) -> str | None:
+    """Why the C++ implementation does not take these tensors, keys and values last; None if it does."""
+    keys, values = arrays[-2:]
+    if arrays[0].device.type != "cpu":
+        return f"tensors must be on the CPU, got {arrays[0].device},"
+    if keys.dtype != values.dtype or keys.dtype not in DTYPES:
         return f"keys and values must have one dtype, got {keys.dtype} and {values.dtype},"
     dims = keys.shape[-1], values.shape[-1]
-    if dims[0] != dims[1] or dims[0] % cpu.LANES:
-        return f"dim of keys and values must be equal and a multiple of {cpu.LANES}, got {dims[0]} and {dims[1]},"
+    if dims[0] != dims[1] or dims[0] % LANES:
+        return f"dim of keys and values must be equal and a multiple of {LANES}, got {dims[0]} and {dims[1]},"
     return None
 
 
 @functools.cache  # a compiler that failed is not asked again at every step
 def has_cpp() -> bool:
     """Whether the C++ implementation can be used; warns, once, where its compiler fails."""
-    if cpu.compiler() is None:
+    if compiler() is None:
         return False
     try:
-        cpu.library("attention")
+        library("attention")
     except RuntimeError as error:
         warnings.warn(f"attention on the CPU is slower than it could be: {error}", stacklevel=2)
         return False

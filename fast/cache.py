@@ -7,15 +7,17 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
-from .backends import Backend
+from .arguments import check_append, check_integer, check_keep_ratio, check_method, entries_of_chunk
+from .backends import AnyBackend
 from .clustered_attention import clustered_attention
-from .distinctive_matching import compress_by_method
-from .ordinary import on_ordinary_tensors
-from .overwritten import Overwritten, keep
-from .span_merging import merge_spans
-from .spans import SpanPlan, SpanRules
-from .work import ClusteringWork
+from .memory.ordinary import on_ordinary_tensors
+from .memory.overwritten import Overwritten, keep
+from .memory.room import move_to_room, with_room
+from .memory.span_merging import merge_spans
+from .memory.spans import SpanPlan, SpanRules
+from .memory.work import ClusteringWork
+from .methods import Method
+from .soft_matching import SoftMatching
 
 __all__ = ["UNDO_TOKENS", "ClusteredCache"]
 
@@ -27,7 +29,7 @@ class ClusteredCache:
     """A key-value cache whose old tokens are centroids: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
-    device of what is appended. `backend` as in `choose_backend`, for the chunks; spans are always merged by torch.
+    device of what is appended. `backend` as in `choose`, for the chunks.
 
     Notes
     -----
@@ -44,29 +46,24 @@ class ClusteredCache:
         self,
         *,
         keep_ratio: float,
+        method: Method = SoftMatching(),
         chunk_size: int = 64,
         n_sink: int = 4,
         n_recent: int = 64,
-        budget: int | None = None,
-        n_shared: int | None = None,
-        backend: Backend = "auto",
+        backend: AnyBackend = "auto",
     ) -> None:
         check_keep_ratio(keep_ratio)
+        check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
-        self._rules = SpanRules(chunk_size, entries_of_chunk(keep_ratio, chunk_size), n_sink, n_recent, budget)
-        if n_shared is not None:
-            check_integer("n_shared", n_shared, least=1)
-            if budget is not None:
-                raise ValueError(f"n_shared must be None with a budget, which merges all tokens, got {n_shared}")
-        self.keep_ratio, self.chunk_size, self.budget = keep_ratio, chunk_size, budget
-        self.n_shared = n_shared
+        self._rules = SpanRules(chunk_size, entries_of_chunk(keep_ratio, chunk_size), n_sink, n_recent)
+        self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
         self.n_seen = 0
         self.spans: tuple[int, ...] = ()
         self._n_stored = 0
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, counts with room to grow
+        self._held: tuple[Tensor, ...] | None = None  # keys, values, counts with room to grow
         self._overwritten: Overwritten | None = None  # by the last clustering
         self.work = ClusteringWork()
 
@@ -94,6 +91,11 @@ class ClusteredCache:
     @property
     def counts(self) -> Int32[Tensor, "*lead entries"] | None:
         return None if self._held is None else self._held[2][..., : self.n_stored, 0]
+
+    @property
+    def n_rows(self) -> int:
+        """Size of the first leading axis; 0 at first."""
+        return 0 if self._held is None else len(self._held[0])
 
     @property
     def nbytes(self) -> int:
@@ -206,21 +208,20 @@ class ClusteredCache:
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
         if self._held is not None:
-            keys, values, counts = (tensor.index_select(0, indices) for tensor in self._held)
-            self._held = keys, values, counts
+            self._held = tuple(tensor.index_select(0, indices) for tensor in self._held)
         if self._overwritten is not None:
             self._overwritten = self._overwritten.select(indices)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers that `restore` makes the same cache of; no tensors before the first `append`.
 
-        The numbers are integers, and with a budget the list `spans`. What `crop` would undo is not part of the state.
+        What `crop` would undo is not part of the state.
         """
         if self._held is None:
             return {}, {}
         tensors = {"keys": self.keys, "values": self.values, "counts": self.counts}
         numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "n_body": self.n_body}
-        return tensors, numbers if self.budget is None else {**numbers, "spans": list(self.spans)}
+        return tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty."""
@@ -239,22 +240,19 @@ class ClusteredCache:
     @property
     def _is_due(self) -> bool:
         """Whether there is something to cluster or to merge."""
-        return self._leaving > 0 or (self.budget is not None and self.n_stored > self.budget)
+        return self._leaving > 0 or self._rules.is_exceeded(self.n_stored)
 
     def _compress(self, start: int, stop: int) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
         whole = self.keys[..., start:stop, :], self.values[..., start:stop, :]
-        made = compress_by_method(
-            *whole,
-            chunk_size=self.chunk_size,
-            target=self._rules.entries,
-            n_shared=self.n_shared,
-            backend=self.backend,
+        compressed = self.method.compress(
+            *whole, chunk_size=self.chunk_size, target=self._rules.entries, backend=self.backend
         )
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
-        for held, chunks in zip(self._held, (made.keys, made.values, made.counts.unsqueeze(-1)), strict=True):
+        entries = compressed.keys, compressed.values, compressed.counts.unsqueeze(-1)
+        for held, chunks in zip(self._held, entries, strict=True):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
-        self.work.add(made.n_rows, made.n_scored_rows, 0.0)
+        self.work.add(compressed.n_rows, compressed.n_scored_rows, 0.0)
 
     def _what_is_overwritten(self, plan: SpanPlan, start: int, stop: int) -> Overwritten | None:
         """Copies of the spans that will be merged, and of chunks from `start` to `stop` that will be clustered."""
@@ -278,17 +276,8 @@ class ClusteredCache:
         self.spans, self._n_stored, self._overwritten = overwritten.spans, n_before, None
 
     def _with_room(self, entries: int) -> int:
-        """Entries to hold memory for when there are `entries`."""
-        return entries + max(self.chunk_size, entries // 32)
+        return with_room(entries, least=self.chunk_size)
 
-    @on_ordinary_tensors
-    def _move_to_room_for(self, entries: int, like: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Move what is stored to memory with room for `entries` and some more, one tensor after the other."""
-        moved = []
-        for place, example in enumerate(like):
-            shape = (*example.shape[:-2], self._with_room(entries), example.shape[-1])
-            room = torch.empty(shape, dtype=example.dtype, device=example.device)
-            if self._held is not None:
-                room[..., : self.n_stored, :] = self._held[place][..., : self.n_stored, :]
-            moved.append(room)
-        self._held = moved[0], moved[1], moved[2]
+    def _move_to_room_for(self, entries: int, like: tuple[Tensor, ...]) -> None:
+        """Move what is stored to memory with room for `entries` and some more."""
+        self._held = move_to_room(self._held, self.n_stored, like, self._with_room(entries))

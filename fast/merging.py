@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from . import operators
-from .arguments import check_shape
-from .backends import Backend, choose_backend
+from .arguments import check_clustering, check_finite, check_shape
+from .backends import Backend, choose, implementation
 
 __all__ = ["Clustering", "merge"]
 
@@ -25,7 +25,7 @@ def merge(
 ) -> Float32[Tensor, "*lead entries dim"]:
     """The mean of each cluster's tokens, (..., entries, dim) in float32.
 
-    Defined, with its errors, by `kvcluster.reference.merge`; the same bits. `backend` as in `choose_backend`. Not
+    Defined, with its errors, by `kvcluster.reference.merge`; the same bits. `backend` as in `choose`. Not
     differentiable. Works in as many steps as the largest cluster has members, without atomic additions.
     """
     check_shape("array", array)
@@ -38,5 +38,20 @@ def merge(
         raise ValueError(
             f"counts must have the leading axes of labels, got {tuple(counts.shape)} and {tuple(labels.shape)}"
         )
-    choose_backend(backend, array)
-    return operators.merge(array, labels, counts, backend)
+    choose("merge", backend, array)
+    return merge_clusters(array, labels, counts, backend)
+
+
+@torch.library.custom_op("kvcluster::merge", mutates_args=())
+def merge_clusters(array: Tensor, labels: Tensor, counts: Tensor, backend: str) -> Tensor:
+    """Centroids (..., entries, dim), float32: an operator that `torch.compile` goes around."""
+    check_finite("array", array)
+    check_clustering(labels, counts)
+    means: Tensor = implementation("merge", backend, array)(array, labels, counts)
+    return means
+
+
+@merge_clusters.register_fake
+def _(array: Tensor, labels: Tensor, counts: Tensor, backend: str) -> Tensor:
+    """Its shape, which follows from the arguments' shapes alone."""
+    return array.new_empty((*counts.shape, array.shape[-1]), dtype=torch.float32)

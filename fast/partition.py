@@ -1,10 +1,10 @@
 """The alternating partition on torch tensors."""
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from .arguments import check_integer
+from .exact.chunks import alternating_halves
 
 __all__ = ["alternating_partition"]
 
@@ -12,5 +12,4 @@ __all__ = ["alternating_partition"]
 def alternating_partition(size: int) -> tuple[Int64[Tensor, " sources"], Int64[Tensor, " destinations"]]:
     """Entries 0, 2, ... as sources and 1, 3, ... as destinations (`kvcluster.reference.alternating_partition`)."""
     check_integer("size", size, least=0)
-    entries = torch.arange(size)
-    return entries[0::2], entries[1::2]
+    return alternating_halves(size)

@@ -1,14 +1,14 @@
 """Recall on torch tensors: attend to the tokens of the clusters that lie nearest to the query."""
 
-import torch
-from jaxtyping import Float, Float32
+from typing import Any
+
+from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_integer
-from .attention import check_attention
-from .backends import Backend, choose_backend
-from .entry_attention import attend_places
-from .kmeans import Clusters, update
+from .arguments import check_attention, check_integer
+from .backends import Backend, choose, implementation
+from .exact.clusters import Clusters
+from .memory.body_clusters import mean_deviations, mean_of_members
 from .selection import select_clusters
 
 __all__ = ["recall_attention"]
@@ -24,13 +24,12 @@ def recall_attention(
     scale: float | None = None,
     centroids_for_rest: bool = False,
     spread: float = 0.5,
-    mass: float | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "*lead group dim_value"]:
     """Attention of a group of query heads to the tokens that `select_clusters` takes for them, in the dtype of `query`.
 
     Defined, with its errors, by `kvcluster.reference.recall_attention`; the same tokens, attention in float32.
-    `backend` as in `choose_backend`.
+    `backend` as in `choose`.
     """
     check_attention(query, keys, values)
     check_integer("budget", budget, least=1)
@@ -41,7 +40,7 @@ def recall_attention(
         )
     flat = Clusters(*(with_one_lead(x, keys) for x in (clusters.labels, clusters.counts, clusters.centroids)))
     flat_keys, flat_values, flat_query = (with_one_lead(x.detach(), keys) for x in (keys, values, query))
-    chosen = choose_backend(backend, query, keys, values)
+    chosen: Any = choose("select_clusters", backend, query, keys, values)
     selection = select_clusters(
         flat_query,
         flat.centroids,
@@ -49,34 +48,18 @@ def recall_attention(
         budget=budget,
         deviations=mean_deviations(flat_keys, flat, chosen),
         spread=spread,
-        mass=mass,
-        scale=scale,
         backend=chosen,
     )
     tokens = selection.tokens(flat)  # (problems, recalled)
     rest = None
     if centroids_for_rest:
         rest = flat.centroids, mean_of_members(flat_values, flat, chosen), (flat.counts - selection.taken).int()
-    output = attend_places(flat_query, flat_keys, flat_values, tokens, rest, scale=scale, backend=backend)
+    attend = implementation("attend_places", backend, flat_query, flat_keys, flat_values)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output = attend(flat_query, flat_keys, flat_values, tokens, rest, scale)
     return output.reshape(*query.shape[:-1], values.shape[-1])
 
 
 def with_one_lead(array: Tensor, keys: Tensor) -> Tensor:
     """`array` with one leading axis instead of all those of `keys` (..., tokens, dim)."""
     return array.reshape(keys.shape[:-2].numel(), *array.shape[keys.ndim - 2 :])
-
-
-def mean_of_members(
-    values: Tensor, clusters: Clusters, backend: str = "torch"
-) -> Float32[Tensor, "problems clusters dim_value"]:
-    """Value centroids, by the rules of centroids; 0 for an empty cluster."""
-    nothing = values.new_zeros(*clusters.counts.shape, values.shape[-1], dtype=torch.float32)
-    return update(values, clusters.labels, nothing, backend)[1]
-
-
-def mean_deviations(
-    keys: Tensor, clusters: Clusters, backend: str = "torch"
-) -> Float32[Tensor, "problems clusters dim"]:
-    """Mean of |key - centroid| of each cluster, feature by feature, by the rules of centroids; 0 for an empty one."""
-    nothing = torch.zeros_like(clusters.centroids)
-    return update(keys, clusters.labels, nothing, backend, away_from=clusters.centroids)[1]

@@ -1,48 +1,30 @@
 """The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_array, check_half_range, check_integer, dtype_name
-from .backends import AttentionBackend, choose_backend, has_cpp, refused_by_cpp
-from .body_clusters import BodyClusters, StepBackend
-from .cpu import LANES, library
-from .cpu import recall as cpp
-from .entry_attention import Rest, attend_places, entries_at, rows_of
-from .kmeans import Clusters
-from .ordinary import on_ordinary_tensors
-from .segments import SegmentPlan
-from .selection import Selection, recalled_places
-from .work import ClusteringWork
+from .arguments import check_append, check_array, check_half_range, check_integer
+from .backends import AnyBackend, cell, choose
+from .exact.clusters import Clusters
+from .exact.entries import Reached, Rest, entries_at, places_of, rows_of
+from .memory.body_clusters import BodyClusters
+from .memory.ordinary import on_ordinary_tensors
+from .memory.room import move_to_room, with_room
+from .memory.segments import RecallSettings
+from .memory.work import ClusteringWork
+from .selection import Selection
 
 __all__ = ["RecallCache"]
-
-
-class Reached(NamedTuple):
-    """Memory in which a step finds its tokens: sinks, then `n_body` rows, then recent tokens; clusters anywhere.
-
-    Attributes
-    ----------
-    keys, values : (problems, rows, .).
-    first_row : (problems, clusters), int64: where each cluster begins, counted from behind the sinks; None while there
-        is no body.
-    """
-
-    keys: Tensor
-    values: Tensor
-    first_row: Tensor | None
-    n_sink: int
-    n_body: int
 
 
 class RecallCache:
     """A key-value cache that forgets nothing and attends to at most `budget` tokens per KV head.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.RecallCache`: the same clusters and the
-    same recalled tokens, on the device of what is appended. `backend` is the one of steps, as in `choose_step_backend`.
+    same recalled tokens, on the device of what is appended. `backend` is the one of steps, as in `choose`.
 
     Notes
     -----
@@ -70,24 +52,37 @@ class RecallCache:
         max_iter: int = 4,
         is_centred: bool = False,
         spread: float = 0.5,
-        mass: float | None = None,
         centroids_for_rest: bool = False,
-        backend: AttentionBackend = "auto",
+        backend: AnyBackend = "auto",
     ) -> None:
-        self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
-        self.body = self.body_class(
+        settings = RecallSettings(
+            budget=budget,
+            n_sink=n_sink,
+            n_recent=n_recent,
+            tokens_per_cluster=tokens_per_cluster,
+            segment_size=segment_size,
+            prompt_segment_size=prompt_segment_size,
             max_iter=max_iter,
             is_centred=is_centred,
             spread=spread,
-            mass=mass,
             centroids_for_rest=centroids_for_rest,
-            backend="torch",
         )
-        self.backend = backend
+        self._begin(settings, backend)
+
+    @classmethod
+    def with_settings(cls, settings: RecallSettings, backend: AnyBackend = "auto") -> Self:
+        """An empty cache."""
+        cache = cls.__new__(cls)
+        cache._begin(settings, backend)
+        return cache
+
+    def _begin(self, settings: RecallSettings, backend: AnyBackend) -> None:
+        self.settings, self.backend = settings, backend
+        self.body = self.body_class(settings)
         self.n_seen = 0
         self._is_prompt = True  # whether the last append was the first
         self._before = 0, 0  # tokens and clusters of the body before the last append
-        self._held: tuple[Tensor, Tensor] | None = None  # keys and values (..., room, dim)
+        self._held: tuple[Tensor, ...] | None = None  # keys and values (..., room, dim)
 
     @property
     def keys(self) -> Float[Tensor, "*lead tokens dim"] | None:
@@ -133,7 +128,12 @@ class RecallCache:
     @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` takes out: clusters that are older than the last append stay whole."""
-        return self.n_seen - self.plan.fewest_seen(self._before[0])
+        return self.n_seen - self.settings.fewest_seen(self._before[0])
+
+    @property
+    def n_rows(self) -> int:
+        """Size of the first leading axis; 0 at first."""
+        return 0 if self._held is None else len(self._held[0])
 
     @property
     def nbytes(self) -> int:
@@ -153,13 +153,13 @@ class RecallCache:
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else self.stored)
-        if self.body.is_centred:
+        if self.settings.is_centred:
             check_half_range(keys)
         if keys.shape[-2] == 0 and self._held is not None:
             return
         n_seen = self.n_seen + keys.shape[-2]
         if self._held is None:
-            self.body.backend = choose_step_backend(self.backend, keys, values)
+            self.body.backend = self._step_backend(keys, values)
         if self._held is None or n_seen > self._held[0].shape[-2]:
             self._move_to_room_for(n_seen, (keys, values))
         for held, new in zip(self._held, (keys, values), strict=True):
@@ -168,16 +168,20 @@ class RecallCache:
         self._before = self.n_clustered, self.body.n_clusters
         self.n_seen = n_seen
 
+    def _step_backend(self, keys: Tensor, values: Tensor) -> str:
+        """What selects and attends for such keys and values."""
+        return choose("attend_recalled", self.backend, keys.detach(), values.detach())
+
     def cluster(self) -> None:
         """The second half of `append`: cluster every segment that is due."""
-        leaving = max(0, self.n_seen - self.plan.n_sink - self.n_clustered - self.plan.n_recent)
-        sizes = self.plan.sizes(leaving, is_first=self._is_prompt)
+        leaving = max(0, self.n_seen - self.settings.n_sink - self.n_clustered - self.settings.n_recent)
+        sizes = self.settings.sizes(leaving, is_first=self._is_prompt)
         for size in dict.fromkeys(sizes):  # those of one size together
             segments = sizes.count(size)
-            start = self.plan.n_sink + self.n_clustered
+            start = self.settings.n_sink + self.n_clustered
             parts = [self._flat(array)[:, start : start + segments * size] for array in self._held]
             in_segments = [part.unflatten(1, (segments, size)) for part in parts]
-            places = self.body.add(in_segments[0], in_segments[1], n_clusters=self.plan.n_clusters(size))
+            places = self.body.add(in_segments[0], in_segments[1], n_clusters=self.settings.n_clusters(size))
             for part, held in zip(parts, self._held, strict=True):
                 part.copy_(rows_of(self._flat(held), start + places))
 
@@ -198,7 +202,7 @@ class RecallCache:
                 f"for clusters that are older than the last append stay whole, got {n_tokens}"
             )
         n_left = self.n_seen - int(n_tokens)
-        is_clustered_anew = n_left < self.plan.fewest_seen(self.n_clustered)
+        is_clustered_anew = n_left < self.settings.fewest_seen(self.n_clustered)
         if is_clustered_anew:
             self._drop_clusters_of_last_append()
         self.n_seen = n_left
@@ -207,42 +211,24 @@ class RecallCache:
         if n_tokens > 0 and n_left == 0:
             self._held = None
 
-    def select_clusters(
-        self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
-    ) -> Selection | None:
+    def select_clusters(self, query: Float[Tensor, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
         self._check_query(query)
-        return None if self.n_clustered == 0 else Selection(self._with_leads(self._take(query, scale)))
+        return None if self.n_clustered == 0 else Selection(self._with_leads(self._take(query)))
 
     def attend(
         self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
     ) -> Float[Tensor, "*lead group dim_value"]:
         """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
         self._check_query(query)
-        taken = None if self.n_clustered == 0 else self._take(query, scale)
-        reached = self._reached(taken)
-        is_plain = self.body.mass is None and not self.body.centroids_for_rest
-        if taken is not None and is_plain and self.body.backend == "cpp":
-            output = cpp.attend_body(
-                self._flat(query.detach()),
-                reached.keys,
-                reached.values,
-                reached.first_row,
-                taken,
-                n_sink=reached.n_sink,
-                n_exact=self.n_seen - self.n_clustered,
-                n_body=reached.n_body,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            )
-            return output.reshape(query.shape)
-        output = attend_places(
+        taken = None if self.n_clustered == 0 else self._take(query)
+        output: Tensor = cell("attend_recalled", self.body.backend)(
             self._flat(query.detach()),
-            reached.keys,
-            reached.values,
-            self._places(taken, reached),
+            self._reached(taken),
+            taken,
+            self._n_recalled,
             self._rest(taken),
-            scale=scale,
-            backend=self.body.backend,
+            query.shape[-1] ** -0.5 if scale is None else scale,
         )
         return output.reshape(*query.shape[:-1], output.shape[-1])
 
@@ -250,7 +236,8 @@ class RecallCache:
         """Keys, values and counts (..., entries, .) of what is attended to: sinks, recent tokens, what is recalled."""
         taken = None if selection is None else selection.taken.reshape(-1, self.body.n_clusters)
         reached = self._reached(taken)
-        entries = entries_at(reached.keys, reached.values, self._places(taken, reached), self._rest(taken))
+        places = places_of(reached, taken, self._n_recalled)
+        entries = entries_at(reached.keys, reached.values, places, self._rest(taken))
         keys, values, counts = map(self._with_leads, entries)
         return keys, values, counts
 
@@ -262,7 +249,7 @@ class RecallCache:
         batch = self._held[0].shape[0]
         problems = torch.arange(self._held[0].shape[:-2].numel(), device=indices.device).reshape(batch, -1)
         self.body.select_rows(problems.index_select(0, indices).flatten())
-        self._held = self._held[0].index_select(0, indices), self._held[1].index_select(0, indices)
+        self._held = tuple(array.index_select(0, indices) for array in self._held)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors and integers that `restore` makes the same cache of; no tensors before the first `append`."""
@@ -291,37 +278,33 @@ class RecallCache:
     def _drop_clusters_of_last_append(self) -> None:
         """Forget these clusters and put their tokens back into the order in which they came."""
         n_clustered, n_clusters = self._before
-        start = self.plan.n_sink + n_clustered
+        start = self.settings.n_sink + n_clustered
         places = self.body.drop(n_clustered, n_clusters).to(self._held[0].device)
         for held in map(self._flat, self._held):
             held[:, start : start + places.shape[1]] = rows_of(held, start + places)
 
-    def _take(self, query: Tensor, scale: float | None) -> Int64[Tensor, "problems clusters"]:
-        budget = self.plan.budget - (self.n_seen - self.n_clustered)
-        return self.body.take(self._flat(query.detach()), budget, scale)
+    def _take(self, query: Tensor) -> Int64[Tensor, "problems clusters"]:
+        return self.body.take(self._flat(query.detach()), self.settings.budget - self._n_exact)
 
-    def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> "Reached":
+    @property
+    def _n_exact(self) -> int:
+        """Tokens that are always attended to: sinks and recent ones."""
+        return self.n_seen - self.n_clustered
+
+    @property
+    def _n_recalled(self) -> int:
+        """Tokens of the body that a step attends to."""
+        return min(self.settings.budget - self._n_exact, self.n_clustered)
+
+    def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> Reached:
         """Where a step that takes so much of each cluster finds its tokens."""
         first_row = None if taken is None else self.body.first_member
         keys, values = map(self._flat, self._held)
-        return Reached(keys, values, first_row, self.plan.n_sink, self.n_clustered)
-
-    def _places(
-        self, taken: Int64[Tensor, "problems clusters"] | None, reached: "Reached"
-    ) -> Int64[Tensor, "problems entries"]:
-        """Rows of `reached` that are attended to: sinks, recent tokens, what is recalled; -1 where there are fewer."""
-        n_exact = self.n_seen - self.n_clustered
-        exact = torch.arange(n_exact, device=reached.keys.device)
-        if taken is None:
-            return exact.expand(len(reached.keys), -1)
-        exact = torch.where(exact < reached.n_sink, exact, exact + reached.n_body)
-        n_recalled = min(self.plan.budget - n_exact, self.n_clustered) if self.body.mass is None else None
-        recalled = recalled_places(reached.n_sink + reached.first_row, taken, n_recalled)
-        return torch.cat([exact.expand(len(taken), -1), recalled], dim=1)
+        return Reached(keys, values, first_row, self.settings.n_sink, self.n_clustered, self._n_exact)
 
     def _rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:
         """The clusters, for the tokens of them that are not recalled; None if nothing stands for these."""
-        if taken is None or not self.body.centroids_for_rest:
+        if taken is None or not self.settings.centroids_for_rest:
             return None
         centroids = self.body.scored.features.chunk(2, dim=-1)[0].float()
         return centroids, self.body.value_centroids, (self.body.counts - taken).int()
@@ -330,7 +313,7 @@ class RecallCache:
         """`array` (..., n_seen, dim) with its body in token order."""
         if self.n_clustered == 0:
             return array
-        body = slice(self.plan.n_sink, self.plan.n_sink + self.n_clustered)
+        body = slice(self.settings.n_sink, self.settings.n_sink + self.n_clustered)
         ordered = array.clone()
         index = self._with_leads(self.body.members).unsqueeze(-1).expand(*array[..., body, :].shape)
         ordered[..., body, :] = torch.empty_like(array[..., body, :]).scatter_(-2, index, array[..., body, :])
@@ -344,17 +327,10 @@ class RecallCache:
         """`array` (problems, ...) with the leading axes of what was appended."""
         return array.reshape(*self._held[0].shape[:-2], *array.shape[1:])
 
-    @on_ordinary_tensors
-    def _move_to_room_for(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
-        """Move what is stored to memory with room for `tokens` and some more, one tensor after the other."""
-        moved = []
-        for place, example in enumerate(like):
-            shape = (*example.shape[:-2], tokens + max(self.plan.segment_size, tokens // 32), example.shape[-1])
-            room = torch.empty(shape, dtype=example.dtype, device=example.device)
-            if self._held is not None:
-                room[..., : self.n_seen, :] = self._held[place][..., : self.n_seen, :]
-            moved.append(room)
-        self._held = moved[0], moved[1]
+    def _move_to_room_for(self, tokens: int, like: tuple[Tensor, ...]) -> None:
+        """Move what is stored to memory with room for `tokens` and some more."""
+        rows = with_room(tokens, least=self.settings.segment_size)
+        self._held = move_to_room(self._held, self.n_seen, like, rows)
 
     def _check_query(self, query: Tensor) -> None:
         if self._held is None:
@@ -368,25 +344,3 @@ class RecallCache:
             )
         if query.shape[-2] == 0:
             raise ValueError(f"query must not be empty, got {tuple(query.shape)}")
-
-
-def choose_step_backend(backend: AttentionBackend, keys: Tensor, values: Tensor) -> StepBackend:
-    """What selects and attends for a cache of such keys and values: as `choose_attention_backend`.
-
-    Raises
-    ------
-    ValueError : an unknown backend, or one that does not take these tensors.
-    ModuleNotFoundError : triton, or a C++ compiler, where it is not installed.
-    """
-    is_taken = refused_by_cpp(keys, keys, values) is None
-    if backend == "cpp":
-        if not is_taken:
-            raise ValueError(
-                f"keys and values must be on the CPU, with one dtype and one dim, a multiple of {LANES}, for 'cpp', "
-                f"got {dtype_name(keys)} {tuple(keys.shape)} and {dtype_name(values)} {tuple(values.shape)}"
-            )
-        library("recall")
-        return "cpp"
-    if backend == "auto" and is_taken and has_cpp():
-        return "cpp"
-    return choose_backend(backend, keys, values)

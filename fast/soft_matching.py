@@ -1,14 +1,36 @@
 """Chunked soft matching on torch tensors: the reference's decisions, certified."""
 
+from dataclasses import dataclass
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import operators
-from .arguments import check_integer, check_keep_ratio, check_shape, entries_of_chunk
-from .backends import Backend, choose_backend
+from .arguments import check_finite, check_integer, check_keep_ratio, check_shape, entries_of_chunk
+from .backends import AnyBackend, Backend, choose, implementation
+from .exact.chunks import CompressedChunks, clustering_of_chunks
 from .merging import Clustering
 
-__all__ = ["chunked_soft_matching"]
+__all__ = ["SoftMatching", "chunked_soft_matching"]
+
+
+@dataclass(frozen=True)
+class SoftMatching:
+    """`chunked_soft_matching` as the method of a cache: as in `kvcluster.reference.SoftMatching`."""
+
+    def compress(
+        self,
+        keys: Float[Tensor, "*lead tokens dim"],
+        values: Float[Tensor, "*lead tokens dim_value"] | None,
+        *,
+        chunk_size: int,
+        target: int,
+        backend: AnyBackend = "auto",
+    ) -> CompressedChunks:
+        """Whole chunks in `target` clusters, which are fewer than `chunk_size`."""
+        compress = implementation("soft_matching", backend, keys, *([] if values is None else [values]))
+        compressed: CompressedChunks = compress(keys, values, chunk_size=chunk_size, target=target)
+        return compressed
 
 
 def chunked_soft_matching(
@@ -17,11 +39,33 @@ def chunked_soft_matching(
     """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters.
 
     Defined, with its errors, by `kvcluster.reference.chunked_soft_matching`; the same labels and counts, on the
-    device of `keys`. `backend` as in `choose_backend`.
+    device of `keys`. `backend` as in `choose`.
     """
     check_shape("keys", keys)
     check_keep_ratio(keep_ratio)
     check_integer("chunk_size", chunk_size, least=1)
-    choose_backend(backend, keys)
+    choose("soft_matching", backend, keys)
     target = entries_of_chunk(keep_ratio, chunk_size)
-    return Clustering(*operators.chunked_soft_matching(keys, target, chunk_size, backend))
+    return Clustering(*match_chunks(keys, target, chunk_size, backend))
+
+
+@torch.library.custom_op("kvcluster::chunked_soft_matching", mutates_args=())
+def match_chunks(keys: Tensor, target: int, chunk_size: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Labels (..., tokens) and counts (..., entries), int64: an operator that `torch.compile` goes around."""
+    check_finite("keys", keys)
+    *lead, tokens, _ = keys.shape
+    rest = tokens % chunk_size
+    body = keys[..., : tokens - rest, :]
+    compressed = implementation("soft_matching", backend, keys)(body, None, chunk_size=chunk_size, target=target)
+    return clustering_of_chunks(compressed, lead, tokens - rest, rest)
+
+
+@match_chunks.register_fake
+def _(keys: Tensor, target: int, chunk_size: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Shapes, which follow from the arguments' shapes alone."""
+    tokens = keys.shape[-2]
+    entries = tokens // chunk_size * target + tokens % chunk_size
+    return (
+        keys.new_empty(keys.shape[:-1], dtype=torch.int64),
+        keys.new_empty((*keys.shape[:-2], entries), dtype=torch.int64),
+    )

@@ -13,11 +13,13 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from .arguments import check_integer, check_shape
-from .backends import AttentionBackend
-from .body_clusters import BodyClusters, longer
-from .ordinary import on_ordinary_tensors
-from .recall_cache import Reached, RecallCache, choose_step_backend
-from .selection import recalled_places
+from .backends import AnyBackend
+from .exact.entries import Reached, recalled_places
+from .memory.body_clusters import BodyClusters, longer
+from .memory.ordinary import on_ordinary_tensors
+from .memory.room import move_to_room, with_room
+from .memory.segments import RecallSettings
+from .recall_cache import RecallCache
 
 __all__ = ["TierStatistics", "TieredRecallCache"]
 
@@ -65,10 +67,11 @@ class TieredRecallCache(RecallCache):
 
     Parameters
     ----------
+    settings : the parameters of a `RecallCache`.
     folder : where the file lies; the system's folder for temporary files by default, which may be memory. CPU only.
     n_steps : the fast tier holds, whole, the clusters of which the last `n_steps` calls of `attend` took tokens; R in
         the paper (arXiv:2412.03213, DAC 2025), which uses 1.
-    budget, ... : as in `RecallCache`.
+    backend : as in `RecallCache`.
 
     Attributes
     ----------
@@ -96,40 +99,17 @@ class TieredRecallCache(RecallCache):
 
     def __init__(
         self,
+        settings: RecallSettings,
         *,
-        budget: int,
         folder: str | Path | None = None,
         n_steps: int = 1,
-        n_sink: int = 16,
-        n_recent: int = 1,
-        tokens_per_cluster: int = 8,
-        segment_size: int | None = None,
-        prompt_segment_size: int | None = 512,
-        max_iter: int = 4,
-        is_centred: bool = False,
-        spread: float = 0.5,
-        mass: float | None = None,
-        centroids_for_rest: bool = False,
-        backend: AttentionBackend = "auto",
+        backend: AnyBackend = "auto",
     ) -> None:
-        super().__init__(
-            budget=budget,
-            n_sink=n_sink,
-            n_recent=n_recent,
-            tokens_per_cluster=tokens_per_cluster,
-            segment_size=segment_size,
-            prompt_segment_size=prompt_segment_size,
-            max_iter=max_iter,
-            is_centred=is_centred,
-            spread=spread,
-            mass=mass,
-            centroids_for_rest=centroids_for_rest,
-            backend="torch",  # until something is appended
-        )
+        self._begin(settings, backend)
         check_integer("n_steps", n_steps, least=1)
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
-        self.folder, self.n_steps, self.step_backend = folder, n_steps, backend
+        self.folder, self.n_steps = folder, n_steps
         self.device = torch.device("cpu")
         self.statistics = TierStatistics()
         self._near: FastTier | None = None
@@ -151,10 +131,15 @@ class TieredRecallCache(RecallCache):
                 raise ValueError(f"{name} must be on the device of the cache, {device}, got {new.device}")
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
-        step_backend = choose_step_backend(self.step_backend, keys, values) if self._held is None else self.body.backend
+        if self._held is None:
+            self._of_steps = super()._step_backend(keys, values)
         self.device = device
         super().extend(keys.detach().cpu(), values.detach().cpu())
-        self.body.backend, self.body.device = step_backend, device
+        self.body.device = device
+
+    def _step_backend(self, keys: Tensor, values: Tensor) -> str:
+        """The one for the fast tier: `keys` and `values` have come to the host already."""
+        return self._of_steps
 
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
@@ -175,14 +160,14 @@ class TieredRecallCache(RecallCache):
         if self._held is None:
             self._near = None
         elif self._near is not None and n_tokens > 0:
-            self._near.keep(self._before[1], min(self.plan.n_sink, self.n_seen))
+            self._near.keep(self._before[1], min(self.settings.n_sink, self.n_seen))
 
     def _with_clusters_of(self, taken: Int64[Tensor, "problems clusters"] | None) -> "FastTier":
         """The fast tier, once all that this step attends to lies there."""
         if self._near is None:
-            self._near = FastTier(self._held, self.device, self.plan.budget)
+            self._near = FastTier(self._held, self.device, self.settings.budget)
         near, n_exact, problems = self._near, self.n_seen - self.n_clustered, len(self._flat(self._held[0]))
-        counts, first_member, n_sink = self.body.counts, self.body.first_member, self.plan.n_sink
+        counts, first_member, n_sink = self.body.counts, self.body.first_member, self.settings.n_sink
         if taken is None:
             taken = counts = first_member = torch.zeros(problems, 0, dtype=torch.int64, device=self.device)
         sizes = near.replace(taken > 0, counts, self.n_steps, self.statistics)
@@ -198,19 +183,15 @@ class TieredRecallCache(RecallCache):
     def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> Reached:
         near = self._with_clusters_of(taken)
         keys, values = near.held
-        return Reached(keys, values, near.first_row, n_sink=0, n_body=0)  # exact rows come first, then clusters
+        # exact rows come first there, then clusters
+        return Reached(keys, values, near.first_row, n_sink=0, n_body=0, n_exact=self._n_exact)
 
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
         return super()._in_order_of_arrival(array.to(self.device))
 
-    @on_ordinary_tensors
-    def _move_to_room_for(self, tokens: int, like: tuple[Tensor, Tensor]) -> None:
-        room = tokens + max(self.plan.segment_size, tokens // 8)
-        moved = tuple(self._slow((*new.shape[:-2], room, new.shape[-1]), new.dtype) for new in like)
-        if self._held is not None:
-            for new, old in zip(moved, self.stored, strict=True):
-                new[..., : self.n_seen, :] = old
-        self._held = moved[0], moved[1]
+    def _move_to_room_for(self, tokens: int, like: tuple[Tensor, ...]) -> None:
+        rows = with_room(tokens, least=self.settings.segment_size, share=8)
+        self._held = move_to_room(self._held, self.n_seen, like, rows, lambda shape, new: self._slow(shape, new.dtype))
 
     def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Slow memory that belongs to this process alone."""
@@ -229,7 +210,7 @@ class FastTier:
     last_step : (problems, clusters), int64: when it was selected last.
     """
 
-    def __init__(self, slow: tuple[Tensor, Tensor], device: torch.device, n_exact: int) -> None:
+    def __init__(self, slow: tuple[Tensor, ...], device: torch.device, n_exact: int) -> None:
         problems = slow[0].shape[:-2].numel()
         self.held = tuple(torch.zeros(problems, 0, x.shape[-1], dtype=x.dtype, device=device) for x in slow)
         self.nbytes_of_token = sum(x.shape[-1] * x.itemsize for x in slow)

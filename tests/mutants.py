@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kvcluster import fast
-from kvcluster.fast.chunk_compression import CompressedChunks, count_members
-from kvcluster.fast.exact_mean import ordered_mean
-from kvcluster.fast.exact_similarity import canonical_similarity, certified_matches, certified_top, halving_sum
+from kvcluster.fast.exact.chunks import CompressedChunks, count_members
+from kvcluster.fast.exact.mean import ordered_mean
+from kvcluster.fast.exact.similarity import canonical_similarity, certified_matches, certified_top, halving_sum
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -139,7 +139,7 @@ def means_of_means(right, keys, values=None, *, target):
         n_merged, pair = min(size // 2, size - target), (held[0][:, 0::2], held[0][:, 1::2])
         matches = certified_matches(*pair)
         merged = certified_top(matches, *pair, n_merged)
-        entry = fast.chunk_compression.renumber(matches.destination, merged, size, n_merged)
+        entry = fast.exact.chunks.renumber(matches.destination, merged, size, n_merged)
         labels, size = entry.gather(-1, labels), size - n_merged
         held = [ordered_mean(array, entry, count_members(entry, size)) for array in held]
     return CompressedChunks(labels, count_members(labels, size), *(*held, None)[:2], 0, 0)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.ablation.packed_scoring import Held
 from kvcluster.evaluation.models import READING_LAYERS
-from kvcluster.fast.chunk_compression import compress
 from kvcluster.fast.huggingface import layer_ratios
+from kvcluster.fast.plain.soft_matching import compress
 
 __all__ = [
     "PANELS",

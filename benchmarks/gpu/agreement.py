@@ -11,8 +11,6 @@ from torch import Tensor
 
 from benchmarks.gpu.keys import DTYPES, KINDS, make_keys, same_bits, to_float32
 from kvcluster import fast, reference
-from kvcluster.fast.chunk_compression import compress
-from kvcluster.fast.distinctive_matching import compress_distinctive
 
 __all__ = ["Case", "compare_all"]
 
@@ -54,9 +52,9 @@ def compare_all(interpret: bool) -> list[dict[str, Any]]:
             continue
         note(rows, case.dtype, "strided" if case.is_strided else case.kind, case, compare(case, device))
     for dtype in DTYPES:
-        for n_shared in (None, 2):
-            made = compare_caches(dtype, device, 8 if interpret else 128, n_shared)
-            note(rows, dtype, "cache", (dtype, n_shared), made)
+        for method in ("SoftMatching()", "Distinctive(n_shared=2)"):
+            made = compare_caches(dtype, device, 8 if interpret else 128, method)
+            note(rows, dtype, "cache", (dtype, method), made)
     print(f"{'dtype':6} {'keys':12} {'cases':>6} {'checks':>7} {'differing':>10}")
     for row in rows.values():
         print(f"{row['dtype']:6} {row['keys']:12} {row['cases']:6} {row['checks']:7} {row['differing']:10}")
@@ -102,8 +100,10 @@ def compare(case: Case, device: str) -> dict[str, bool]:
 def compare_compressed(there: Tensor, keys: Tensor, target: int, chunk_size: int) -> dict[str, bool]:
     """The same of what the cache calls: one call for labels, counts and centroids of keys and of values."""
     values = other_values(keys)
-    ours = compress(there, values.to(there.device), chunk_size=chunk_size, target=target, backend="triton")
-    torch_s = compress(keys, values, chunk_size=chunk_size, target=target, backend="torch")
+    ours = fast.SoftMatching().compress(
+        there, values.to(there.device), chunk_size=chunk_size, target=target, backend="triton"
+    )
+    torch_s = fast.SoftMatching().compress(keys, values, chunk_size=chunk_size, target=target, backend="torch")
     names = ("labels", "counts", "keys", "values")
     return {f"compress {name}": same_bits(getattr(ours, name), getattr(torch_s, name)) for name in names}
 
@@ -120,8 +120,8 @@ def compare_distinctive(there: Tensor, keys: Tensor, case: Case) -> dict[str, bo
     arrays = [to_float32(array) for array in (keys, values)]
     clustering = reference.distinctive_matching(*arrays, keep_ratio=case.keep_ratio, chunk_size=case.chunk_size)
     target = clustering.counts.shape[-1] * case.chunk_size // keys.shape[-2]
-    sizes = {"chunk_size": case.chunk_size, "target": target, "n_shared": 4}
-    ours = compress_distinctive(there, values.to(there.device), **sizes, backend="triton")
+    sizes = {"chunk_size": case.chunk_size, "target": target}
+    ours = fast.Distinctive(n_shared=4).compress(there, values.to(there.device), **sizes, backend="triton")
     expected = {"labels": clustering.labels.reshape(-1, case.chunk_size) % target}
     expected["counts"] = clustering.counts.reshape(-1, target)
     for name, array in zip(("keys", "values"), arrays, strict=True):

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.keys import DTYPES, to_float32
 from benchmarks.gpu.timings import ROUNDS, milliseconds_in_turn
-from kvcluster.fast.entry_attention import attend_entries
+from kvcluster.fast.attention import attend_entries
 from kvcluster.reference.agreement import EPS, baselines, error_bound, largest_difference
 from kvcluster.reference.clustered_attention import clustered_attention
 

@@ -11,14 +11,14 @@ import triton
 
 from benchmarks.gpu.keys import DTYPES
 from benchmarks.matching.plain import plain_compress
-from kvcluster.fast.chunk_compression import compress
-from kvcluster.fast.distinctive_matching import compress_distinctive
+from kvcluster.fast import Distinctive, SoftMatching
 
 __all__ = ["describe_device", "print_distinctive_timings", "print_timings", "time_all", "time_distinctive"]
 
 SHAPES = ((1, 8, 32_768, 128), (8, 8, 32_768, 128))  # batch, heads, tokens, dim
 CHUNK_SIZE, TARGET = 64, 16
-DISTINCTIVE = {"chunk_size": 256, "target": 64, "n_shared": 4}
+METHOD = Distinctive(n_shared=4)
+DISTINCTIVE = {"chunk_size": 256, "target": 64}
 WARM_UPS, ROUNDS = 3, 20
 
 
@@ -64,7 +64,7 @@ def time_all() -> list[dict[str, Any]]:
 
 def time_one(keys: torch.Tensor) -> dict[str, Any]:
     contenders = {
-        "kernels": lambda: compress(keys, None, chunk_size=CHUNK_SIZE, target=TARGET, backend="triton"),
+        "kernels": lambda: SoftMatching().compress(keys, None, chunk_size=CHUNK_SIZE, target=TARGET, backend="triton"),
         "plain": lambda: plain_compress(keys, CHUNK_SIZE, TARGET),
         "read": lambda: keys.amax(),
     }
@@ -116,8 +116,8 @@ def time_distinctive() -> list[dict[str, Any]]:
             generator = torch.Generator("cuda").manual_seed(0)
             arrays = [torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(2)]
             contenders = {
-                "kernels": lambda kv=arrays: compress_distinctive(*kv, **DISTINCTIVE, backend="triton"),
-                "torch": lambda kv=arrays: compress_distinctive(*kv, **DISTINCTIVE, backend="torch"),
+                "kernels": lambda kv=arrays: METHOD.compress(*kv, **DISTINCTIVE, backend="triton"),
+                "torch": lambda kv=arrays: METHOD.compress(*kv, **DISTINCTIVE, backend="torch"),
                 "read": lambda kv=arrays: [x.amax() for x in kv],
             }
             every = milliseconds_in_turn(contenders)
@@ -130,7 +130,7 @@ def time_distinctive() -> list[dict[str, Any]]:
 
 def print_distinctive_timings(rows: list[dict[str, Any]]) -> None:
     """A plain table."""
-    sizes = "chunk {chunk_size} to {target} entries, {n_shared} of them shared".format(**DISTINCTIVE)
+    sizes = "chunk {chunk_size} to {target} entries, 4 of them shared".format(**DISTINCTIVE)
     print(f"\ndistinctive matching of keys and values, {sizes}; medians of {ROUNDS} turns; torch: on the same device")
     form = "{:20} {:6} {:>11} {:>9} {:>8} {:>14} {:>13}"
     print(form.format("shape", "dtype", "kernels ms", "torch ms", "read ms", "kernels/torch", "kernels/read"))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from benchmarks.matching.plain import plain_compress, plain_compress_tiled
 from kvcluster.fast import chunked_soft_matching, merge
-from kvcluster.fast.chunk_compression import compress
+from kvcluster.fast.plain.soft_matching import compress
 
 __all__ = ["CHUNK_SIZE", "CONTENDERS", "DIM", "HEADS", "KEEP_RATIO", "TARGET", "TOKENS", "random_keys"]
 

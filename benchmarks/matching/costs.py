@@ -7,7 +7,7 @@ from benchmarks.matching.contenders import CHUNK_SIZE, CONTENDERS, DIM, HEADS, K
 from benchmarks.matching.memory import peak_bytes
 from kvcluster.evaluation.report import Claim, Line, Section
 from kvcluster.evaluation.timing import fitted_exponent, ratios, seconds_in_turn
-from kvcluster.fast.chunk_compression import compress
+from kvcluster.fast.plain.soft_matching import compress
 
 __all__ = ["canonical_share", "growth", "peak_memory", "time_in_turn"]
 

@@ -15,8 +15,9 @@ from benchmarks.matching.costs import share_line
 from kvcluster.evaluation.demo.inputs import load_model, load_tokens
 from kvcluster.evaluation.report import Claim, Line, Section
 from kvcluster.evaluation.timing import ratios, seconds_in_turn
-from kvcluster.fast.chunk_compression import compress
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.plain.soft_matching import compress
 
 __all__ = ["prefill_share", "prefilled", "smollm2_canonical_share"]
 
@@ -36,11 +37,11 @@ def prefill(model: Any, tokens: torch.Tensor) -> DynamicCache:
 def cluster(model: Any, full: DynamicCache) -> ClusteredCache:
     """Every layer's keys and values in a clustered cache."""
     cache = ClusteredCache.for_model(
-        model, keep_ratio=KEEP_RATIO, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=64, n_shared=None
+        model, keep_ratio=KEEP_RATIO, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=64, method=SoftMatching()
     )
     for ours, theirs in zip(cache.layers, full.layers, strict=True):
-        ours.entries.extend(theirs.keys, theirs.values)
-        ours.entries.cluster()
+        ours.cache.extend(theirs.keys, theirs.values)
+        ours.cache.cluster()
     return cache
 
 

@@ -61,5 +61,5 @@ def filled(cache: RecallCache, layers: list[tuple[torch.Tensor, torch.Tensor]]) 
     for layer, (keys, values) in zip(cache.layers, layers, strict=True):
         held = keys[None, :, :-1], values[None, :, :-1]
         layer.lazy_initialization(*held)
-        layer.entries.append(*held)
+        layer.cache.caches[0].append(*held)
     return cache

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import DynamicCache
 
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.arguments import check_integer, check_keep_ratio
 
@@ -118,12 +119,12 @@ def measure(
     """The full and the clustered cache of `context` (1, tokens), each with what it is judged by."""
     full, first = prefill(model, context, progress)
     clustered = ClusteredCache.for_model(
-        model, keep_ratio=keep_ratio, chunk_size=chunk_size, n_recent=64, n_shared=None
+        model, keep_ratio=keep_ratio, method=SoftMatching(), chunk_size=chunk_size, n_recent=64
     )
     layers = list(zip(full.layers, clustered.layers, strict=True))
     for full_layer, layer in progress.track(layers, description="Cluster, layer by layer"):
-        layer.entries.extend(full_layer.keys, full_layer.values)
-        layer.entries.cluster()
+        layer.cache.extend(full_layer.keys, full_layer.values)
+        layer.cache.cluster()
     results = (
         Measured(full, full.get_seq_length(), cache_bytes(full), perplexity(model, full, first, following, progress)),
         Measured(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvcluster.fast import Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache, layer_ratios
 
 from ..models import READING_LAYERS
@@ -11,7 +12,7 @@ from ..models import READING_LAYERS
 __all__ = ["METHODS", "Method", "chunked_keep_ratio"]
 
 CHUNK_SIZE, N_SINK, N_RECENT = 64, 4, 64
-DISTINCTIVE = {"chunk_size": 256, "n_sink": 4, "n_recent": 252, "n_shared": 4}
+DISTINCTIVE = {"chunk_size": 256, "n_sink": 4, "n_recent": 252}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def chunked_keep_ratio(keep: float, n_tokens: int) -> float:
 def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     ratio = chunked_keep_ratio(keep, n_tokens)
     return ClusteredCache.for_model(
-        model, keep_ratio=ratio, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=N_RECENT, n_shared=None
+        model, keep_ratio=ratio, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=N_RECENT, method=SoftMatching()
     )
 
 
@@ -77,7 +78,9 @@ def body_ratio(keep: float, n_tokens: int) -> float:
 
 def distinctive(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     size = DISTINCTIVE["chunk_size"]
-    return ClusteredCache.for_model(model, keep_ratio=int(body_ratio(keep, n_tokens) * size) / size, **DISTINCTIVE)
+    return ClusteredCache.for_model(
+        model, keep_ratio=int(body_ratio(keep, n_tokens) * size) / size, method=Distinctive(n_shared=4), **DISTINCTIVE
+    )
 
 
 def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
@@ -85,7 +88,7 @@ def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache
     if (n_layers, model.config.hidden_size) != (30, 576):
         raise ValueError(f"model must be SmolLM2-135M, whose reading layers are known, got one of {n_layers} layers")
     ratios = layer_ratios(READING_LAYERS, n_layers=n_layers, keep_ratio=body_ratio(keep, n_tokens))
-    return ClusteredCache.for_model(model, keep_ratio=ratios, **DISTINCTIVE)
+    return ClusteredCache.for_model(model, keep_ratio=ratios, method=Distinctive(n_shared=4), **DISTINCTIVE)
 
 
 def recall(model: Any, keep: float, n_tokens: int) -> RecallCache:

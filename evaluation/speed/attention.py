@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvcluster.fast.entry_attention import attend_entries
+from kvcluster.fast.attention import attend_entries
 
 from ..machine import read_all
 from ..report import Claim, Line, Section

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.cache import ClusteredLayer
 
@@ -20,7 +21,7 @@ class FullLayer(ClusteredLayer):
     """A full cache with our growth in place and our attention: keeping every token, it would leave that to PyTorch."""
 
     def attends(self, queries: int) -> bool:
-        return self.entries.n_stored > queries
+        return self.cache.n_stored > queries
 
 
 def default_cache(model: Any) -> Any:
@@ -34,11 +35,10 @@ def clustered_cache(keep_ratio: float) -> Callable[[Any], Any]:
             "chunk_size": CHUNK_SIZE,
             "n_sink": N_SINK,
             "n_recent": N_RECENT,
-            "n_shared": None,
         }
-        cache = ClusteredCache.for_model(model, **parameters)
+        cache = ClusteredCache.for_model(model, method=SoftMatching(), **parameters)
         if keep_ratio == 1:
-            cache.layers = [FullLayer(parameters, are_alike=True) for _ in cache.layers]
+            cache.layers = [FullLayer(layer.make, are_alike=True) for layer in cache.layers]
         return cache
 
     return make
@@ -63,10 +63,10 @@ def filled(cache: Any, batch: int, n_tokens: int, model: Any) -> Any:
             cache.update(keys.clone(), values.clone(), index)
         return cache
     first, *others = cache.layers
-    first.entries.extend(keys, values)
-    first.entries.cluster()
+    first.cache.extend(keys, values)
+    first.cache.cluster()
     for layer in others:
-        layer.entries = copy.deepcopy(first.entries)
+        layer.cache = copy.deepcopy(first.cache)
     for layer in cache.layers:
         layer.lazy_initialization(keys, values)
     return cache

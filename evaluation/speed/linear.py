@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcluster.fast import cpu
+from kvcluster.fast.cpu.layout import LANES
+from kvcluster.fast.cpu.linear import linear
 
 __all__ = ["hasten_linear_layers"]
 
@@ -20,7 +21,7 @@ def hasten_linear_layers(model: Any) -> Any:
     """
     for module in model.modules():
         is_plain = isinstance(module, nn.Linear) and module.bias is None and module.weight.dtype == torch.float32
-        if is_plain and module.in_features % cpu.LANES == 0 and module.out_features % 4 == 0:
+        if is_plain and module.in_features % LANES == 0 and module.out_features % 4 == 0:
             module.forward = FewRows(module)
     return model
 
@@ -33,4 +34,4 @@ class FewRows:
         weight = self.module.weight
         if rows.shape[:-1].numel() > MOST_ROWS:
             return nn.functional.linear(rows, weight)
-        return cpu.linear(rows.reshape(-1, rows.shape[-1]).contiguous(), weight).reshape(*rows.shape[:-1], len(weight))
+        return linear(rows.reshape(-1, rows.shape[-1]).contiguous(), weight).reshape(*rows.shape[:-1], len(weight))

@@ -62,9 +62,9 @@ def measured(folder: Path, context: int, batch: int) -> dict[str, Any]:
     for layer in cache.layers:  # one layer after the other, as a prompt fills them
         keys, values = torch.randn(shape), torch.randn(shape)
         layer.lazy_initialization(keys, values)
-        layer.entries.extend(keys, values)
-        layer.entries.cluster()
-    working = 2 * (keys.nbytes + values.nbytes) + 2 * cache.layers[0].entries.nbytes
+        layer.cache.extend(keys, values)
+        layer.cache.cluster()
+    working = 2 * (keys.nbytes + values.nbytes) + 2 * cache.layers[0].cache.nbytes
     del keys, values
     for _ in range(STEPS):
         model(token, past_key_values=cache)

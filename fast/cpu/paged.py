@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from . import DTYPES
 from .compiling import library
+from .layout import DTYPES
 
 __all__ = ["attend_pages"]
 

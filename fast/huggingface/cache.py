@@ -1,16 +1,22 @@
 """A transformers `Cache` whose layers are clustered caches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_method
+from ..attention import attend_entries
+from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
-from ..entry_attention import attend_entries, log_counts
+from ..distinctive_matching import Distinctive
+from ..exact.entries import log_counts
+from ..methods import Method
+from ..soft_matching import SoftMatching
 from .hooks import ModelHooks, check_model
 from .layers import EntryLayer, ModelCache, check_dense_layers, layers_of_model
-from .row_groups import RowGroups
 
 __all__ = ["ClusteredCache", "ClusteredLayer"]
 
@@ -18,7 +24,7 @@ __all__ = ["ClusteredCache", "ClusteredLayer"]
 class ClusteredCache(ModelCache):
     """The key-value cache of a whole model, clustered layer by layer; made by `for_model`.
 
-    Every layer holds a `kvcluster.fast.ClusteredCache` (batch, kv_heads, entries, dim) as `layers[i].entries`, but for
+    Every layer holds a `kvcluster.fast.ClusteredCache` (batch, kv_heads, entries, dim), see `RowGroups`, but for
     layers that attend to a sliding window (all those of a `mistral` that has one): they stay transformers' own.
 
     Notes
@@ -41,10 +47,10 @@ class ClusteredCache(ModelCache):
         keep_ratio: float | Sequence[float] | None = None,
         budget: int | Sequence[int] | None = None,
         n_dense_layers: int = 0,
+        method: Method = Distinctive(),
         chunk_size: int = 256,
         n_sink: int = 4,
         n_recent: int = 252,
-        n_shared: int | None = 4,
     ) -> "ClusteredCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
@@ -54,18 +60,20 @@ class ClusteredCache(ModelCache):
             `sdpa` or `eager` attention.
         keep_ratio : entries kept / tokens of what is clustered; 1 by default if there is a budget.
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
-            come, clusters are merged further. Without it entries grow with the tokens. Needs `n_shared=None`.
+            come, clusters are merged further. Without it entries grow with the tokens. Needs
+            `method=SoftMatching()`.
             Both may be sequences, of one number for each layer of the model.
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
-        chunk_size, n_sink, n_recent, n_shared : as in `kvcluster.reference.ClusteredCache`, for every layer. These
-            defaults keep distinctive tokens exact, which loses far less of what may be asked later: see
-            benchmarks/quality/QUALITY.md. The published method is `n_shared=None`, in this project's examples with
-            `chunk_size=64, n_recent=64`.
+        method : how chunks are clustered. `Distinctive()` keeps distinctive tokens exact, which loses far less of what
+            may be asked later: see benchmarks/quality/QUALITY.md. The published method is `SoftMatching()`, in this
+            project's examples with `chunk_size=64, n_recent=64`.
+        chunk_size, n_sink, n_recent : as in `kvcluster.reference.ClusteredCache`, for every layer.
 
         Raises
         ------
         ValueError : another type of model or of attention; a field of its config that is not served; a parameter out
-            of range; neither `keep_ratio` nor `budget`; a sequence of another length than the model's layers.
+            of range; neither `keep_ratio` nor `budget`; a budget with another method; a sequence of another length
+            than the model's layers.
 
         Examples
         --------
@@ -81,24 +89,24 @@ class ClusteredCache(ModelCache):
         check_dense_layers(n_dense_layers, n_layers)
         ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
         budgets = one_for_each_layer("budget", budget, n_layers)
-        shared: dict[str, Any] = {
-            "chunk_size": chunk_size,
-            "n_sink": n_sink,
-            "n_recent": n_recent,
-            "n_shared": n_shared,
-        }
+        check_method(method)
+        if budget is not None and not isinstance(method, SoftMatching):
+            raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
+        shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         chosen = [
             (1.0, None) if index < n_dense_layers else (ratios[index], budgets[index]) for index in range(n_layers)
         ]
         are_alike = len(set(chosen)) == 1
-        layers = layers_of_model(
-            config,
-            lambda index: ClusteredLayer(
-                {"keep_ratio": chosen[index][0], "budget": chosen[index][1], **shared}, are_alike=are_alike
-            ),
-        )
-        given = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers, **shared}
-        return cls(layers, ModelHooks.of(model), given)
+
+        def make(index: int) -> LayerCache:
+            ratio, most = chosen[index]
+            if most is None:
+                return LayerCache(keep_ratio=ratio, method=method, **shared)
+            return BoundedCache(budget=most, keep_ratio=ratio, **shared)
+
+        layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
+        given = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers, "method": method}
+        return cls(layers, ModelHooks.of(model), given | shared)
 
 
 def one_for_each_layer(name: str, given: Any, n_layers: int) -> list[Any]:
@@ -113,36 +121,33 @@ def one_for_each_layer(name: str, given: Any, n_layers: int) -> list[Any]:
 class ClusteredLayer(EntryLayer):
     """One layer of a `ClusteredCache`; with other layers that are not like it, transformers' one mask fits not all."""
 
-    def __init__(self, parameters: dict[str, Any], *, are_alike: bool) -> None:
-        self.parameters, self.are_alike = parameters, are_alike
+    def __init__(self, make: Callable[[], LayerCache], *, are_alike: bool) -> None:
+        self.make, self.are_alike = make, are_alike
         super().__init__()
-
-    def make(self) -> LayerCache:
-        return LayerCache(**self.parameters)
 
     @property
     def has_plain_mask(self) -> bool:
         """Whether new tokens may attend to what is stored by transformers' mask as it is."""
-        return self.are_alike and not self.has_centroids and not isinstance(self.entries, RowGroups)
+        return self.are_alike and not self.has_centroids and not self.cache.is_padded
 
     @property
     def has_centroids(self) -> bool:
         """Whether any entry stands for more than one token."""
-        return self.entries.n_stored < self.entries.n_seen
+        return self.cache.n_stored < self.cache.n_seen
 
     def attends(self, queries: int) -> bool:
         """A first call, and all calls without centroids, are left to transformers, whose bits are stock's."""
         return not self.is_first and not self.has_plain_mask
 
-    def attend_to(self, entries: LayerCache, query: Tensor, scale: float) -> Tensor:
+    def attend_to(self, cache: LayerCache, query: Tensor, scale: float) -> Tensor:
         rows = self.by_kv_head(query)
-        held = entries.keys, entries.values, entries.counts
+        held = cache.keys, cache.values, cache.counts
         output = attend_entries(rows, *held, queries=query.shape[2], scale=scale)
         return output.reshape(*query.shape[:-1], -1)
 
     def mask_with_log_counts(self, mask: Tensor | None, queries: int, group: int) -> Tensor | None:
         """`mask` (batch, 1, queries, entries + queries), float, for the next `queries` tokens, log counts added."""
-        if self.entries.n_seen == 0 or self.has_plain_mask:
+        if self.cache.n_seen == 0 or self.has_plain_mask:
             return mask
         counts = self.counts_with(queries)
         bias = log_counts(counts).repeat_interleave(group, dim=1).unsqueeze(-2)  # (batch, heads, 1, entries + queries)
@@ -152,11 +157,11 @@ class ClusteredLayer(EntryLayer):
 
     def counts_with(self, queries: int) -> Tensor:
         """Counts (batch, kv_heads, entries + queries) of what is stored and of the next tokens, 0 for padding."""
-        if isinstance(self.entries, RowGroups):
-            held = self.entries.side_by_side(self.entries.n_stored, "counts")
-            padding = torch.tensor(self.padding, device=held.device) - self.entries.n_seen  # among the next tokens
+        if self.cache.is_padded:
+            held = self.cache.side_by_side(self.cache.n_stored, "counts")
+            padding = torch.tensor(self.padding, device=held.device) - self.cache.n_seen  # among the next tokens
             new = torch.arange(queries, device=held.device) >= padding[:, None]  # (batch, queries)
         else:
-            held = self.entries.counts
+            held = self.cache.caches[0].counts
             new = held.new_ones(len(held), queries)
         return torch.cat([held, new[:, None].expand(-1, held.shape[1], -1).to(held.dtype)], dim=-1)

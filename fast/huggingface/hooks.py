@@ -150,7 +150,7 @@ def check_call(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if arguments.get("use_cache") is False:  # generate feeds all tokens again at each step then
         raise ValueError(f"use_cache must not be False with a {type(cache).__name__}: pass none to do without")
     seen = sorted(
-        {n for layer in cache.layers for n in ({layer.get_seq_length()} if layer.is_sliding else layer.lengths)}
+        {n for layer in cache.layers for n in ({layer.get_seq_length()} if layer.is_sliding else layer.cache.lengths)}
     )
     if len(seen) > 1:
         raise RuntimeError(

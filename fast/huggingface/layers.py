@@ -25,9 +25,9 @@ __all__ = ["EntryLayer", "ModelCache", "check_dense_layers", "layers_of_model"]
 class ModelCache(Cache):
     """The key-value cache of a whole model; subclasses make it by `for_model`.
 
-    Every layer holds a cache of `kvcluster.fast` (batch, kv_heads, entries, dim) as `layers[i].entries`, but for those
-    that attend to a sliding window, which are transformers' own. Of a batch with left padding `layers[i].entries` are
-    `RowGroups`, one such cache for the rows of each padding.
+    Every layer has the `RowGroups` of the batch as `layers[i].cache`: one cache of `kvcluster.fast` (batch, kv_heads,
+    entries, dim), or with left padding one for the rows of each padding. Layers that attend to a sliding window are
+    transformers' own.
     """
 
     is_kvcluster = True
@@ -76,12 +76,12 @@ class ModelCache(Cache):
     @property
     def n_stored(self) -> int:
         """Entries held per KV head by the layer of ours that holds most; 0 for a model whose layers all slide."""
-        return max((layer.entries.n_stored for layer in self.own_layers), default=0)
+        return max((layer.cache.n_stored for layer in self.own_layers), default=0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what all layers store."""
-        return sum(layer.entries.nbytes for layer in self.own_layers) + sum(x.nbytes for x in self.windows)
+        return sum(layer.cache.nbytes for layer in self.own_layers) + sum(x.nbytes for x in self.windows)
 
     @property
     def windows(self) -> list[Tensor]:
@@ -100,7 +100,7 @@ class ModelCache(Cache):
     def nbytes_reserved(self) -> int:
         """Bytes of memory that all layers hold, room to grow included."""
         of_windows = sum(x.untyped_storage().nbytes() for x in self.windows)
-        return sum(layer.entries.nbytes_reserved for layer in self.own_layers) + of_windows
+        return sum(layer.cache.nbytes_reserved for layer in self.own_layers) + of_windows
 
     def reset(self) -> None:
         """Empty all layers."""
@@ -112,13 +112,13 @@ class ModelCache(Cache):
     @property
     def padding(self) -> list[int] | None:
         """Padding of each row so far; None if there is none."""
-        groups = [layer.entries for layer in self.own_layers if isinstance(layer.entries, RowGroups)]
-        return groups[0].padding if groups and self.n_seen else None
+        padded = [layer.cache for layer in self.own_layers if layer.cache.is_padded]
+        return padded[0].padding if padded and self.n_seen else None
 
     @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
-        return min((layer.entries.n_croppable for layer in self.own_layers), default=self.n_seen)
+        return min((layer.cache.n_croppable for layer in self.own_layers), default=self.n_seen)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: `-tokens_to_remove` of them, as assisted decoding does with rejected candidates.
@@ -156,7 +156,8 @@ class EntryLayer(AnyVersionLayer):
 
     is_sliding = False
     is_croppable = True
-    entries: Any
+    cache: RowGroups
+    make: Callable[[], Any]  # an empty cache of `kvcluster.fast`
 
     def __init__(self) -> None:
         self.is_announced = False  # by the hooks, before each call of its attention module
@@ -165,17 +166,13 @@ class EntryLayer(AnyVersionLayer):
         self.is_first = True  # whether the tokens of the last call were the first ones
         self.reset()
 
-    def make(self) -> Any:
-        """An empty cache of `kvcluster.fast`."""
-        raise NotImplementedError
-
     @property
     def keys(self) -> Tensor | None:
-        return self.entries.keys
+        return self.cache.keys
 
     @property
     def values(self) -> Tensor | None:
-        return self.entries.values
+        return self.cache.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.kv_heads = key_states.dtype, key_states.device, key_states.shape[1]
@@ -191,40 +188,21 @@ class EntryLayer(AnyVersionLayer):
         self.is_announced = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.is_first = self.entries.n_seen == 0
-        if self.is_first and isinstance(self.entries, RowGroups) != (self.padding is not None):
-            self.entries = self.make() if self.padding is None else RowGroups(self.make)
-        width = self.entries.n_stored + key_states.shape[2]
-        if self.padding is None:
-            self.entries.extend(key_states, value_states)
-        else:
-            self.entries.extend(key_states, value_states, self.padding)
+        self.is_first = self.cache.n_seen == 0
+        width = self.cache.n_stored + key_states.shape[2]
+        self.cache.extend(key_states, value_states, self.padding)
         if self.is_first or (self.has_own_attention and self.attends(key_states.shape[2])):
             return key_states, value_states  # of the second no use is made
-        if isinstance(self.entries, RowGroups):
-            return self.entries.side_by_side(width, "keys"), self.entries.side_by_side(width, "values")
+        if self.cache.is_padded:
+            return self.cache.side_by_side(width, "keys"), self.cache.side_by_side(width, "values")
         return self.held()
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values that new tokens attend to, themselves last."""
-        return self.entries.keys, self.entries.values
-
-    @property
-    def caches(self) -> list[Any]:
-        """The caches of `kvcluster.fast` that the layer holds: one, or one for each padding in the batch."""
-        return (
-            [group.entries for group in self.entries.groups] if isinstance(self.entries, RowGroups) else [self.entries]
-        )
-
-    @property
-    def lengths(self) -> set[int]:
-        """Tokens seen, padding included: one number, unless a call failed halfway."""
-        return self.entries.lengths if isinstance(self.entries, RowGroups) else {self.entries.n_seen}
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the batch."""
-        return self.entries.n_rows if isinstance(self.entries, RowGroups) else len(self.held()[0])
+        keys, values = self.cache.keys, self.cache.values
+        assert keys is not None  # the new tokens are there
+        assert values is not None
+        return keys, values
 
     def by_kv_head(self, query: Tensor) -> Tensor:
         """`query` (batch, heads, queries, dim) as rows of each KV head, (batch, kv_heads, group * queries, dim)."""
@@ -237,43 +215,41 @@ class EntryLayer(AnyVersionLayer):
 
     def attend(self, query: Tensor, *, scale: float) -> Tensor:
         """Output (batch, heads, queries, dim) of the last `queries` tokens, each attending to entries up to its own."""
-        if isinstance(self.entries, RowGroups):
-            return self.entries.spread(query, lambda entries, rows: self.attend_to(entries, rows, scale))
-        return self.attend_to(self.entries, query, scale)
+        return self.cache.spread(query, lambda cache, rows: self.attend_to(cache, rows, scale))
 
-    def attend_to(self, entries: Any, query: Tensor, scale: float) -> Tensor:
+    def attend_to(self, cache: Any, query: Tensor, scale: float) -> Tensor:
         """As `attend`, of rows without padding to their cache."""
         raise NotImplementedError
 
     def finish(self) -> None:
         """Cluster what is due, now that the new tokens have been attended to."""
-        self.entries.cluster()
+        self.cache.cluster()
 
     def get_seq_length(self) -> int:
-        return self.entries.n_seen
+        return self.cache.n_seen
 
     def mask_sizes(self, queries: int) -> tuple[int, int]:
         """Columns of the mask, and the position that its first must claim for the new tokens' columns to be right."""
-        return self.entries.n_stored + queries, self.entries.n_seen - self.entries.n_stored
+        return self.cache.n_stored + queries, self.cache.n_seen - self.cache.n_stored
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.entries = self.make()
+        self.cache = RowGroups(self.make)
         self.is_initialized = False
 
     def crop(self, n_tokens: int) -> None:
         """Remove the last `n_tokens` tokens."""
-        self.entries.crop(n_tokens)
+        self.cache.crop(n_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.n_rows).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.cache.n_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self.entries.select(indices.to(self.device))
+            self.cache.select(indices.to(self.device))

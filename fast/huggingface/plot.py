@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..recall_cache import RecallCache
-from .row_groups import RowGroups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,14 +25,14 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
 
     lines, labels, width = [], [], 1
     for index, layer in enumerate(cache.layers):
-        if layer.is_sliding or not layer.entries.n_seen:
+        if layer.is_sliding or not layer.cache.n_seen:
             continue
-        if not 0 <= row < layer.n_rows:
-            raise ValueError(f"row must be from 0 to {layer.n_rows - 1}, got {row}")
-        entries, place = layer.entries.of_row(row) if isinstance(layer.entries, RowGroups) else (layer.entries, row)
-        if not entries.n_clustered:
+        if not 0 <= row < layer.cache.n_rows:
+            raise ValueError(f"row must be from 0 to {layer.cache.n_rows - 1}, got {row}")
+        of_row, place = layer.cache.of_row(row)
+        if not of_row.n_clustered:
             continue
-        sizes, per_span, spans, width = sizes_of(entries)
+        sizes, per_span, spans, width = sizes_of(of_row)
         for head, of_head in enumerate(sizes[place]):
             largest = torch.stack([part.max() for part in of_head.split(per_span)])
             lines.append(largest.repeat_interleave(torch.tensor(spans, device=largest.device)))
@@ -54,15 +53,15 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
 
 
 def is_recall(cache: Any) -> bool:
-    return any(isinstance(layer.caches[0], RecallCache) for layer in cache.own_layers)
+    return any(isinstance(layer.cache.caches[0], RecallCache) for layer in cache.own_layers)
 
 
-def sizes_of(entries: Any) -> tuple[torch.Tensor, int, tuple[int, ...], int]:
+def sizes_of(cache: Any) -> tuple[torch.Tensor, int, tuple[int, ...], int]:
     """Sizes (batch, kv_heads, clusters) along the sequence; of a span clusters and pixels; a pixel's tokens."""
-    if isinstance(entries, RecallCache):
-        size = int(entries.plan.prompt_segment_size or entries.plan.segment_size or 1)
-        made: Any = entries.clusters  # not None: something is clustered
-        per_span = entries.plan.n_clusters(size)
-        return made.counts, per_span, (1,) * -(-made.counts.shape[-1] // per_span), size
-    body = entries.counts[..., entries.n_sink : entries.n_sink + entries.n_body]
-    return body, entries.n_body // len(entries.spans), entries.spans, entries.chunk_size
+    if isinstance(cache, RecallCache):
+        size = int(cache.settings.prompt_segment_size or cache.settings.segment_size or 1)
+        clusters: Any = cache.clusters  # not None: something is clustered
+        per_span = cache.settings.n_clusters(size)
+        return clusters.counts, per_span, (1,) * -(-clusters.counts.shape[-1] // per_span), size
+    body = cache.counts[..., cache.n_sink : cache.n_sink + cache.n_body]
+    return body, cache.n_body // len(cache.spans), cache.spans, cache.chunk_size

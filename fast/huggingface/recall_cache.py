@@ -1,11 +1,13 @@
 """A transformers `Cache` that forgets nothing: each new token recalls the clusters nearest to it."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..entry_attention import attend_entries
+from ..attention import attend_entries
+from ..memory.segments import RecallSettings
 from ..recall_cache import RecallCache as LayerCache
 from ..tiers import TieredRecallCache, TierStatistics
 from .hooks import ModelHooks, check_model
@@ -19,8 +21,8 @@ __all__ = ["RecallCache", "RecallLayer"]
 class RecallCache(ModelCache):
     """The key-value cache of a whole model, recalled cluster by cluster; made by `for_model`.
 
-    Every layer holds a `kvcluster.fast.RecallCache` (batch, kv_heads, tokens, dim) as `layers[i].entries`, but for
-    layers that attend to a sliding window (all those of a `mistral` that has one): they stay transformers' own.
+    Every layer holds a `kvcluster.fast.RecallCache` (batch, kv_heads, tokens, dim), see `RowGroups`, but for layers
+    that attend to a sliding window (all those of a `mistral` that has one): they stay transformers' own.
 
     Notes
     -----
@@ -47,9 +49,7 @@ class RecallCache(ModelCache):
         segment_size: int | None = None,
         prompt_segment_size: int | None = 512,
         max_iter: int = 4,
-        is_centred: bool = False,
         spread: float = 0.5,
-        mass: float | None = None,
         centroids_for_rest: bool = False,
         offloading: bool = False,
         folder: str | Path | None = None,
@@ -82,27 +82,27 @@ class RecallCache(ModelCache):
         """
         config = check_model(model, cls.attention)
         check_dense_layers(n_dense_layers, config.num_hidden_layers)
-        parameters = {
-            "budget": budget,
-            "n_sink": n_sink,
-            "n_recent": n_recent,
-            "tokens_per_cluster": tokens_per_cluster,
-            "segment_size": segment_size,
-            "prompt_segment_size": prompt_segment_size,
-            "max_iter": max_iter,
-            "is_centred": is_centred,
-            "spread": spread,
-            "mass": mass,
-            "centroids_for_rest": centroids_for_rest,
-        }
+        settings = RecallSettings(
+            budget=budget,
+            n_sink=n_sink,
+            n_recent=n_recent,
+            tokens_per_cluster=tokens_per_cluster,
+            segment_size=segment_size,
+            prompt_segment_size=prompt_segment_size,
+            max_iter=max_iter,
+            spread=spread,
+            centroids_for_rest=centroids_for_rest,
+        )
         tiers = {"folder": folder, "n_steps": n_steps} if offloading else {}
         if not offloading and (folder is not None or n_steps != 1):
             raise ValueError(f"offloading must be True for a folder or n_steps, got {folder!r} and {n_steps}")
         layers = layers_of_model(
             config,
-            lambda index: RecallLayer(index < n_dense_layers, parameters, {} if index < n_dense_layers else tiers),
+            lambda index: RecallLayer(index < n_dense_layers, settings, {} if index < n_dense_layers else tiers),
         )
-        return cls(layers, ModelHooks.of(model), {**parameters, "n_dense_layers": n_dense_layers})
+        given = asdict(settings) | {"segment_size": segment_size, "n_dense_layers": n_dense_layers}
+        del given["is_centred"]  # never asked for here
+        return cls(layers, ModelHooks.of(model), given)
 
     @classmethod
     def load(
@@ -120,41 +120,43 @@ class RecallCache(ModelCache):
     @property
     def statistics(self) -> TierStatistics | None:
         """Sums over the layers that are offloaded; None if none is."""
-        made = [entries for layer in self.own_layers for entries in layer.caches]
-        tiered = [entries.statistics for entries in made if isinstance(entries, TieredRecallCache)]
+        caches = [cache for layer in self.own_layers for cache in layer.cache.caches]
+        tiered = [cache.statistics for cache in caches if isinstance(cache, TieredRecallCache)]
         return sum(tiered, TierStatistics()) if tiered else None
 
 
 class RecallLayer(EntryLayer):
     """One layer of a `RecallCache`; a dense one keeps its tokens unclustered and attends to all of them."""
 
-    def __init__(self, is_dense: bool, parameters: dict[str, Any], tiers: dict[str, Any]) -> None:
-        self.is_dense, self.parameters, self.tiers = is_dense, parameters, tiers
+    def __init__(self, is_dense: bool, settings: RecallSettings, tiers: dict[str, Any]) -> None:
+        self.is_dense, self.settings, self.tiers = is_dense, settings, tiers
         super().__init__()
 
     def make(self) -> LayerCache:
-        return TieredRecallCache(**self.parameters, **self.tiers) if self.tiers else LayerCache(**self.parameters)
+        if self.tiers:
+            return TieredRecallCache(self.settings, **self.tiers)
+        return LayerCache.with_settings(self.settings)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """In the order of memory, clusters together: `keys` and `values` would be copies."""
-        keys, values = self.entries.stored
+        keys, values = self.cache.caches[0].stored
         return keys.to(self.device), values.to(self.device)
 
     def attends(self, queries: int) -> bool:
-        if isinstance(self.entries, RowGroups):
+        if self.cache.is_padded:
             return not self.is_first
-        return self.recalls(self.entries, queries)
+        return self.recalls(self.cache, queries)
 
-    def recalls(self, entries: LayerCache, queries: int) -> bool:
+    def recalls(self, cache: LayerCache | RowGroups, queries: int) -> bool:
         """Whether `queries` new tokens attend to what they recall rather than to all."""
-        return queries == 1 and not self.is_dense and entries.n_seen > self.parameters["budget"]
+        return queries == 1 and not self.is_dense and cache.n_seen > self.settings.budget
 
-    def attend_to(self, entries: LayerCache, query: Tensor, scale: float) -> Tensor:
+    def attend_to(self, cache: LayerCache, query: Tensor, scale: float) -> Tensor:
         rows = self.by_kv_head(query)
-        if self.recalls(entries, query.shape[2]):
-            output = entries.attend(rows, scale=scale)
+        if self.recalls(cache, query.shape[2]):
+            output = cache.attend(rows, scale=scale)
         else:
-            keys, values = (array.to(self.device) for array in entries.stored)
+            keys, values = (array.to(self.device) for array in cache.stored)
             output = attend_entries(rows, keys, values, None, queries=query.shape[2], scale=scale)
         return output.reshape(*query.shape[:-1], -1)
 

@@ -97,25 +97,25 @@ def report_cache(cache: Any) -> CacheReport:
 
 
 def report_layer(index: int, layer: Any) -> LayerReport:
-    entries = getattr(layer, "entries", None)
-    if entries is None:
+    if layer.is_sliding:
         seen = layer.get_seq_length()
         held = [x for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
         stored = held[0].shape[-2] if held else 0
         nbytes = sum(x.nbytes for x in held)
         return LayerReport(index, "stock", seen, stored, nbytes, stored / seen if seen else None, None, 0.0, None)
     kind = "clustered"
-    if isinstance(layer.caches[0], RecallCache):
+    cache = layer.cache
+    if isinstance(cache.caches[0], RecallCache):
         kind = "dense" if layer.is_dense else "recalled"
-    tiers = sum((x.statistics for x in layer.caches if isinstance(x, TieredRecallCache)), TierStatistics())
-    work = entries.work
+    tiers = sum((x.statistics for x in cache.caches if isinstance(x, TieredRecallCache)), TierStatistics())
+    work = cache.work
     return LayerReport(
         index,
         kind,
-        entries.n_seen,
-        entries.n_stored,
-        entries.nbytes,
-        entries.n_stored / entries.n_seen if entries.n_seen else None,
+        cache.n_seen,
+        cache.n_stored,
+        cache.nbytes,
+        cache.n_stored / cache.n_seen if cache.n_seen else None,
         work.n_scored_rows / work.n_rows if work.n_rows else None,
         work.seconds,
         tiers.hit_rate if tiers.n_asked else None,

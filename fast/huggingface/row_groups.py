@@ -1,4 +1,4 @@
-"""Batches with left padding: rows of the same padding share a cache, to which their first real token is the first."""
+"""The rows of a batch: those of the same left padding share a cache, to which their first real token is the first."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,23 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ordinary import on_ordinary_tensors
-from ..work import ClusteringWork
+from ..memory.ordinary import on_ordinary_tensors
+from ..memory.work import ClusteringWork
 
 __all__ = ["RowGroup", "RowGroups"]
 
 
 @dataclass
 class RowGroup:
-    """Rows of the batch, `rows` (n,), int64, whose first `padding` tokens so far are padding, and their cache."""
+    """Rows of the batch, `rows` (n,), int64, whose first `padding` tokens so far are padding, and their cache.
+
+    `rows` is None where no row has padding: the group is all rows, in their order.
+    """
 
     padding: int
-    rows: Tensor
-    entries: Any
+    rows: Tensor | None
+    cache: Any
 
 
 class RowGroups:
-    """The caches of one layer for a batch with left padding; stands where a layer else has one cache.
+    """The cache of one layer for all rows of a batch: a cache of `kvcluster.fast` for each padding that occurs.
 
     Parameters
     ----------
@@ -31,7 +34,8 @@ class RowGroups:
 
     Attributes
     ----------
-    groups : list of `RowGroup`. A row that is all padding so far is in a group whose cache is empty.
+    groups : list of `RowGroup`; one of all rows if there is no padding. A row that is all padding so far is in a group
+        whose cache is empty.
     n_seen : tokens so far, padding included.
     n_stored : entries held per KV head for the rows that have most; `nbytes`, `work`: of all groups.
 
@@ -43,79 +47,100 @@ class RowGroups:
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self.make = make
-        self.groups: list[RowGroup] = []
+        self.groups = [RowGroup(0, None, make())]
         self._examples: dict[str, Tensor] = {}  # empty ones of keys, values and counts
 
     @property
+    def caches(self) -> list[Any]:
+        """The caches of `kvcluster.fast`: one, or one for each padding in the batch."""
+        return [group.cache for group in self.groups]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some row has padding."""
+        return any(group.rows is not None for group in self.groups)
+
+    @property
     def n_seen(self) -> int:
-        return self.groups[0].padding + self.groups[0].entries.n_seen if self.groups else 0
+        return self.groups[0].padding + self.groups[0].cache.n_seen if self.groups else 0
 
     @property
     def lengths(self) -> set[int]:
         """`n_seen` by each group: one number, unless a call failed halfway."""
-        return {group.padding + group.entries.n_seen for group in self.groups}
+        return {group.padding + group.cache.n_seen for group in self.groups}
 
     @property
     def n_rows(self) -> int:
-        return sum(len(group.rows) for group in self.groups)
+        return sum(group.cache.n_rows if group.rows is None else len(group.rows) for group in self.groups)
 
     @property
     def n_stored(self) -> int:
-        return max((group.entries.n_stored for group in self.groups), default=0)
+        return max((cache.n_stored for cache in self.caches), default=0)
 
     @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
         most = [
-            group.entries.n_croppable
-            if group.entries.n_croppable < group.entries.n_seen
-            else group.entries.n_seen + group.padding
+            group.cache.n_croppable
+            if group.cache.n_croppable < group.cache.n_seen
+            else group.cache.n_seen + group.padding
             for group in self.groups
         ]
         return min(most, default=0)
 
     @property
     def nbytes(self) -> int:
-        return sum(group.entries.nbytes for group in self.groups)
+        return sum(cache.nbytes for cache in self.caches)
 
     @property
     def nbytes_reserved(self) -> int:
-        return sum(group.entries.nbytes_reserved for group in self.groups)
+        return sum(cache.nbytes_reserved for cache in self.caches)
 
     @property
     def work(self) -> ClusteringWork:
-        return sum((group.entries.work for group in self.groups), ClusteringWork())
+        return sum((cache.work for cache in self.caches), ClusteringWork())
 
     @property
     def padding(self) -> list[int]:
         """Padding of each row, in the order of the rows."""
-        of_rows = {row: group.padding for group in self.groups for row in group.rows.tolist()}
+        of_rows = {row: group.padding for group in self.groups for row in self._rows_of(group)}
         return [of_rows[row] for row in sorted(of_rows)]
 
     def of_row(self, row: int) -> tuple[Any, int]:
         """The cache that has a row of the batch, and the row's number there."""
-        group = next(group for group in self.groups if bool((group.rows == row).any()))
-        return group.entries, int((group.rows == row).nonzero())
+        for group in self.groups:
+            rows = self._rows_of(group)
+            if row in rows:
+                return group.cache, rows.index(row)
+        raise IndexError(f"row must be from 0 to {self.n_rows - 1}, got {row}")
 
-    def extend(self, keys: Tensor, values: Tensor, padding: Sequence[int]) -> None:
+    def extend(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None = None) -> None:
         """Take the next tokens (batch, kv_heads, tokens, dim); each row has seen `padding` of padding after them."""
+        if padding is None:
+            if self.is_padded:  # of rows that were dropped again before their first token
+                self.groups = [RowGroup(0, None, self.make())]
+            self.groups[0].cache.extend(keys, values)
+            return
         n_seen = self.n_seen
         if n_seen == 0:
             self._remember(keys, values)
         groups = self.groups
-        if n_seen == 0 or any(group.entries.n_seen == 0 for group in groups):
+        if n_seen == 0 or any(group.cache.n_seen == 0 for group in groups):
             groups = self._grouped_anew(len(keys), keys.device, padding)
         for group in groups:
             real = slice(max(0, group.padding - n_seen), None)
             parts = [array.index_select(0, group.rows)[:, :, real] for array in (keys, values)]
             if parts[0].shape[2]:
-                group.entries.extend(*parts)
+                group.cache.extend(*parts)
         self.groups = groups
+
+    def _rows_of(self, group: RowGroup) -> list[int]:
+        return list(range(self.n_rows)) if group.rows is None else group.rows.tolist()
 
     def _grouped_anew(self, n_rows: int, device: torch.device, padding: Sequence[int]) -> list[RowGroup]:
         """The groups that have tokens, and for all other rows a new one for each padding."""
-        begun = [group for group in self.groups if group.entries.n_seen]
-        in_begun = {row for group in begun for row in group.rows.tolist()}
+        begun = [group for group in self.groups if group.cache.n_seen]
+        in_begun = {row for group in begun for row in self._rows_of(group)}
         others = [row for row in range(n_rows) if row not in in_begun]
         of_size = {size: [row for row in others if padding[row] == size] for size in padding}
         new = [RowGroup(size, row_indices(rows, device), self.make()) for size, rows in of_size.items() if rows]
@@ -131,78 +156,92 @@ class RowGroups:
         }
 
     def cluster(self) -> None:
-        for group in self.groups:
-            group.entries.cluster()
+        for cache in self.caches:
+            cache.cluster()
 
     def spread(self, query: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """`attend(cache, query)` of each group for its rows of `query` (batch, heads, queries, dim); 0 for padding."""
+        if not self.is_padded:
+            return attend(self.groups[0].cache, query)
         output = None
         for group in self.groups:
-            real = slice(max(0, query.shape[2] - group.entries.n_seen), None)
+            real = slice(max(0, query.shape[2] - group.cache.n_seen), None)
             rows = query.index_select(0, group.rows)[:, :, real]
             if rows.shape[2]:
-                made = attend(group.entries, rows)
+                attended = attend(group.cache, rows)
                 if output is None:
-                    output = made.new_zeros(*query.shape[:-1], made.shape[-1])
-                output[group.rows, :, real] = made
+                    output = attended.new_zeros(*query.shape[:-1], attended.shape[-1])
+                output[group.rows, :, real] = attended
         return torch.zeros_like(query) if output is None else output
 
     def side_by_side(self, width: int, name: str) -> Tensor:
         """`keys`, `values` or `counts` of all rows, (batch, kv_heads, width, ...): the last entries last, else 0."""
         example = self._examples[name]
-        made = example.new_zeros(self.n_rows, example.shape[1], width, *example.shape[3:])
+        joined = example.new_zeros(self.n_rows, example.shape[1], width, *example.shape[3:])
         for group in self.groups:
-            if group.entries.n_seen:
-                made[group.rows, :, width - group.entries.n_stored :] = getattr(group.entries, name)
-        return made
+            if group.cache.n_seen:
+                joined[group.rows, :, width - group.cache.n_stored :] = getattr(group.cache, name)
+        return joined
 
     @property
     def keys(self) -> Tensor | None:
-        return self.side_by_side(self.n_stored, "keys") if self.groups else None
+        return self.side_by_side(self.n_stored, "keys") if self.is_padded else self.groups[0].cache.keys
 
     @property
     def values(self) -> Tensor | None:
-        return self.side_by_side(self.n_stored, "values") if self.groups else None
+        return self.side_by_side(self.n_stored, "values") if self.is_padded else self.groups[0].cache.values
 
     def select(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in their order; a row may be taken more than once."""
+        if not self.is_padded:
+            self.groups[0].cache.select(indices)
+            return
         kept, wanted = [], indices.tolist()
         for group in self.groups:
-            place = {row: number for number, row in enumerate(group.rows.tolist())}
+            place = {row: number for number, row in enumerate(self._rows_of(group))}
             rows = [number for number, row in enumerate(wanted) if row in place]
             if rows:
-                group.entries.select(row_indices([place[wanted[number]] for number in rows], indices.device))
-                kept.append(RowGroup(group.padding, row_indices(rows, indices.device), group.entries))
+                group.cache.select(row_indices([place[wanted[number]] for number in rows], indices.device))
+                kept.append(RowGroup(group.padding, row_indices(rows, indices.device), group.cache))
         self.groups = kept
 
     def crop(self, n_tokens: int) -> None:
         """Remove the last `n_tokens` tokens of all rows."""
+        if not self.is_padded:
+            self.groups[0].cache.crop(n_tokens)
+            return
         for group in self.groups:
-            of_real = min(n_tokens, group.entries.n_seen)
-            group.entries.crop(of_real)
+            of_real = min(n_tokens, group.cache.n_seen)
+            group.cache.crop(of_real)
             group.padding -= n_tokens - of_real
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As that of the caches, for `restore`."""
+        """As that of the caches, for `restore`: of one without padding its own, else that of each group."""
+        if not self.is_padded:
+            return self.groups[0].cache.state()
         tensors: dict[str, Tensor] = {}
         described = []
         for number, group in enumerate(self.groups):
-            held, numbers = group.entries.state()
+            held, numbers = group.cache.state()
             tensors |= {f"{number}.{name}": array for name, array in held.items()}
-            described.append({"padding": group.padding, "rows": group.rows.tolist(), "numbers": numbers})
+            described.append({"padding": group.padding, "rows": self._rows_of(group), "numbers": numbers})
         return tensors, {"groups": described}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Hold what `state` gave; this one must be empty."""
+        if "groups" not in numbers:
+            self.groups[0].cache.restore(tensors, numbers)
+            return
+        self.groups = []
         device = next(iter(tensors.values())).device
         for number, described in enumerate(numbers["groups"]):
             prefix = f"{number}."
             held = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-            entries = self.make()
-            entries.restore(held, described["numbers"])
+            cache = self.make()
+            cache.restore(held, described["numbers"])
             if held:
                 self._remember(held["keys"], held["values"])
-            self.groups.append(RowGroup(described["padding"], row_indices(described["rows"], device), entries))
+            self.groups.append(RowGroup(described["padding"], row_indices(described["rows"], device), cache))
 
 
 @on_ordinary_tensors

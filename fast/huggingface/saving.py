@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..distinctive_matching import Distinctive
+from ..methods import method_of, spelled
+from ..soft_matching import SoftMatching
 from .hooks import attention_modules, check_model
-from .row_groups import RowGroups
 
 __all__ = ["fingerprint", "load_cache", "save_cache"]
 
@@ -74,7 +76,7 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     description = json.dumps(
         {
             "class": type(cache).__name__,
-            "parameters": cache.parameters,
+            "parameters": cache.parameters | spelled_method(cache.parameters),
             "kvcluster": version("kvcluster"),
             "n_seen": cache.n_seen,
             "model": fingerprint(model),
@@ -117,7 +119,7 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
                 raise ValueError(f"path must hold a {kind.__name__}, got a {description['class']} in {path}")
             check_fingerprint(fingerprint(model), description["model"], path)
             check_names(set(file.keys()), set(description["tensors"]), path)
-            cache = kind.for_model(model, **description["parameters"], **options)
+            cache = kind.for_model(model, **parameters_of(description, path), **options)
             devices = [next(module.parameters()).device for module in attention_modules(model)]
             for index, layer in enumerate(cache.layers):
                 prefix = f"layers.{index}."
@@ -146,6 +148,30 @@ def described(file: Any, path: str | Path) -> dict[str, Any]:
     if hashlib.sha256(description.encode()).hexdigest() != metadata.get("description_sha256"):
         raise ValueError(f"path must hold what was saved, got a damaged description in {path}")
     return json.loads(description)
+
+
+def spelled_method(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The method among the parameters of `for_model`, if there is one, as JSON has it."""
+    return {"method": spelled(parameters["method"])} if "method" in parameters else {}
+
+
+def parameters_of(description: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The parameters of `for_model` that a file was saved with, those of version 0.1 in today's words.
+
+    Raises
+    ------
+    ValueError : a method of which this version knows nothing; an option of version 0.1 that is gone.
+    """
+    parameters = dict(description["parameters"])
+    if "n_shared" in parameters:  # 0.1: None was chunked soft matching
+        n_shared = parameters.pop("n_shared")
+        parameters["method"] = SoftMatching() if n_shared is None else Distinctive(n_shared)
+    elif "method" in parameters:
+        parameters["method"] = method_of(**parameters["method"])
+    for name, without in (("mass", None), ("is_centred", False)):
+        if parameters.pop(name, without) != without:
+            raise ValueError(f"{name} must not be asked for, this version has it no more, but {path} was saved with it")
+    return parameters
 
 
 def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], path: str | Path) -> None:
@@ -186,7 +212,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
 def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and integers of a layer of ours, or of one of transformers' with a sliding window."""
     if not layer.is_sliding:
-        return layer.entries.state()
+        return layer.cache.state()
     if not layer.is_initialized:
         return {}, {}
     return {"keys": layer.keys, "values": layer.values}, {"n_seen": layer.cumulative_length}
@@ -200,9 +226,7 @@ def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> 
         layer.update(tensors["keys"], tensors["values"])
         layer.cumulative_length = numbers["n_seen"]
     else:
-        if "groups" in numbers:
-            layer.entries = RowGroups(layer.make)
-        layer.entries.restore(tensors, numbers)
+        layer.cache.restore(tensors, numbers)
         example = next(array for name, array in tensors.items() if name.endswith("keys"))
         layer.lazy_initialization(example, example)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..exact_similarity import margin
+from ..exact.similarity import margin
 from .canonical import canonical_similarity
 from .match import UNIT, inverse_norm
 from .rows import load_rows

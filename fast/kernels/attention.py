@@ -9,7 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["N_STAGES", "N_WARPS", "ROWS", "SPLIT", "attend", "combine_kernel", "entries_of_step", "split_kernel"]
+from ..exact.entries import Reached, Rest, attend_copies, places_of
+
+__all__ = [
+    "N_STAGES",
+    "N_WARPS",
+    "ROWS",
+    "SPLIT",
+    "attend",
+    "attend_places",
+    "attend_recalled",
+    "combine_kernel",
+    "entries_of_step",
+    "split_kernel",
+]
 
 ROWS = 16  # query rows of a program; tensor cores take no fewer
 SPLIT = 256  # entries of a program
@@ -19,6 +32,23 @@ N_WARPS, N_STAGES = 4, 2
 def entries_of_step(is_float32: bool) -> int:
     """Entries that a program works on at once: exact products in float32 need registers, which more would exceed."""
     return 16 if is_float32 else 64
+
+
+def attend_places(
+    query: Tensor, keys: Tensor, values: Tensor, places: Tensor, rest: Rest | None, scale: float
+) -> Tensor:
+    """As `kvcluster.fast.plain.attention.attend_places`; without `rest` rows are read where they lie."""
+    if rest is not None:
+        return attend_copies(attend, query, keys, values, places, rest, scale)
+    on_heads = (query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0))
+    return attend(*on_heads, None, 1, scale, places=places)[0]
+
+
+def attend_recalled(
+    query: Tensor, reached: Reached, taken: Tensor | None, n_recalled: int, rest: Rest | None, scale: float
+) -> Tensor:
+    """As `kvcluster.fast.plain.attention.attend_recalled`."""
+    return attend_places(query, reached.keys, reached.values, places_of(reached, taken, n_recalled), rest, scale)
 
 
 def attend(
@@ -31,7 +61,7 @@ def attend(
     *,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Attention output (batch, heads, rows, dim_value), float32.
+    """Attention output (batch, heads, rows, dim_value), in the dtype of `query`.
 
     Parameters
     ----------
@@ -97,7 +127,7 @@ def attend(
         BLOCK_VALUE=triton.next_power_of_2(dim_value),
         num_warps=N_WARPS,
     )
-    return output
+    return output.to(query.dtype)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..exact_similarity import SAFE_NORM, margin
+from ..exact.similarity import SAFE_NORM, margin
 from .canonical import canonical_similarity
 from .rows import chunk_base, load_rows
 

@@ -5,10 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK_ENTRIES", "N_WARPS", "merge", "merge_kernel"]
+from ..arguments import with_four_axes
+
+__all__ = ["BLOCK_ENTRIES", "N_WARPS", "merge", "merge_clusters", "merge_kernel"]
 
 BLOCK_ENTRIES = 8  # entries of a program
 N_WARPS = 4
+
+
+def merge_clusters(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """As `kvcluster.fast.exact.mean.ordered_mean`: any leading axes."""
+    problems = array.shape[:-2].numel()
+    means = merge(with_four_axes(array), *(x.reshape(problems, x.shape[-1]) for x in (labels, counts)))
+    return means.reshape(*counts.shape, array.shape[-1])
 
 
 def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:

@@ -10,12 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..exact.scores import ScoredClusters, spend
 from .canonical import halving_sum
 
-__all__ = ["BLOCK_CLUSTERS", "N_WARPS", "cluster_scores", "cluster_scores_kernel", "rank"]
+__all__ = ["BLOCK_CLUSTERS", "N_WARPS", "cluster_scores", "cluster_scores_kernel", "rank", "take"]
 
 BLOCK_CLUSTERS = 4  # clusters of a program; more of them would spill registers
 N_WARPS = 4
+
+
+def take(probe: Tensor, clusters: ScoredClusters, counts: Tensor, budget: int) -> Tensor:
+    """Tokens taken of each cluster, whole clusters by descending score."""
+    return spend(rank(probe, clusters.features, clusters.mean), counts, budget)
 
 
 def rank(probe: Tensor, features: Tensor, mean: Tensor) -> Tensor:

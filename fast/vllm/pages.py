@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from ..distinctive_matching import compress_by_method
 from .rule import PageRule
 
 __all__ = ["COUNT_BYTES", "cells_of", "cluster_chunks", "counts_of", "keys_of", "values_of", "without_counts"]
@@ -62,10 +61,11 @@ def cluster_chunks(
     values = values_of(source, page, dim)[blocks]  # (chunks, pages, heads, page, dim)
     keys = keys.permute(0, 2, 1, 4, 3).flatten(2, 3)  # (chunks, heads, chunk, dim)
     values = values.permute(0, 2, 1, 3, 4).flatten(2, 3)
-    made = compress_by_method(keys, values, chunk_size=rule.chunk_size, target=rule.entries, n_shared=rule.n_shared)
-    assert made.values is not None  # values were given
+    compressed = rule.method.compress(keys, values, chunk_size=rule.chunk_size, target=rule.entries)
+    assert compressed.values is not None  # values were given
     chunks, heads = keys.shape[:2]
-    in_pages = [x.reshape(chunks, heads, n_pages, page, -1) for x in (made.keys, made.values, made.counts)]
+    entries = compressed.keys, compressed.values, compressed.counts
+    in_pages = [x.reshape(chunks, heads, n_pages, page, -1) for x in entries]
     keys_of(cells, page, dim)[to] = in_pages[0].permute(0, 2, 1, 4, 3).to(cells.dtype)
     values_of(cells, page, dim)[to] = in_pages[1].permute(0, 2, 1, 3, 4).to(cells.dtype)
     counts_of(cells, page, dim)[to] = in_pages[2].squeeze(-1).transpose(1, 2).int()

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from ..arguments import check_integer, check_keep_ratio, entries_of_chunk
+from ..methods import Method
+from ..soft_matching import SoftMatching
 
 __all__ = ["PageRule"]
 
@@ -21,7 +23,7 @@ class PageRule:
     Parameters
     ----------
     page : tokens of a page, what vLLM calls the block size.
-    keep_ratio, chunk_size, n_sink, n_recent, n_shared : as in `kvcluster.fast.ClusteredCache`, which holds the same
+    keep_ratio, method, chunk_size, n_sink, n_recent : as in `kvcluster.fast.ClusteredCache`, which holds the same
         entries after the same tokens.
 
     Raises
@@ -34,7 +36,7 @@ class PageRule:
     others, its hole, are free for other requests. Pages stay where they are in the request's list, so positions and
     the places of new tokens are vLLM's own.
 
-    >>> rule = PageRule(page=32, keep_ratio=0.25, chunk_size=128, n_sink=32, n_recent=40, n_shared=None)
+    >>> rule = PageRule(page=32, keep_ratio=0.25, chunk_size=128, n_sink=32, n_recent=40)
     >>> rule.n_chunks(n_tokens=330, n_prompt=330)  # 32 sinks, 2 chunks, 42 exact tokens
     2
     >>> rule.kept_pages(n_tokens=330, n_chunks=2)
@@ -48,14 +50,12 @@ class PageRule:
     chunk_size: int
     n_sink: int
     n_recent: int
-    n_shared: int | None
+    method: Method = SoftMatching()
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
         for name, least in (("page", 1), ("chunk_size", 1), ("n_sink", 0), ("n_recent", 0)):
             check_integer(name, getattr(self, name), least=least)
-        if self.n_shared is not None:
-            check_integer("n_shared", self.n_shared, least=1)
         for name, number in (
             ("chunk_size", self.chunk_size),
             ("n_sink", self.n_sink),

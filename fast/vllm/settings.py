@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..arguments import check_integer, check_keep_ratio, entries_of_chunk
+from ..arguments import check_keep_ratio, entries_of_chunk
+from ..methods import Method, method_of
 from .rule import PageRule
 
 __all__ = ["Settings", "check_engine", "check_layer", "settings_of"]
@@ -25,9 +26,9 @@ class Settings:
         the smallest such number from 256 on.
     n_sink : first tokens, kept exact, a multiple of the block size; one block by default.
     n_recent : last tokens, kept exact.
-    method : "distinctive" or "chunked": how a chunk is clustered, by `distinctive_matching` or, as published, by
-        `chunked_soft_matching`.
-    n_shared : of distinctive matching: entries that the ordinary tokens of a chunk share.
+    method : name of a method of `kvcluster.fast.methods.METHODS`: how a chunk is clustered. "distinctive", or as
+        published "soft_matching", which version 0.1 called "chunked".
+    n_shared : of "distinctive" only: entries that the ordinary tokens of a chunk share.
     """
 
     keep_ratio: float
@@ -35,13 +36,21 @@ class Settings:
     n_sink: int | None = None
     n_recent: int = 64
     method: str = "distinctive"
-    n_shared: int = 4
+    n_shared: int | None = None
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
-        if self.method not in ("distinctive", "chunked"):
-            raise ValueError(f"method must be 'distinctive' or 'chunked', got {self.method!r}")
-        check_integer("n_shared", self.n_shared, least=1)
+        self.value()
+
+    def value(self) -> Method:
+        """The method as a value.
+
+        Raises
+        ------
+        ValueError : an unknown name, or a parameter that the method has not.
+        """
+        name = "soft_matching" if self.method == "chunked" else self.method
+        return method_of(name, **({} if self.n_shared is None else {"n_shared": self.n_shared}))
 
     def rule(self, page: int) -> PageRule:
         """The rule for pages of `page` tokens.
@@ -56,7 +65,7 @@ class Settings:
             chunk_size=default_chunk(self.keep_ratio, page) if self.chunk_size is None else self.chunk_size,
             n_sink=page if self.n_sink is None else self.n_sink,
             n_recent=self.n_recent,
-            n_shared=self.n_shared if self.method == "distinctive" else None,
+            method=self.value(),
         )
 
 

@@ -83,7 +83,7 @@ def plan_step(
     --------
     A prompt of 330 tokens at once, and a request that generates its 331st token.
 
-    >>> rule = PageRule(page=32, keep_ratio=0.25, chunk_size=128, n_sink=32, n_recent=40, n_shared=None)
+    >>> rule = PageRule(page=32, keep_ratio=0.25, chunk_size=128, n_sink=32, n_recent=40)
     >>> table = np.arange(22).reshape(2, 11)
     >>> plan = plan_step(rule, np.array([0, 330, 331]), np.array([330, 331]), np.array([330, 330]), table)
     >>> plan.own, plan.clustered, plan.requests  # of 331 tokens 139 entries, two pages of them with counts

@@ -13,8 +13,8 @@ from kvcluster import fast, reference
 from kvcluster.conformance import Implementation, all_cases, check
 from kvcluster.conformance.own_mistakes import OWN_MISTAKES
 from kvcluster.conformance.words import decisions
-from kvcluster.fast.exact_mean import ordered_mean
-from kvcluster.fast.exact_similarity import canonical_similarity
+from kvcluster.fast.exact.mean import ordered_mean
+from kvcluster.fast.exact.similarity import canonical_similarity
 
 BOTH, CACHE = ("distinctive_matching", "ClusteredCache"), ("ClusteredCache",)
 SCORES, SPLIT = "distinctive_matching.distinctiveness", "distinctive_matching.split_by_score"
@@ -88,7 +88,7 @@ def spans_by(wrong_min):
     """Spans planned with another `min` of one list; never from, nor into, what is remembered of right plans."""
 
     def patch(monkeypatch):
-        module = sys.modules["kvcluster.fast.spans"]
+        module = sys.modules["kvcluster.fast.memory.spans"]
         monkeypatch.setattr(module, "min", lambda *x: wrong_min(*x) if len(x) == 1 else min(*x), raising=False)
         put(lambda right, *of: right.__wrapped__(*of), "spans.plan_spans")(monkeypatch)
 

@@ -28,7 +28,7 @@ def test_plain_baseline_is_sane(chunk_size, target):
     labels, counts, centroids = plain_compress(keys, chunk_size, target)
     assert counts.shape == (6, target)
     assert (counts.sum(dim=-1) == chunk_size).all()
-    expected = fast.chunk_compression.compress(keys, None, chunk_size=chunk_size, target=target)
+    expected = fast.plain.soft_matching.compress(keys, None, chunk_size=chunk_size, target=target)
     assert torch.equal(labels, expected.labels)
     assert torch.equal(counts, expected.counts)
     assert equal_in_float32(centroids.numpy(), expected.keys.numpy())

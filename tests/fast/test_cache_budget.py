@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast import spans
+from kvcluster.fast.memory import spans
 from kvcluster.reference import span_merging
 
 SMALL = {"keep_ratio": 0.5, "chunk_size": 6, "n_sink": 2, "n_recent": 3, "budget": 25}

@@ -11,7 +11,7 @@ from inputs import DTYPES, to_torch
 
 from kvcluster import fast
 from kvcluster.fast import cpu, entry_attention
-from kvcluster.fast.entry_attention import attend_entries
+from kvcluster.fast.attention import attend_entries
 
 BACKENDS = ["torch", "cpp", "triton"]
 

@@ -10,7 +10,7 @@ from agreement import assert_same_bits
 from inputs import DTYPES, make_keys, skip_what_the_interpreter_misreads, to_torch
 
 from kvcluster import reference
-from kvcluster.fast.chunk_compression import compress
+from kvcluster.fast.plain.soft_matching import compress
 
 pytestmark = pytest.mark.slow
 

@@ -81,9 +81,9 @@ def test_wrong_twins_of_the_kernels_are_told_apart(twin, few_programs, monkeypat
     if twin == "no certificate":
         monkeypatch.setattr(match_module, "margin", lambda dim, unit: 0.0 * dim * unit - 1.0)
     else:
-        right = fast.chunk_compression.renumber
+        right = fast.exact.chunks.renumber
         monkeypatch.setattr(
-            "kvcluster.fast.kernels.compress.renumber",
+            "kvcluster.fast.kernels.soft_matching.renumber",
             lambda destination, best_first, size, n_merged: right(
                 destination, None if best_first is None else best_first.sort(dim=-1).values, size, n_merged
             ),

@@ -12,8 +12,8 @@ from inputs import DTYPES, KINDS, make_keys, to_torch
 from scipy.spatial.distance import cdist
 
 from kvcluster import fast, reference
-from kvcluster.fast import assignment
-from kvcluster.fast.exact_similarity import canonical_similarity
+from kvcluster.fast.exact.similarity import canonical_similarity
+from kvcluster.fast.plain import assignment
 
 fast_kmeans = sys.modules["kvcluster.fast.kmeans"]  # the module, which its function hides
 FIELDS = ("labels", "counts", "centroids", "members", "first_member")

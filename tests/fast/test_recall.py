@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast import cluster_scores, selection
+from kvcluster.fast.exact import scores as cluster_scores
+from kvcluster.fast.plain import selection
 from kvcluster.fast.recall import mean_deviations as fast_deviations
 from kvcluster.reference.recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
 from kvcluster.reference.selection import estimated_shares

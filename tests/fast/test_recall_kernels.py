@@ -9,13 +9,14 @@ from agreement import assert_same_bits, attention_agrees
 from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_numpy, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast import assignment, exact_similarity
-from kvcluster.fast.cluster_scores import canonical_scores, make_probe, score_clusters
+from kvcluster.fast.exact import similarity as exact_similarity
+from kvcluster.fast.exact.scores import canonical_scores, make_probe, score_clusters
 from kvcluster.fast.kernels import assign as assign_module
 from kvcluster.fast.kernels.assign import assign
 from kvcluster.fast.kernels.attention import attend
 from kvcluster.fast.kernels.select import cluster_scores, rank
 from kvcluster.fast.kmeans import update
+from kvcluster.fast.plain import assignment
 from kvcluster.reference.cluster_scores import cluster_scores as reference_scores
 from kvcluster.reference.kmeans import assign as reference_assign
 from kvcluster.reference.kmeans import update as reference_update

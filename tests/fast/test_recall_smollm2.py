@@ -7,8 +7,8 @@ from agreement import assert_same_bits, attention_agrees
 from inputs import to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast.cluster_scores import make_probe
 from kvcluster.fast.cpu import recall as cpp
+from kvcluster.fast.exact.scores import make_probe
 from kvcluster.theory.real_cache import real_cache
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
@@ -44,7 +44,7 @@ def test_a_wrong_twin_of_the_selection_in_cpp_is_told_apart():
     counts = np.full((6, 400), 3)
     expected = reference.select_clusters(query, centroids, counts, budget=301, deviations=deviations).taken
     features = torch.from_numpy(np.concatenate([centroids, deviations], axis=-1))
-    scored = fast.cluster_scores.score_clusters(features, torch.from_numpy(counts))
+    scored = fast.exact.scores.score_clusters(features, torch.from_numpy(counts))
     probe = make_probe(torch.from_numpy(query), 0.5)
 
     def taken(largest):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast import chunk_compression
+from kvcluster.fast.plain import soft_matching as chunk_compression
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 64])
@@ -143,13 +143,13 @@ def swapped_partition(size):
 
 def float32_matches(sources, destinations):
     """The filter alone, believed."""
-    filtered = fast.exact_similarity.certified_matches(sources, destinations)
+    filtered = fast.exact.similarity.certified_matches(sources, destinations)
     unit = [torch.nn.functional.normalize(keys, dim=-1) for keys in (sources, destinations)]
     return dataclasses.replace(filtered, destination=(unit[0] @ unit[1].mT).argmax(dim=-1))
 
 
 def last_of_ties(sources, destinations):
-    filtered = fast.exact_similarity.certified_matches(sources, destinations.flip(1))
+    filtered = fast.exact.similarity.certified_matches(sources, destinations.flip(1))
     return dataclasses.replace(filtered, destination=destinations.shape[1] - 1 - filtered.destination)
 
 

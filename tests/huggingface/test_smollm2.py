@@ -7,8 +7,8 @@ from agreement import assert_same_bits, logits_agree
 
 from kvcluster import fast, reference
 from kvcluster.evaluation.demo.inputs import load_model, load_tokens
-from kvcluster.fast.chunk_compression import compress
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.plain.soft_matching import compress
 from kvcluster.reference.llama import Llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]

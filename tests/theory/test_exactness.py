@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvcluster.fast import exact_mean, exact_similarity, selection
-from kvcluster.fast.cluster_scores import approximate_scores
+from kvcluster.fast.exact import mean as exact_mean
+from kvcluster.fast.exact import similarity as exact_similarity
+from kvcluster.fast.exact.scores import approximate_scores
+from kvcluster.fast.plain import selection
 from kvcluster.reference.similarity import halving_sum
 from kvcluster.theory.exactness import checks as exactness
 from kvcluster.theory.exactness import recalling

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvcluster import fast, reference
-from kvcluster.fast.cluster_scores import ScoredClusters, approximate_scores, make_probe, score_clusters
+from kvcluster.fast.exact.scores import ScoredClusters, approximate_scores, make_probe, score_clusters
 from kvcluster.reference.cluster_scores import cluster_scores
 
 from ..claims import Check

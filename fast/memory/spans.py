@@ -1,7 +1,7 @@
 """The body of a clustered cache as a list of spans: when chunks become spans and which neighbours merge. Integers only.
 
 A span is what a chunk became, or two spans that were merged; a list of spans is written as the chunks of each, oldest
-first. It follows from the number of tokens seen. Defined by `kvcluster.reference.ClusteredCache`, token by token.
+first. It follows from the number of tokens seen. Defined by `kvcluster.reference.BoundedCache`, token by token.
 """
 
 import bisect
@@ -10,7 +10,7 @@ import operator
 import sys
 from dataclasses import dataclass
 
-from .arguments import check_integer
+from ..arguments import check_integer
 
 __all__ = ["SpanPlan", "SpanRules"]
 
@@ -44,7 +44,7 @@ class SpanPlan:
 
 @dataclass(frozen=True)
 class SpanRules:
-    """Parameters as in `ClusteredCache`; `entries` of a span.
+    """Parameters as in `ClusteredCache` and `BoundedCache`; `entries` of a span.
 
     Raises
     ------
@@ -55,7 +55,7 @@ class SpanRules:
     entries: int
     n_sink: int
     n_recent: int
-    budget: int | None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.budget is None:
@@ -71,6 +71,10 @@ class SpanRules:
     def plan(self, spans: tuple[int, ...], n_new: int, recent: int) -> SpanPlan:
         """The merges while `n_new` chunks leave the recent window, until there are `recent` recent tokens."""
         return plan_spans(spans, n_new, self.most_spans(self.n_recent + self.chunk_size - 1), self.most_spans(recent))
+
+    def is_exceeded(self, n_stored: int) -> bool:
+        """Whether so many entries are more than the budget allows."""
+        return self.budget is not None and n_stored > self.budget
 
     def most_spans(self, recent: int) -> int:
         """Spans that the budget has room for beside sinks and so many recent tokens."""

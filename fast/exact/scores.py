@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from .exact_similarity import MAX_DIM, SAFE_NORM, halving_sum, matmul_unit
-from .kmeans import update
+from .mean import cluster_means
+from .similarity import MAX_DIM, SAFE_NORM, halving_sum, matmul_unit
 
-__all__ = ["ScoredClusters", "approximate_scores", "canonical_scores", "make_probe", "score_clusters"]
+__all__ = ["ScoredClusters", "approximate_scores", "canonical_scores", "make_probe", "score_clusters", "spend"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class ScoredClusters:
 def score_clusters(features: Float[Tensor, "problems clusters two_dims"], counts: Tensor) -> ScoredClusters:
     """With the mean over the clusters (problems, clusters) that are not empty, and the lengths."""
     nothing = torch.zeros_like(features[:, :1], dtype=torch.float32).expand(-1, 2, -1)
-    mean = update(features, (counts == 0).long(), nothing)[1][:, :1].contiguous()
+    mean = cluster_means(features, (counts == 0).long(), nothing)[1][:, :1].contiguous()
     halves = features.float().unflatten(-1, (2, -1))  # (problems, clusters, 2, dim)
     return ScoredClusters(features, mean, torch.linalg.vector_norm(halves, dim=-1).amax(dim=1))
 
@@ -78,3 +78,13 @@ def canonical_scores(
 
     rows = clusters.features.gather(1, chosen.unsqueeze(-1).expand(-1, -1, probe.shape[-1]))
     return (dots(rows) - dots(clusters.mean)).amax(dim=1)
+
+
+def spend(
+    ranking: Int64[Tensor, "problems ranked"], counts: Int64[Tensor, "problems clusters"], budget: int
+) -> Int64[Tensor, "problems clusters"]:
+    """Tokens taken of each cluster: whole clusters in the order of `ranking`, which reaches as far as `budget` does."""
+    ranked = counts.gather(1, ranking)
+    before = ranked.cumsum(dim=-1) - ranked
+    taken = (budget - before).clamp(min=0).minimum(ranked)
+    return torch.zeros_like(counts).scatter_(1, ranking, taken)

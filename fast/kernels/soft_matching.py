@@ -1,9 +1,10 @@
-"""Compression of all chunks by kernels: a few launches a round; the host waits once, at the end."""
+"""Chunked soft matching of all chunks by kernels: a few launches a round; the host waits once, at the end."""
 
 import torch
 from torch import Tensor
 
-from ..chunk_compression import CompressedChunks, count_members, renumber
+from ..arguments import with_four_axes
+from ..exact.chunks import CompressedChunks, count_members, renumber
 from .match import match
 from .merge import merge
 from .score import score
@@ -11,8 +12,9 @@ from .score import score
 __all__ = ["compress"]
 
 
-def compress(keys: Tensor, values: Tensor | None, chunk_size: int, target: int) -> CompressedChunks:
-    """`kvcluster.fast.chunk_compression.compress` of (batch, heads, chunks * chunk_size, dim) tensors, any strides."""
+def compress(keys: Tensor, values: Tensor | None, *, chunk_size: int, target: int) -> CompressedChunks:
+    """As `kvcluster.fast.plain.soft_matching.compress`, of tensors with any strides."""
+    keys, values = with_four_axes(keys), None if values is None else with_four_axes(values)
     batch, heads, tokens, _ = keys.shape
     chunks = batch * heads * (tokens // chunk_size)
     labels = torch.arange(chunk_size, device=keys.device).repeat(chunks, 1)

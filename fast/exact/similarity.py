@@ -12,29 +12,24 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from .arguments import check_array
-
-__all__ = ["Matches", "certified_matches", "certified_top", "similarity"]
+__all__ = [
+    "MAX_DIM",
+    "SAFE_NORM",
+    "Matches",
+    "canonical_similarity",
+    "certified_matches",
+    "certified_top",
+    "halving_sum",
+    "margin",
+    "matmul_unit",
+    "normalized",
+]
 
 # Canonical scores are computed in parts whose terms need no more than this.
 WORKING_BYTES = 2 * 2**20
 # Outside of this range the squared norm could underflow or overflow in float32: such keys get canonical scores.
 SAFE_NORM = (2.0**-40, 2.0**40)
 MAX_DIM = 8192  # as far as claim E4 is proved
-
-
-def similarity(a: Float[Tensor, "*lead m dim"], b: Float[Tensor, "*lead n dim"]) -> Float64[Tensor, "*lead m n"]:
-    """Signed squared cosine of every row of `a` (..., m, dim) with every row of `b` (..., n, dim), float64.
-
-    Defined, with its errors, by `kvcluster.reference.similarity`. Holds `m * n * dim` float64 numbers at once.
-    """
-    check_array("a", a)
-    check_array("b", b)
-    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
-        raise ValueError(
-            f"a and b must have the same leading axes and dim, got a {tuple(a.shape)} and b {tuple(b.shape)}"
-        )
-    return canonical_similarity(a.unsqueeze(-2), b.unsqueeze(-3))
 
 
 def canonical_similarity(a: Tensor, b: Tensor) -> Tensor:

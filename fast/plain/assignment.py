@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from .exact_similarity import canonical_similarity, margin, matmul_unit, normalized
+from ..exact.similarity import canonical_similarity, margin, matmul_unit, normalized
 
 __all__ = ["assign"]
 

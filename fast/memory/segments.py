@@ -1,22 +1,26 @@
-"""Segments: which tokens of a recall cache are clustered together, and when."""
+"""The settings of a recall cache, and what follows from them: which tokens are clustered together, and when."""
 
 from dataclasses import dataclass
 
-from .arguments import check_integer
+from ..arguments import check_integer, check_share
 
-__all__ = ["SegmentPlan"]
+__all__ = ["RecallSettings"]
 
 
 @dataclass(frozen=True)
-class SegmentPlan:
-    """As `kvcluster.reference.segments.SegmentPlan`; parameters, with their errors, as in `RecallCache`."""
+class RecallSettings:
+    """Parameters, with their defaults and errors, as in `kvcluster.reference.RecallCache`."""
 
     budget: int
-    n_sink: int
-    n_recent: int
-    tokens_per_cluster: int
-    segment_size: int | None
-    prompt_segment_size: int | None
+    n_sink: int = 16
+    n_recent: int = 1
+    tokens_per_cluster: int = 8
+    segment_size: int | None = None
+    prompt_segment_size: int | None = 512
+    max_iter: int = 4
+    is_centred: bool = False
+    spread: float = 0.5
+    centroids_for_rest: bool = False
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, least=1)
@@ -34,6 +38,8 @@ class SegmentPlan:
                 "budget must be at least n_sink + n_recent + segment_size, which may all be attended to at once, "
                 f"got {self.budget} < {self.n_sink} + {self.n_recent} + {self.segment_size}"
             )
+        check_integer("max_iter", self.max_iter, least=1)
+        check_share("spread", self.spread, may_be_zero=True)
 
     def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones."""

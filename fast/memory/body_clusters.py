@@ -1,31 +1,28 @@
 """The clusters of a recall cache's body: they grow segment by segment, and a query takes tokens of them."""
 
 import time
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_integer
-from .cluster_scores import ScoredClusters, make_probe, score_clusters
-from .cpu import recall as cpp
-from .kmeans import Clusters, fit
-from .recall import mean_deviations, mean_of_members
-from .selection import check_share, take
+from ..backends import cell
+from ..exact.clusters import Clusters
+from ..exact.scores import ScoredClusters, make_probe, score_clusters
+from .segments import RecallSettings
 from .work import ClusteringWork
 
-__all__ = ["BodyClusters", "StepBackend"]
+__all__ = ["BodyClusters", "mean_deviations", "mean_of_members"]
 
-StepBackend = Literal["torch", "triton", "cpp"]
 LARGEST_BFLOAT16 = torch.finfo(torch.bfloat16).max
 
 
 class BodyClusters:
-    """Clusters of keys (problems, tokens, dim) that arrive in segments; parameters as in `RecallCache`.
+    """Clusters of keys (problems, tokens, dim) that arrive in segments.
 
     Attributes
     ----------
+    backend : the one of steps, as `choose` gives it.
     n_tokens : tokens clustered so far.
     counts, first_member : (problems, clusters), int64: as in `Clusters`.
     members : (problems, n_tokens), int64: the tokens, segment after segment, cluster after cluster.
@@ -34,23 +31,9 @@ class BodyClusters:
     work : what clustering has cost.
     """
 
-    def __init__(
-        self,
-        *,
-        max_iter: int,
-        is_centred: bool,
-        spread: float,
-        mass: float | None,
-        centroids_for_rest: bool,
-        backend: StepBackend,
-    ) -> None:
-        check_integer("max_iter", max_iter, least=1)
-        check_share("spread", spread, may_be_zero=True)
-        if mass is not None:
-            check_share("mass", mass, may_be_zero=False)
-        self.max_iter, self.is_centred = max_iter, is_centred
-        self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
-        self.backend = backend
+    def __init__(self, settings: RecallSettings) -> None:
+        self.settings = settings
+        self.backend = "auto"  # until the first tokens say which
         self.n_tokens = 0
         self.work = ClusteringWork()
         self.scored: ScoredClusters | None = None
@@ -82,32 +65,26 @@ class BodyClusters:
         """
         begun = time.perf_counter()
         problems, segments, size, dim = keys.shape
-        backend = "triton" if self.backend == "triton" else "torch"
         flat = keys.reshape(problems * segments, size, dim)
         init = torch.arange(n_clusters, device=keys.device) * size // n_clusters
-        made = fit(
-            flat,
-            flat[:, init].float(),
-            max_iter=self.max_iter,
-            is_centred=self.is_centred,
-            backend=backend,
-        )
-        clusters = Clusters(made.labels, made.counts, made.centroids)
-        features = torch.cat([made.centroids, mean_deviations(flat, clusters, backend)], dim=-1)
+        rules = {"max_iter": self.settings.max_iter, "is_centred": self.settings.is_centred}
+        fitted = cell("kmeans", self.backend)(flat, flat[:, init].float(), **rules)
+        clusters = Clusters(fitted.labels, fitted.counts, fitted.centroids)
+        features = torch.cat([fitted.centroids, mean_deviations(flat, clusters, self.backend)], dim=-1)
         features = features.clamp(-LARGEST_BFLOAT16, LARGEST_BFLOAT16).bfloat16()
         first_token = self.n_tokens + torch.arange(segments, device=keys.device) * size
         members = (clusters.members.unflatten(0, (problems, segments)) + first_token[:, None]).flatten(1)
 
-        self.counts = longer(self.counts, made.counts.reshape(problems, -1))
+        self.counts = longer(self.counts, fitted.counts.reshape(problems, -1))
         self.first_member = self.counts.cumsum(dim=-1) - self.counts
         self.members = longer(self.members, members)
         held = None if self.scored is None else self.scored.features
         self.scored = score_clusters(longer(held, features.reshape(problems, -1, 2 * dim)), self.counts)
-        if self.centroids_for_rest:
-            means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, backend)
+        if self.settings.centroids_for_rest:
+            means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, self.backend)
             self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
         self.n_tokens += segments * size
-        self.work.add(made.n_rows, made.n_scored_rows, time.perf_counter() - begun)
+        self.work.add(fitted.n_rows, fitted.n_scored_rows, time.perf_counter() - begun)
         return members - (self.n_tokens - segments * size)
 
     def drop(self, n_tokens: int, n_clusters: int) -> Int64[Tensor, "problems dropped"]:
@@ -120,18 +97,13 @@ class BodyClusters:
         self.restore({name: array.clone() for name, array in kept.items()} if n_clusters else {})
         return places
 
-    def take(
-        self, query: Float[Tensor, "problems group dim"], budget: int, scale: float | None
-    ) -> Int64[Tensor, "problems clusters"]:
+    def take(self, query: Float[Tensor, "problems group dim"], budget: int) -> Int64[Tensor, "problems clusters"]:
         """Tokens taken of each cluster."""
-        if budget >= self.n_tokens and self.mass is None:
+        if budget >= self.n_tokens:
             return self.counts
-        if self.backend == "cpp" and self.mass is None:
-            probe, scored = make_probe(query, self.spread), self.scored
-            return cpp.take(probe, scored.features, scored.mean, scored.largest, self.counts, budget)
-        backend = "triton" if self.backend == "triton" else "torch"
-        rule = {"spread": self.spread, "mass": self.mass, "scale": scale}
-        return take(query, self.scored, self.counts, budget=budget, backend=backend, **rule)
+        probe = make_probe(query, self.settings.spread)
+        taken: Tensor = cell("take", self.backend)(probe, self.scored, self.counts, budget)
+        return taken
 
     def labels(self) -> Int64[Tensor, "problems tokens"]:
         """Cluster of each token, made from `members`."""
@@ -173,3 +145,15 @@ class BodyClusters:
 def longer(held: Tensor | None, new: Tensor) -> Tensor:
     """`new` behind what is held already."""
     return new if held is None else torch.cat([held, new], dim=1)
+
+
+def mean_of_members(values: Tensor, clusters: Clusters, backend: str) -> Float32[Tensor, "problems clusters dim_value"]:
+    """Value centroids, by the rules of centroids; 0 for an empty cluster."""
+    nothing = values.new_zeros(*clusters.counts.shape, values.shape[-1], dtype=torch.float32)
+    return cell("cluster_means", backend)(values, clusters.labels, nothing)[1]
+
+
+def mean_deviations(keys: Tensor, clusters: Clusters, backend: str) -> Float32[Tensor, "problems clusters dim"]:
+    """Mean of |key - centroid| of each cluster, feature by feature, by the rules of centroids; 0 for an empty one."""
+    nothing = torch.zeros_like(clusters.centroids)
+    return cell("cluster_means", backend)(keys, clusters.labels, nothing, clusters.centroids)[1]

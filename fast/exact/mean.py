@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-__all__ = ["certified_mean", "ordered_mean", "ordered_sum", "sums_are_exact"]
+__all__ = ["certified_mean", "cluster_means", "ordered_mean", "ordered_sum", "sums_are_exact"]
+
+WORKING_BYTES = 2 * 2**20  # of float64 numbers that are added together
 
 
 def ordered_mean(
@@ -68,3 +70,39 @@ def certified_mean(
     if len(chunk):
         means[chunk] = ordered_mean(chunks64[chunk], labels[chunk], counts[chunk])
     return means
+
+
+def cluster_means(
+    keys: Float[Tensor, "problems tokens dim"],
+    labels: Int64[Tensor, "problems tokens"],
+    kept: Float32[Tensor, "problems clusters dim"],
+    away_from: Float32[Tensor, "problems clusters dim"] | None = None,
+) -> tuple[Int64[Tensor, "problems clusters"], Float32[Tensor, "problems clusters dim"]]:
+    """Counts and means of the clusters of `keys`; an empty cluster keeps what `kept` has.
+
+    With `away_from` means of |key - away_from of its cluster|.
+    """
+    problems, n_clusters, dim = kept.shape
+    rows = keys.reshape(-1, dim)
+    labels = (labels + torch.arange(problems, device=keys.device)[:, None] * n_clusters).flatten()
+    counts = torch.bincount(labels, minlength=problems * n_clusters)
+    points = None if away_from is None else away_from.double().reshape(-1, dim)
+    pieces = zip(
+        *(x.split(max(1, WORKING_BYTES // (dim * torch.float64.itemsize))) for x in (rows, labels)), strict=True
+    )
+    parts = (
+        (into, part.double() if points is None else (part.double() - points.index_select(0, into)).abs())
+        for part, into in pieces
+    )
+    if keys.device.type == "cpu":
+        sums = torch.full((len(counts), dim), -0.0, dtype=torch.float64)  # only -0.0 + x is x for every x
+        for into, part in parts:
+            sums.index_add_(0, into, part)  # on the CPU: "in the order given in index"
+        means = (sums / counts.clamp(min=1).unsqueeze(-1)).float()
+        means = torch.where(counts.unsqueeze(-1) > 0, means, kept.reshape(means.shape))
+    else:
+        is_used = counts > 0
+        means = kept.reshape(-1, dim).clone()
+        rows = torch.cat([part for _, part in parts])
+        means[is_used] = ordered_mean(rows, (is_used.cumsum(0) - 1)[labels], counts[is_used])
+    return counts.reshape(problems, n_clusters), means.reshape(kept.shape)

@@ -1,0 +1,45 @@
+"""Distinctive matching whose scores C++ makes."""
+
+import ctypes
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..exact.chunks import CompressedChunks
+from ..exact.distinctiveness import compress_by_likeness, shape_of_layers
+from .compiling import library
+from .layout import DTYPES
+
+__all__ = ["compress", "likeness_to_mean"]
+
+
+def compress(
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    *,
+    chunk_size: int,
+    target: int,
+    n_shared: int,
+) -> CompressedChunks:
+    """As `kvcluster.fast.plain.distinctive_matching.compress`; dim and dim_value must be multiples of LANES."""
+    in_chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values)]  # (chunks, chunk, dim)
+    likeness = [likeness_to_mean(array) for array in in_chunks]
+    return compress_by_likeness(in_chunks, likeness, shape_of_layers(keys, chunk_size), target, n_shared)
+
+
+def likeness_to_mean(tokens: Tensor) -> Tensor:
+    """Canonical similarity of tokens (problems, size, dim) to the centroid of their problem, (problems, size) float64.
+
+    dim must be a multiple of LANES. Copied where features do not lie side by side.
+    """
+    problems, size, dim = tokens.shape
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    result = torch.empty(problems, size, dtype=torch.float64)
+    shape = (problems, size, dim, torch.get_num_threads(), *tokens.stride()[:2])
+    getattr(library("distinctive"), f"kvcluster_likeness_{DTYPES[tokens.dtype]}")(
+        (ctypes.c_int64 * len(shape))(*shape),
+        ctypes.c_void_p(tokens.data_ptr()),
+        ctypes.c_void_p(result.data_ptr()),
+    )
+    return result

@@ -1,0 +1,1 @@
+"""What plain torch, Triton kernels and C++ share: the canonical arithmetic, and the steps that decide by it."""

@@ -1,0 +1,78 @@
+"""What becomes of chunks of tokens, whichever method clustered them."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+__all__ = ["CompressedChunks", "alternating_halves", "clustering_of_chunks", "count_members", "renumber"]
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedChunks:
+    """Clusters of each chunk, their centroids, and how much of the work the filter could not settle.
+
+    Attributes
+    ----------
+    labels : (chunks, chunk), int64: entry of each token, from 0 in each chunk.
+    counts : (chunks, entries), int64.
+    keys : (chunks, entries, dim), float32 centroids.
+    values : (chunks, entries, dim_value), float32 centroids; None where no values were given.
+    n_rows : sources matched, in all rounds.
+    n_scored_rows : of these, the ones that needed canonical scores, for their match or for their place at the cut.
+    """
+
+    labels: Int64[Tensor, "chunks chunk"]
+    counts: Int64[Tensor, "chunks entries"]
+    keys: Float32[Tensor, "chunks entries dim"]
+    values: Float32[Tensor, "chunks entries dim_value"] | None
+    n_rows: int
+    n_scored_rows: int
+
+
+def clustering_of_chunks(
+    compressed: CompressedChunks, lead: list[int], body: int, rest: int
+) -> tuple[Int64[Tensor, "*lead tokens"], Int64[Tensor, "*lead entries"]]:
+    """Labels and counts of problems of shape `lead`: `body` tokens in whole chunks, then `rest` tokens as they are."""
+    chunk_size, target = compressed.labels.shape[-1], compressed.counts.shape[-1]
+    chunks = body // chunk_size  # of each problem
+    first = torch.arange(chunks, device=compressed.labels.device)[:, None] * target  # first entry of each chunk
+    labels = (compressed.labels.reshape(*lead, chunks, chunk_size) + first).reshape(*lead, body)
+    counts = compressed.counts.reshape(*lead, chunks * target)
+    tail = torch.arange(rest, device=labels.device).expand(*lead, rest)
+    return torch.cat([labels, chunks * target + tail], dim=-1), torch.cat([counts, torch.ones_like(tail)], dim=-1)
+
+
+def alternating_halves(size: int) -> tuple[Int64[Tensor, " sources"], Int64[Tensor, " destinations"]]:
+    """Entries 0, 2, ... as sources and 1, 3, ... as destinations."""
+    entries = torch.arange(size)
+    return entries[0::2], entries[1::2]
+
+
+def renumber(
+    destination: Int64[Tensor, "chunks sources"], best_first: Tensor | None, size: int, n_merged: int
+) -> Int64[Tensor, "chunks size"]:
+    """New entry of each old entry after a round.
+
+    Parameters
+    ----------
+    destination : of each source, as an index of the destinations.
+    best_first : (chunks, at least n_merged), int64: the sources that merge come first; None where all of them merge.
+    """
+    sources, destinations = (part.to(destination.device) for part in alternating_halves(size))
+    if best_first is None:
+        merged, joined = sources.expand(len(destination), -1), destinations[destination]
+    else:
+        best_first = best_first[:, :n_merged]
+        merged, joined = sources[best_first], destinations[destination.gather(-1, best_first)]
+    entries = torch.arange(size, device=destination.device).expand(len(destination), size)
+    cluster_of_entry = entries.scatter(-1, merged, joined)
+    stays = cluster_of_entry == entries  # destinations, and sources that did not merge
+    return (stays.cumsum(-1) - 1).gather(-1, cluster_of_entry)  # numbered again, in their old order
+
+
+def count_members(labels: Int64[Tensor, "chunks chunk"], entries: int) -> Int64[Tensor, "chunks entries"]:
+    """Tokens of each entry. Integer additions: exact in any order."""
+    counts = torch.zeros(len(labels), entries, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(-1, labels, torch.ones_like(labels))

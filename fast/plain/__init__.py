@@ -1,0 +1,1 @@
+"""Every operation in plain torch, on any device; certified where a cheap filter can be."""

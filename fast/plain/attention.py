@@ -1,0 +1,58 @@
+"""Attention of query rows to the entries of a cache: the formula as it is written."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ..exact.entries import Reached, Rest, attend_copies, log_counts, places_of
+
+__all__ = ["attend", "attend_places", "attend_recalled"]
+
+WORKING_BYTES = 64 * 2**20  # of logits that are held at once
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, queries: int, scale: float) -> Tensor:
+    """Output (batch, heads, rows, dim_value), for as many rows at once as fit the working memory."""
+    *lead, rows, _ = query.shape
+    entries = keys.shape[-2]
+    together = max(1, WORKING_BYTES // max(1, 4 * entries * torch.Size(lead).numel()))
+    token = torch.arange(rows, device=query.device) % queries
+    visible = entries - queries + 1 + token  # entries that each row sees
+    column = torch.arange(entries, device=query.device)
+    outputs = []
+    with torch.autocast(query.device.type, enabled=False):
+        keys32, values32 = keys.float(), values.float()
+        bias = None if counts is None else log_counts(counts).unsqueeze(-2)  # (batch, heads, 1, entries)
+        for first in range(0, max(1, rows), together):
+            block = slice(first, first + together)
+            logits = scale * (query[..., block, :].float() @ keys32.mT)  # (batch, heads, rows, entries)
+            if bias is not None:
+                logits = logits + bias
+            if queries > 1:
+                logits = logits.masked_fill(column >= visible[block, None], -torch.inf)
+            outputs.append(logits.softmax(dim=-1) @ values32)  # (batch, heads, rows, dim_value)
+    return torch.cat(outputs, dim=-2).to(query.dtype)
+
+
+def attend_places(
+    query: Float[Tensor, "problems rows dim"],
+    keys: Float[Tensor, "problems tokens dim"],
+    values: Float[Tensor, "problems tokens dim_value"],
+    places: Int64[Tensor, "problems entries"],
+    rest: Rest | None,
+    scale: float,
+) -> Float[Tensor, "problems rows dim_value"]:
+    """Attention to the tokens `places`, none where that is -1, and to what stands for the rest."""
+    return attend_copies(attend, query, keys, values, places, rest, scale)
+
+
+def attend_recalled(
+    query: Float[Tensor, "problems group dim"],
+    reached: Reached,
+    taken: Int64[Tensor, "problems clusters"] | None,
+    n_recalled: int,
+    rest: Rest | None,
+    scale: float,
+) -> Float[Tensor, "problems group dim_value"]:
+    """Attention to the exact tokens of `reached`, to the `n_recalled` tokens `taken` of its clusters, to the rest."""
+    return attend_places(query, reached.keys, reached.values, places_of(reached, taken, n_recalled), rest, scale)

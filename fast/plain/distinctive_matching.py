@@ -1,0 +1,45 @@
+"""Distinctive matching of all chunks at once."""
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from ..exact.chunks import CompressedChunks
+from ..exact.distinctiveness import compress_by_likeness, shape_of_layers
+from ..exact.mean import certified_mean, sums_are_exact
+from ..exact.similarity import canonical_similarity
+
+__all__ = ["compress", "likeness_to_mean"]
+
+WORKING_BYTES = 4 * 2**20  # of float64 numbers that are scored together
+
+
+def compress(
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    *,
+    chunk_size: int,
+    target: int,
+    n_shared: int,
+) -> CompressedChunks:
+    """Each chunk in `target` clusters, `n_shared` of them shared, which are fewer than it has tokens.
+
+    The tokens are whole chunks; the chunks of all leading indices come one after the other in the result.
+    """
+    in_chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values)]  # (chunks, chunk, dim)
+    likeness = [likeness_to_mean(array) for array in in_chunks]
+    return compress_by_likeness(in_chunks, likeness, shape_of_layers(keys, chunk_size), target, n_shared)
+
+
+def likeness_to_mean(tokens: Float[Tensor, "chunks chunk dim"]) -> Float64[Tensor, "chunks chunk"]:
+    """Canonical similarity of each token to the centroid of its chunk."""
+    chunks, size, _ = tokens.shape
+    labels = torch.zeros(1, size, dtype=torch.int64, device=tokens.device)
+    counts = torch.full((1, 1), size, dtype=torch.int64, device=tokens.device)
+    likeness = torch.empty(chunks, size, dtype=torch.float64, device=tokens.device)
+    together = max(1, WORKING_BYTES // (torch.float64.itemsize * tokens.shape[1:].numel()))
+    for part, into in zip(tokens.split(together), likeness.split(together), strict=True):
+        of_all = [x.expand(len(part), -1) for x in (labels, counts)]
+        mean = certified_mean(part.double(), sums_are_exact(part), *of_all)  # (chunks, 1, dim)
+        into.copy_(canonical_similarity(part, mean))
+    return likeness
