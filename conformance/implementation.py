@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvcluster import reference
+
 from .case import OPERATIONS, Case
 from .inputs import DTYPES
 
@@ -107,7 +109,12 @@ def clusters_of(implementation: Implementation, case: Case) -> Clusters:
 def filled_cache(implementation: Implementation, case: Case) -> tuple[Any, Any]:
     """The cache after the appends of a case, and what the last of them returned."""
     parameters = {name: value for name, value in case.parameters.items() if name not in ("pieces", "scale")}
-    cache = getattr(implementation.namespace, case.operation)(**parameters)
+    if case.operation == "ClusteredCache" and implementation.namespace is reference:
+        if "n_shared" in parameters:
+            parameters["method"] = reference.Distinctive(parameters.pop("n_shared"))
+        cache = (reference.BoundedCache if "budget" in parameters else reference.ClusteredCache)(**parameters)
+    else:
+        cache = getattr(implementation.namespace, case.operation)(**parameters)
     start, returned = 0, None
     for piece in case.parameters["pieces"]:
         span = slice(start, start + piece)
@@ -131,7 +138,7 @@ def call_cache(implementation: Implementation, case: Case) -> dict[str, np.ndarr
     if getattr(cache, "clusters", None) is not None:
         seen |= parts(implementation, RESULTS["kmeans"], cache.clusters)
     if hasattr(cache, "select_clusters"):
-        selection = cache.select_clusters(query, **scale)
+        selection = cache.select_clusters(query)
         if selection is not None:
             seen |= parts(implementation, RESULTS["select_clusters"], selection)
     return seen | {"output": implementation.to_numpy(cache.attend(query, **scale))}

@@ -12,7 +12,7 @@ from hypothesis.errors import NoSuchExample
 from hypothesis.extra.numpy import arrays
 
 from kvcluster.reference import kmeans
-from kvcluster.reference.arguments import entries_of_chunk
+from kvcluster.reference.chunks import entries_of_chunk
 
 from .case import Case
 

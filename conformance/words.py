@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvcluster.reference import alternating_partition, merge, similarity
-from kvcluster.reference.arguments import entries_of_chunk
+from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.cluster_scores import cluster_scores
 from kvcluster.reference.distinctive_matching import distinctiveness, match_distinctive
 from kvcluster.reference.merging import Clustering

@@ -1,36 +1,61 @@
 """The definition: KV-cache clustering in plain NumPy, to be read from top to bottom.
 
-Reading order, one idea more in each file:
+An evening, one idea more in each file:
 
 1. `attention`            what a KV cache is for
 2. `similarity`           how alike two keys are, the same bits on every machine
 3. `partition`            who may merge with whom
 4. `merging`              a cluster becomes one centroid
-5. `soft_matching`        which tokens of a chunk share a cluster (arXiv:2506.11418)
-6. `clustered_attention`  attention to centroids, corrected by log counts
-7. `cache`                all of it online, while tokens arrive; `span_merging` keeps it within a budget
-8. `rotary`, `llama`      a whole Llama that generates from such a cache
-9. `distinctive_matching` tokens that stand out stay exact: ours, for answers that must not get lost
+5. `chunks`               many tokens, clustered a chunk at a time
+6. `soft_matching`        which tokens of a chunk share a cluster (arXiv:2506.11418)
+7. `clustered_attention`  attention to centroids, corrected by log counts
+8. `cache`                all of it online, while tokens arrive
 
-And the other way to cluster, which forgets nothing (arXiv:2412.03213):
+A whole model:
 
-10. `kmeans`              clusters of keys that point in similar directions
-11. `cluster_scores`      how near a cluster lies to a query
-12. `selection`           a budget of tokens, spent on the nearest clusters
-13. `recall`              attention to the tokens of these clusters
-14. `segments`            which tokens are clustered together, and when
-15. `recall_cache`        all of it online
+9. `rotary`, `llama`      a Llama that generates from such a cache
 
-`arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of
-attention is held to, `conformance` the suite that checks other implementations against all this, which SPECIFICATION.md
-states in words. Nothing here is optimised; `kvcluster.fast` is, and decides
-the same.
+Beyond, ours:
+
+10. `distinctive_matching`            tokens that stand out stay exact, for answers that must not get lost
+11. `span_merging`, `bounded_cache`   a cache that keeps within a budget
+
+And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213):
+
+12. `kmeans`              clusters of keys that point in similar directions
+13. `cluster_scores`      how near a cluster lies to a query
+14. `selection`           a budget of tokens, spent on the nearest clusters
+15. `recall`              attention to the tokens of these clusters
+16. `segments`            which tokens are clustered together, and when
+17. `recall_cache`        all of it online
+
+`arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held
+to. SPECIFICATION.md states all this in words, and `kvcluster.conformance` checks other implementations against it.
+Nothing here is optimised; `kvcluster.fast` is, and decides the same.
+
+Fourteen words:
+
+sink          one of the first tokens of a sequence, never clustered
+body          the tokens between sinks and recent ones, which are clustered
+recent        one of the last tokens, kept exact
+chunk         tokens in a row that are matched together, equally many each time
+span          what one chunk became, or two spans that were merged
+segment       tokens in a row that are clustered together by k-means
+entry         what a cache stores: a token, or the centroid of a cluster
+centroid      the mean key and the mean value of a cluster
+cluster       tokens that share an entry (ClusterKV: that are recalled together)
+counts        tokens of each entry or cluster
+source        an entry that looks for another one to join; the even ones of a chunk
+destination   an entry that is joined; the odd ones of a chunk
+budget        the most entries that are stored (ClusterKV: that are attended to), sinks and recent tokens included
+keep_ratio    entries kept of a chunk / tokens in it
 """
 
 from .attention import attention
+from .bounded_cache import BoundedCache
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
-from .distinctive_matching import distinctive_matching
+from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
@@ -38,14 +63,17 @@ from .recall import recall_attention
 from .recall_cache import RecallCache
 from .selection import Selection, select_clusters
 from .similarity import similarity
-from .soft_matching import chunked_soft_matching
+from .soft_matching import SoftMatching, chunked_soft_matching
 
 __all__ = [
+    "BoundedCache",
     "ClusteredCache",
     "Clustering",
     "Clusters",
+    "Distinctive",
     "RecallCache",
     "Selection",
+    "SoftMatching",
     "alternating_partition",
     "attention",
     "chunked_soft_matching",

@@ -1,51 +1,30 @@
 """Checks of arguments: every error names the argument, the rule and the value that broke it."""
 
-import math
 from numbers import Integral, Real
 
 import numpy as np
 
-__all__ = ["check_append", "check_array", "check_half_range", "check_integer", "check_keep_ratio", "entries_of_chunk"]
+__all__ = [
+    "check_append",
+    "check_array",
+    "check_attention",
+    "check_budget",
+    "check_clustering",
+    "check_counts",
+    "check_half_range",
+    "check_init",
+    "check_integer",
+    "check_keep_ratio",
+    "check_labelled",
+    "check_method",
+    "check_n_clusters",
+    "check_pair",
+    "check_scored",
+    "check_share",
+]
 
 # All three are exactly representable in float32; NumPy knows bfloat16 through the package ml_dtypes.
 DTYPES = ("float16", "bfloat16", "float32")
-
-
-def check_array(name: str, array: np.ndarray) -> None:
-    """Refuse what is not a finite float16, bfloat16 or float32 array `(..., tokens, dim)`, dim >= 1."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype.name not in DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {array.dtype.name}")
-    if array.ndim < 2:
-        raise ValueError(f"{name} must have shape (..., tokens, dim), got {array.shape}")
-    if array.shape[-1] < 1:
-        raise ValueError(f"{name} must have dim >= 1, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite values")
-
-
-def check_append(keys: np.ndarray, values: np.ndarray, held: tuple[np.ndarray | None, np.ndarray | None]) -> None:
-    """Refuse keys and values that do not fit each other, or the keys and values that a cache holds, if any."""
-    check_array("keys", keys)
-    check_array("values", values)
-    if values.shape[:-1] != keys.shape[:-1]:
-        raise ValueError(
-            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
-        )
-    for name, new, old in zip(("keys", "values"), (keys, values), held, strict=True):
-        if old is not None and (new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]):
-            raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {old.shape}")
-        if old is not None and new.dtype != old.dtype:
-            raise ValueError(f"{name} must have the dtype of the cache, {old.dtype.name}, got {new.dtype.name}")
-
-
-def check_half_range(keys: np.ndarray) -> None:
-    """Refuse keys that less their mean might overflow float32."""
-    half = float(np.finfo(np.float32).max) / 2
-    largest = float(np.abs(keys.astype(np.float64)).max(initial=0))
-    if largest > half:
-        raise ValueError(f"keys must be at most {half:.3g} in size with is_centred, got {largest:.3g}")
 
 
 def check_integer(name: str, value: int, least: int) -> None:
@@ -64,9 +43,169 @@ def check_keep_ratio(keep_ratio: float) -> None:
         raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
 
 
-def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
-    """Entries that a chunk of `chunk_size` tokens becomes: `ceil(keep_ratio * chunk_size)`.
+def check_share(name: str, share: float) -> None:
+    """Refuse what is not a number in [0, 1]."""
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"{name} must be a number, got {share!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {share}")
 
-    The product is the float64 one, so every language with IEEE arithmetic finds the same number.
-    """
-    return math.ceil(float(keep_ratio) * int(chunk_size))
+
+def check_method(method: object) -> None:
+    """Refuse what does not cluster; a class is no value."""
+    if isinstance(method, type) or not callable(getattr(method, "cluster", None)):
+        raise TypeError(f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {method!r}")
+
+
+def check_budget(budget: int, *, n_sink: int, n_recent: int, chunk_size: int, entries: int) -> None:
+    """Refuse a budget that could not hold all sinks and recent tokens, and one span of `entries`."""
+    check_integer("budget", budget, least=1)
+    least = n_sink + n_recent + chunk_size - 1 + entries
+    if budget < least:
+        raise ValueError(
+            "budget must be at least n_sink + n_recent + chunk_size - 1 + ceil(keep_ratio * chunk_size), got "
+            f"{budget} < {n_sink} + {n_recent} + {chunk_size} - 1 + {entries} = {least}"
+        )
+
+
+def check_array(name: str, array: np.ndarray) -> None:
+    """Refuse what is not a finite float16, bfloat16 or float32 array `(..., tokens, dim)`, dim >= 1."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+    if array.dtype.name not in DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {array.dtype.name}")
+    if array.ndim < 2:
+        raise ValueError(f"{name} must have shape (..., tokens, dim), got {array.shape}")
+    if array.shape[-1] < 1:
+        raise ValueError(f"{name} must have dim >= 1, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite values")
+
+
+def check_pair(a: np.ndarray, b: np.ndarray) -> None:
+    """Refuse two arrays whose rows cannot be compared."""
+    check_array("a", a)
+    check_array("b", b)
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"a and b must have the same leading axes and dim, got a {a.shape} and b {b.shape}")
+
+
+def check_attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
+    """Refuse arrays that do not fit each other."""
+    for name, array in (("query", query), ("keys", keys), ("values", values)):
+        check_array(name, array)
+    if keys.shape[-2] == 0:
+        raise ValueError(f"keys must hold at least one token, got shape {keys.shape}")
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(
+            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
+        )
+    if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
+        raise ValueError(
+            f"query must have the leading axes and dim of keys, got query {query.shape}, keys {keys.shape}"
+        )
+
+
+def check_counts(keys: np.ndarray, counts: np.ndarray) -> None:
+    """Refuse counts that do not belong to `keys`."""
+    if not isinstance(counts, np.ndarray):
+        raise TypeError(f"counts must be a NumPy array, got {type(counts).__name__}")
+    if counts.dtype.kind not in "iu":
+        raise ValueError(f"counts must be integers, got {counts.dtype.name}")
+    if counts.shape != keys.shape[:-1]:
+        raise ValueError(f"counts must have the shape of keys without dim, got {counts.shape} and {keys.shape}")
+    if (counts < 0).any():
+        raise ValueError(f"counts must be at least 0, got {counts.min()}")
+    if not (counts > 0).any(axis=-1).all():
+        raise ValueError("counts must have an entry above 0 for every leading index, got only 0")
+
+
+def check_clustering(array: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> None:
+    """Refuse labels of other tokens than those of `array`, counts of other labels, and entries without tokens."""
+    if labels.shape != array.shape[:-1]:
+        raise ValueError(f"labels must have the shape of array without dim, got {labels.shape} and {array.shape}")
+    if counts.shape[:-1] != labels.shape[:-1]:
+        raise ValueError(f"counts must have the leading axes of labels, got {counts.shape} and {labels.shape}")
+    entries = counts.shape[-1]
+    if labels.size and not 0 <= labels.min() <= labels.max() < entries:
+        raise ValueError(f"labels must be from 0 to {entries - 1}, got {labels.min()} to {labels.max()}")
+    for problem in np.ndindex(*labels.shape[:-1]):
+        members = np.bincount(labels[problem], minlength=entries)
+        if not np.array_equal(members, counts[problem]):
+            raise ValueError("counts must be the number of tokens of each label, got other numbers")
+    if (counts < 1).any():
+        raise ValueError(f"counts must be at least 1, got {counts.min()}")
+
+
+def check_append(keys: np.ndarray, values: np.ndarray, held: tuple[np.ndarray | None, np.ndarray | None]) -> None:
+    """Refuse keys and values that do not fit each other, or the keys and values that a cache holds, if any."""
+    check_array("keys", keys)
+    check_array("values", values)
+    if values.shape[:-1] != keys.shape[:-1]:
+        raise ValueError(
+            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
+        )
+    for name, new, old in zip(("keys", "values"), (keys, values), held, strict=True):
+        if old is not None and (new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]):
+            raise ValueError(f"{name} must fit what the cache holds, got {new.shape} after {old.shape}")
+        if old is not None and new.dtype != old.dtype:
+            raise ValueError(f"{name} must have the dtype of the cache, {old.dtype.name}, got {new.dtype.name}")
+
+
+def check_n_clusters(n_clusters: int, tokens: int) -> None:
+    """Refuse what is not a number of clusters that so many tokens can make."""
+    check_integer("n_clusters", n_clusters, least=1)
+    if n_clusters > tokens:
+        raise ValueError(f"n_clusters must be at most the number of tokens, {tokens}, got {n_clusters}")
+
+
+def check_init(keys: np.ndarray, init: np.ndarray, n_clusters: int) -> None:
+    """Refuse an `init` that does not fit `keys`."""
+    if not isinstance(init, np.ndarray):
+        raise TypeError(f"init must be a NumPy array, got {type(init).__name__}")
+    shape = (*keys.shape[:-2], n_clusters)
+    if init.dtype.kind in "iu":
+        if init.shape != shape:
+            raise ValueError(f"init must hold token indices of shape {shape}, got {init.shape}")
+        if init.size and not 0 <= init.min() <= init.max() < keys.shape[-2]:
+            raise ValueError(f"init must be from 0 to {keys.shape[-2] - 1}, got {init.min()} to {init.max()}")
+        return
+    check_array("init", init)
+    if init.shape != (*shape, keys.shape[-1]):
+        raise ValueError(f"init must hold centroids of shape {(*shape, keys.shape[-1])}, got {init.shape}")
+
+
+def check_labelled(keys: np.ndarray, labels: np.ndarray) -> None:
+    """Refuse clusters that are not those of `keys`."""
+    if labels.shape != keys.shape[:-1]:
+        raise ValueError(f"clusters must have a label for every token of keys, got {labels.shape} and {keys.shape}")
+
+
+def check_scored(query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, deviations: np.ndarray) -> None:
+    """Refuse arrays that do not fit each other."""
+    for name, array in (("query", query), ("centroids", centroids), ("deviations", deviations)):
+        check_array(name, array)
+    if query.shape[:-2] != centroids.shape[:-2] or query.shape[-1] != centroids.shape[-1]:
+        raise ValueError(
+            f"query must have the leading axes and dim of centroids, got {query.shape} and {centroids.shape}"
+        )
+    if query.shape[-2] == 0 or centroids.shape[-2] == 0:
+        raise ValueError(f"query and centroids must not be empty, got {query.shape} and {centroids.shape}")
+    if deviations.shape != centroids.shape:
+        raise ValueError(f"deviations must have the shape of centroids, got {deviations.shape} and {centroids.shape}")
+    if counts.shape != centroids.shape[:-1]:
+        raise ValueError(
+            f"counts must have the shape of centroids without dim, got {counts.shape} and {centroids.shape}"
+        )
+    if counts.dtype.kind not in "iu":
+        raise ValueError(f"counts must be integers, got {counts.dtype.name}")
+    if (counts < 0).any():
+        raise ValueError(f"counts must be at least 0, got {counts.min()}")
+
+
+def check_half_range(keys: np.ndarray) -> None:
+    """Refuse keys that less their mean might overflow float32."""
+    half = float(np.finfo(np.float32).max) / 2
+    largest = float(np.abs(keys.astype(np.float64)).max(initial=0))
+    if largest > half:
+        raise ValueError(f"keys must be at most {half:.3g} in size with is_centred, got {largest:.3g}")

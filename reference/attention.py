@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float64
 
-from .arguments import check_array
+from .arguments import check_attention
 
 __all__ = ["attention", "softmax"]
 
@@ -65,19 +65,3 @@ def scaled_logits(query: np.ndarray, keys: np.ndarray, scale: float | None) -> n
     if scale is None:
         scale = 1 / np.sqrt(query.shape[-1])
     return scale * np.einsum("...qd,...td->...qt", query.astype(np.float64), keys.astype(np.float64))
-
-
-def check_attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
-    """Refuse arrays that do not fit each other."""
-    for name, array in (("query", query), ("keys", keys), ("values", values)):
-        check_array(name, array)
-    if keys.shape[-2] == 0:
-        raise ValueError(f"keys must hold at least one token, got shape {keys.shape}")
-    if values.shape[:-1] != keys.shape[:-1]:
-        raise ValueError(
-            f"values must have the leading axes and tokens of keys, got values {values.shape} and keys {keys.shape}"
-        )
-    if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
-        raise ValueError(
-            f"query must have the leading axes and dim of keys, got query {query.shape}, keys {keys.shape}"
-        )

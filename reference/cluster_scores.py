@@ -3,7 +3,6 @@
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from .arguments import check_array
 from .kmeans import update
 from .similarity import halving_sum
 
@@ -64,25 +63,3 @@ def mean_cluster(array: np.ndarray, counts: np.ndarray) -> np.ndarray:
         rows = array[problem][counts[problem] > 0]
         means[problem] = update(rows, np.zeros(len(rows), dtype=np.int64), means[problem])
     return means
-
-
-def check_scored(query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, deviations: np.ndarray) -> None:
-    """Refuse arrays that do not fit each other."""
-    for name, array in (("query", query), ("centroids", centroids), ("deviations", deviations)):
-        check_array(name, array)
-    if query.shape[:-2] != centroids.shape[:-2] or query.shape[-1] != centroids.shape[-1]:
-        raise ValueError(
-            f"query must have the leading axes and dim of centroids, got {query.shape} and {centroids.shape}"
-        )
-    if query.shape[-2] == 0 or centroids.shape[-2] == 0:
-        raise ValueError(f"query and centroids must not be empty, got {query.shape} and {centroids.shape}")
-    if deviations.shape != centroids.shape:
-        raise ValueError(f"deviations must have the shape of centroids, got {deviations.shape} and {centroids.shape}")
-    if counts.shape != centroids.shape[:-1]:
-        raise ValueError(
-            f"counts must have the shape of centroids without dim, got {counts.shape} and {centroids.shape}"
-        )
-    if counts.dtype.kind not in "iu":
-        raise ValueError(f"counts must be integers, got {counts.dtype.name}")
-    if (counts < 0).any():
-        raise ValueError(f"counts must be at least 0, got {counts.min()}")

@@ -3,7 +3,8 @@
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from .attention import check_attention, scaled_logits, softmax
+from .arguments import check_attention, check_counts
+from .attention import scaled_logits, softmax
 
 __all__ = ["clustered_attention", "log_counts"]
 
@@ -66,17 +67,3 @@ def log_counts(counts: Int[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape
     """Natural logarithm of the counts, minus infinity where a count is 0."""
     with np.errstate(divide="ignore"):
         return np.log(counts.astype(np.float64))
-
-
-def check_counts(keys: np.ndarray, counts: np.ndarray) -> None:
-    """Refuse counts that do not belong to `keys`."""
-    if not isinstance(counts, np.ndarray):
-        raise TypeError(f"counts must be a NumPy array, got {type(counts).__name__}")
-    if counts.dtype.kind not in "iu":
-        raise ValueError(f"counts must be integers, got {counts.dtype.name}")
-    if counts.shape != keys.shape[:-1]:
-        raise ValueError(f"counts must have the shape of keys without dim, got {counts.shape} and {keys.shape}")
-    if (counts < 0).any():
-        raise ValueError(f"counts must be at least 0, got {counts.min()}")
-    if not (counts > 0).any(axis=-1).all():
-        raise ValueError("counts must have an entry above 0 for every leading index, got only 0")

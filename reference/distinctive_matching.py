@@ -9,16 +9,44 @@ for all KV heads of a layer together, and a moving average over neighbours keeps
 That keys unlike the mean key matter is also the idea of KeyDiff (arXiv:2504.15364), which evicts the most alike.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
+from .arguments import check_append, check_integer, check_keep_ratio
+from .chunks import cluster_chunks
 from .merging import Clustering, merge
 from .similarity import similarity
 
-__all__ = ["distinctive_matching", "distinctiveness"]
+__all__ = ["Distinctive", "distinctive_matching", "distinctiveness"]
 
 WINDOW = 7  # tokens of the moving average; odd
+
+
+@dataclass(frozen=True)
+class Distinctive:
+    """The method `distinctive_matching` as a value, for a cache whose last leading axis is the KV heads of a layer.
+
+    >>> Distinctive()
+    Distinctive(n_shared=4)
+    """
+
+    n_shared: int = 4
+
+    def __post_init__(self) -> None:
+        check_integer("n_shared", self.n_shared, least=1)
+
+    def cluster(
+        self,
+        keys: Float[np.ndarray, "*lead tokens dim"],
+        values: Float[np.ndarray, "*lead tokens dim_value"],
+        *,
+        keep_ratio: float,
+        chunk_size: int,
+    ) -> Clustering:
+        """`distinctive_matching` with this `n_shared`."""
+        return distinctive_matching(keys, values, keep_ratio=keep_ratio, chunk_size=chunk_size, n_shared=self.n_shared)
 
 
 def distinctive_matching(
@@ -70,23 +98,12 @@ def distinctive_matching(
     check_keep_ratio(keep_ratio)
     check_integer("chunk_size", chunk_size, least=1)
     check_integer("n_shared", n_shared, least=1)
-    *lead, tokens, _ = keys.shape
-    target = entries_of_chunk(keep_ratio, chunk_size)
-    chunks = tokens // chunk_size
-    rest = tokens - chunks * chunk_size
 
-    labels = np.empty((*lead, tokens), dtype=np.int64)
-    for layer in np.ndindex(*lead[:-1]):
-        for chunk in range(chunks):
-            span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
-            of_chunk = match_distinctive(keys[layer][..., span, :], values[layer][..., span, :], target, n_shared)
-            labels[layer][..., span] = chunk * target + of_chunk
-    labels[..., tokens - rest :] = chunks * target + np.arange(rest)
+    def match(keys: np.ndarray, values: np.ndarray, target: int) -> np.ndarray:
+        return match_distinctive(keys, values, target, n_shared)
 
-    counts = np.empty((*lead, chunks * target + rest), dtype=np.int64)
-    for problem in np.ndindex(*lead):
-        counts[problem] = np.bincount(labels[problem], minlength=counts.shape[-1])
-    return Clustering(labels, counts)
+    layers = keys.shape[:-3]
+    return cluster_chunks(match, keys, values, alone=layers, keep_ratio=keep_ratio, chunk_size=chunk_size)
 
 
 def match_distinctive(keys: np.ndarray, values: np.ndarray, target: int, n_shared: int) -> Int64[np.ndarray, "..."]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int64
 
-from .arguments import check_array, check_integer
+from .arguments import check_array, check_init, check_integer, check_n_clusters
 from .similarity import similarity
 
 __all__ = ["Clusters", "kmeans"]
@@ -95,11 +95,9 @@ def kmeans(
            [1. , 2.5]], dtype=float32)
     """
     check_array("keys", keys)
-    check_integer("n_clusters", n_clusters, least=1)
-    check_integer("max_iter", max_iter, least=1)
     *lead, tokens, dim = keys.shape
-    if n_clusters > tokens:
-        raise ValueError(f"n_clusters must be at most the number of tokens, {tokens}, got {n_clusters}")
+    check_n_clusters(n_clusters, tokens)
+    check_integer("max_iter", max_iter, least=1)
     if init is None:
         init = np.broadcast_to(np.arange(n_clusters) * tokens // n_clusters, (*lead, n_clusters))
     check_init(keys, init, n_clusters)
@@ -151,19 +149,3 @@ def shift(keys: np.ndarray, by: np.ndarray) -> np.ndarray:
     if not np.isfinite(shifted).all():
         raise ValueError(f"keys must stay finite in float32 less their mean, got sizes up to {np.abs(keys).max():.3g}")
     return shifted
-
-
-def check_init(keys: np.ndarray, init: np.ndarray, n_clusters: int) -> None:
-    """Refuse an `init` that does not fit `keys`."""
-    if not isinstance(init, np.ndarray):
-        raise TypeError(f"init must be a NumPy array, got {type(init).__name__}")
-    shape = (*keys.shape[:-2], n_clusters)
-    if init.dtype.kind in "iu":
-        if init.shape != shape:
-            raise ValueError(f"init must hold token indices of shape {shape}, got {init.shape}")
-        if init.size and not 0 <= init.min() <= init.max() < keys.shape[-2]:
-            raise ValueError(f"init must be from 0 to {keys.shape[-2] - 1}, got {init.min()} to {init.max()}")
-        return
-    check_array("init", init)
-    if init.shape != (*shape, keys.shape[-1]):
-        raise ValueError(f"init must hold centroids of shape {(*shape, keys.shape[-1])}, got {init.shape}")

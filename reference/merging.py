@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from .arguments import check_array
+from .arguments import check_array, check_clustering
 
 __all__ = ["Clustering", "merge"]
 
@@ -63,26 +63,9 @@ def merge(
     """
     check_array("array", array)
     labels, counts = clustering.labels, clustering.counts
-    if labels.shape != array.shape[:-1]:
-        raise ValueError(f"labels must have the shape of array without dim, got {labels.shape} and {array.shape}")
-    if counts.shape[:-1] != labels.shape[:-1]:
-        raise ValueError(f"counts must have the leading axes of labels, got {counts.shape} and {labels.shape}")
-    check_clustering(labels, counts)
+    check_clustering(array, labels, counts)
     sums = np.full((*counts.shape, array.shape[-1]), -0.0)  # -0.0, not 0.0: only -0.0 + x is x for every x
     for problem in np.ndindex(*labels.shape[:-1]):
         for token, label in enumerate(labels[problem]):
             sums[problem][label] += array[problem][token].astype(np.float64)
     return (sums / counts[..., None]).astype(np.float32)  # (..., entries, dim)
-
-
-def check_clustering(labels: np.ndarray, counts: np.ndarray) -> None:
-    """Refuse counts that are not the numbers of the labels, and entries without tokens."""
-    entries = counts.shape[-1]
-    if labels.size and not 0 <= labels.min() <= labels.max() < entries:
-        raise ValueError(f"labels must be from 0 to {entries - 1}, got {labels.min()} to {labels.max()}")
-    for problem in np.ndindex(*labels.shape[:-1]):
-        members = np.bincount(labels[problem], minlength=entries)
-        if not np.array_equal(members, counts[problem]):
-            raise ValueError("counts must be the number of tokens of each label, got other numbers")
-    if (counts < 1).any():
-        raise ValueError(f"counts must be at least 1, got {counts.min()}")

@@ -3,8 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float64
 
-from .arguments import check_integer
-from .attention import check_attention
+from .arguments import check_attention, check_integer, check_labelled
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, update
 from .selection import Selection, select_clusters
@@ -24,7 +23,6 @@ def recall_attention(
     scale: float | None = None,
     centroids_for_rest: bool = False,
     spread: float = 0.5,
-    mass: float | None = None,
 ) -> Float64[np.ndarray, "*lead group dim_value"]:
     """Attention of a group of query heads to the tokens that `select_clusters` takes for them.
 
@@ -37,11 +35,11 @@ def recall_attention(
     scale : factor of the logits; `1 / sqrt(dim)` by default.
     centroids_for_rest : let each cluster's centroids, of keys and of values, stand for its tokens that were not taken,
         with the logarithm of their number added to the logit. They come on top of the budget.
-    spread, mass : as in `select_clusters`, with the clusters' `mean_deviations`.
+    spread : as in `select_clusters`, with the clusters' `mean_deviations`.
 
     Returns
     -------
-    (..., group, dim_value), float64. Full attention where budget >= tokens (and mass is None).
+    (..., group, dim_value), float64. Full attention where budget >= tokens.
 
     Raises
     ------
@@ -70,10 +68,7 @@ def recall_attention(
     """
     check_attention(query, keys, values)
     check_integer("budget", budget, least=1)
-    if clusters.labels.shape != keys.shape[:-1]:
-        raise ValueError(
-            f"clusters must have a label for every token of keys, got {clusters.labels.shape} and {keys.shape}"
-        )
+    check_labelled(keys, clusters.labels)
     selection = select_clusters(
         query,
         clusters.centroids,
@@ -81,8 +76,6 @@ def recall_attention(
         budget=budget,
         deviations=mean_deviations(keys, clusters),
         spread=spread,
-        mass=mass,
-        scale=scale,
     )
     value_centroids = mean_of_members(values, clusters) if centroids_for_rest else None
     entries = recalled_entries(keys, values, clusters, selection, value_centroids)

@@ -3,13 +3,12 @@
 import numpy as np
 from jaxtyping import Float, Float32, Float64
 
-from .arguments import check_append, check_half_range, check_integer
-from .attention import check_attention
+from .arguments import check_append, check_attention, check_half_range, check_integer, check_share
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, kmeans
 from .recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
 from .segments import SegmentPlan
-from .selection import Selection, check_share, select_clusters
+from .selection import Selection, select_clusters
 
 __all__ = ["RecallCache"]
 
@@ -32,7 +31,7 @@ class RecallCache:
     prompt_segment_size : the first append is clustered at once, but for sinks and `n_recent` tokens, in segments of
         this size of which the last may be shorter; None: in one. 0: it gets no segments of its own.
     max_iter, is_centred : as in `kmeans`.
-    spread, mass : as in `select_clusters`.
+    spread : as in `select_clusters`.
     centroids_for_rest : as in `recall_attention`.
 
     Attributes
@@ -81,16 +80,13 @@ class RecallCache:
         max_iter: int = 4,
         is_centred: bool = False,
         spread: float = 0.5,
-        mass: float | None = None,
         centroids_for_rest: bool = False,
     ) -> None:
         self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
         check_integer("max_iter", max_iter, least=1)
-        check_share("spread", spread, may_be_zero=True)
-        if mass is not None:
-            check_share("mass", mass, may_be_zero=False)
+        check_share("spread", spread)
         self.max_iter, self.is_centred = max_iter, is_centred
-        self.spread, self.mass, self.centroids_for_rest = spread, mass, centroids_for_rest
+        self.spread, self.centroids_for_rest = spread, centroids_for_rest
         self.keys: Float[np.ndarray, "*lead tokens dim"] | None = None
         self.values: Float[np.ndarray, "*lead tokens dim_value"] | None = None
         self.clusters: Clusters | None = None
@@ -158,9 +154,7 @@ class RecallCache:
         )
         self.deviations = np.concatenate([self.deviations, deviations], axis=-2)
 
-    def select_clusters(
-        self, query: Float[np.ndarray, "*lead group dim"], *, scale: float | None = None
-    ) -> Selection | None:
+    def select_clusters(self, query: Float[np.ndarray, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
         self._check_query(query)
         if self.clusters is None:
@@ -172,8 +166,6 @@ class RecallCache:
             budget=self.plan.budget - (self.n_seen - self.n_clustered),
             deviations=self.deviations,
             spread=self.spread,
-            mass=self.mass,
-            scale=scale,
         )
 
     def attend(
@@ -185,7 +177,7 @@ class RecallCache:
         ------
         ValueError : nothing appended yet; else as `select_clusters`.
         """
-        return clustered_attention(query, *self.entries(self.select_clusters(query, scale=scale)), scale=scale)
+        return clustered_attention(query, *self.entries(self.select_clusters(query)), scale=scale)
 
     def entries(self, selection: Selection | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Keys, values and counts of what is attended to: sinks, recent tokens, then as `recalled_entries`."""

@@ -1,15 +1,12 @@
 """Selection: which clusters a query recalls, and how much of the last one (ClusterKV, arXiv:2412.03213)."""
 
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
-from .arguments import check_integer
-from .attention import scaled_logits, softmax
-from .cluster_scores import check_scored, cluster_scores
-from .clustered_attention import log_counts
+from .arguments import check_integer, check_scored, check_share
+from .cluster_scores import cluster_scores
 from .kmeans import Clusters
 
 __all__ = ["Selection", "select_clusters"]
@@ -49,8 +46,6 @@ def select_clusters(
     budget: int,
     deviations: Float[np.ndarray, "*lead clusters dim"] | None = None,
     spread: float = 0.5,
-    mass: float | None = None,
-    scale: float | None = None,
 ) -> Selection:
     """A token budget, spent on the clusters that score highest for a query.
 
@@ -62,14 +57,11 @@ def select_clusters(
     budget : tokens to take, at least 0. Where there are no more, all are taken.
     deviations : (..., clusters, dim), how far a cluster's keys lie from its centroid, see `mean_deviations`.
     spread : how much of the deviations is added to the scores, from 0 to 1.
-    mass : stop before the budget is spent, as soon as the clusters taken have this share, in (0, 1], of the attention
-        that all are estimated to get: `softmax(scale * query . centroid + log count)`, averaged over the group.
-    scale : factor of the logits for `mass`; `1 / sqrt(dim)` by default.
 
     Returns
     -------
     Selection : whole clusters by descending score, ties to the smallest index; the last one is trimmed to its
-        first tokens, so that exactly `budget` tokens are taken (or all, or as many as `mass` asks for).
+        first tokens, so that exactly `budget` tokens are taken, or all.
 
     Raises
     ------
@@ -77,11 +69,10 @@ def select_clusters(
 
     Notes
     -----
-    Scores are those of `cluster_scores`, the same on every machine. `mass` needs exponentials: where a sum of shares
-    comes within their rounding of it, machines may differ by a cluster.
+    Scores are those of `cluster_scores`, the same on every machine.
 
     From the paper: whole clusters until the budget, the last one trimmed. Our choices: one selection for the whole
-    group, ties, which tokens a trim keeps, `mass`.
+    group, ties, which tokens a trim keeps.
 
     Examples
     --------
@@ -96,29 +87,11 @@ def select_clusters(
         deviations = np.zeros_like(centroids)
     check_scored(query, centroids, counts, deviations)
     check_integer("budget", budget, least=0)
-    check_share("spread", spread, may_be_zero=True)
+    check_share("spread", spread)
     ranking = np.argsort(-cluster_scores(query, centroids, counts, deviations, spread), axis=-1, kind="stable")
     counts_ranked = np.take_along_axis(counts.astype(np.int64), ranking, axis=-1)
     before = counts_ranked.cumsum(axis=-1) - counts_ranked
     taken_ranked = np.clip(budget - before, 0, counts_ranked)
-    if mass is not None:
-        check_share("mass", mass, may_be_zero=False)
-        shares = np.take_along_axis(estimated_shares(query, centroids, counts, scale), ranking, axis=-1)
-        taken_ranked = np.where(shares.cumsum(axis=-1) - shares < mass, taken_ranked, 0)
     taken = np.empty_like(taken_ranked)
     np.put_along_axis(taken, ranking, taken_ranked, axis=-1)
     return Selection(taken)
-
-
-def estimated_shares(query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, scale: float | None) -> np.ndarray:
-    """Share of each cluster in the group's attention if every token had its centroid as key, (..., clusters)."""
-    logits = scaled_logits(query, centroids, scale) + log_counts(counts)[..., None, :]
-    return softmax(logits).mean(axis=-2)
-
-
-def check_share(name: str, share: float, *, may_be_zero: bool) -> None:
-    """Refuse what is not a number from 0 to 1."""
-    if isinstance(share, bool) or not isinstance(share, Real):
-        raise TypeError(f"{name} must be a number, got {share!r}")
-    if not (0 <= share <= 1 if may_be_zero else 0 < share <= 1):
-        raise ValueError(f"{name} must be in {'[' if may_be_zero else '('}0, 1], got {share}")

@@ -8,7 +8,7 @@ correctly everywhere (`+`, `*`, `/` in float64), in an order that is written dow
 import numpy as np
 from jaxtyping import Float, Float64
 
-from .arguments import check_array
+from .arguments import check_pair
 
 __all__ = ["halving_sum", "similarity"]
 
@@ -49,10 +49,7 @@ def similarity(
     >>> similarity(a, b)
     array([[ 1.,  0., -1.,  0.]])
     """
-    check_array("a", a)
-    check_array("b", b)
-    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"a and b must have the same leading axes and dim, got a {a.shape} and b {b.shape}")
+    check_pair(a, b)
     a, b = a.astype(np.float64), b.astype(np.float64)
     dot = halving_sum(a[..., :, None, :] * b[..., None, :, :])  # (..., m, n)
     norms = halving_sum(a * a)[..., :, None] * halving_sum(b * b)[..., None, :]  # (..., m, n), both squared

@@ -8,15 +8,38 @@ RoPE), even entries as sources, the most similar `n_merged` matches merge (as in
 arXiv:2210.09461, the ancestor of the method), rounds until the target, the same target in every chunk.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Int64
 
-from .arguments import check_array, check_integer, check_keep_ratio, entries_of_chunk
+from .arguments import check_array, check_integer, check_keep_ratio
+from .chunks import cluster_chunks
 from .merging import Clustering, merge
 from .partition import alternating_partition
 from .similarity import similarity
 
-__all__ = ["chunked_soft_matching"]
+__all__ = ["SoftMatching", "chunked_soft_matching"]
+
+
+@dataclass(frozen=True)
+class SoftMatching:
+    """The method `chunked_soft_matching` as a value, for a cache.
+
+    >>> SoftMatching()
+    SoftMatching()
+    """
+
+    def cluster(
+        self,
+        keys: Float[np.ndarray, "*lead tokens dim"],
+        values: Float[np.ndarray, "*lead tokens dim_value"],
+        *,
+        keep_ratio: float,
+        chunk_size: int,
+    ) -> Clustering:
+        """`chunked_soft_matching` of the keys; the values take no part."""
+        return chunked_soft_matching(keys, keep_ratio=keep_ratio, chunk_size=chunk_size)
 
 
 def chunked_soft_matching(
@@ -58,22 +81,7 @@ def chunked_soft_matching(
     check_array("keys", keys)
     check_keep_ratio(keep_ratio)
     check_integer("chunk_size", chunk_size, least=1)
-    *lead, tokens, _ = keys.shape
-    target = entries_of_chunk(keep_ratio, chunk_size)
-    chunks = tokens // chunk_size
-    rest = tokens - chunks * chunk_size
-
-    labels = np.empty((*lead, tokens), dtype=np.int64)
-    for problem in np.ndindex(*lead):
-        for chunk in range(chunks):
-            span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
-            labels[problem][span] = chunk * target + match_chunk(keys[problem][span], target)
-    labels[..., tokens - rest :] = chunks * target + np.arange(rest)
-
-    counts = np.empty((*lead, chunks * target + rest), dtype=np.int64)
-    for problem in np.ndindex(*lead):
-        counts[problem] = np.bincount(labels[problem], minlength=counts.shape[-1])
-    return Clustering(labels, counts)
+    return cluster_chunks(match_chunk, keys, alone=keys.shape[:-2], keep_ratio=keep_ratio, chunk_size=chunk_size)
 
 
 def match_chunk(keys: Float[np.ndarray, "chunk dim"], target: int) -> Int64[np.ndarray, " chunk"]:

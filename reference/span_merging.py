@@ -10,21 +10,9 @@ import itertools
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
 
-from .arguments import check_integer
 from .soft_matching import match_round
 
-__all__ = ["check_budget", "merge_entries", "smallest_pair"]
-
-
-def check_budget(budget: int, *, n_sink: int, n_recent: int, chunk_size: int, entries: int) -> None:
-    """Refuse a budget that could not hold all sinks and recent tokens, and one span of `entries`."""
-    check_integer("budget", budget, least=1)
-    least = n_sink + n_recent + chunk_size - 1 + entries
-    if budget < least:
-        raise ValueError(
-            "budget must be at least n_sink + n_recent + chunk_size - 1 + ceil(keep_ratio * chunk_size), got "
-            f"{budget} < {n_sink} + {n_recent} + {chunk_size} - 1 + {entries} = {least}"
-        )
+__all__ = ["merge_entries", "smallest_pair"]
 
 
 def smallest_pair(spans: list[int]) -> int:

@@ -218,7 +218,7 @@ def counting_by(change: Callable[[Tensor, int], Tensor]) -> Patch:
     """A step of the recall cache for which the counts of sinks, recent and recalled tokens are changed."""
 
     def attend(right, held, query, *, scale=None):
-        keys, values, counts = held.entries(held.select_clusters(query, scale=scale))
+        keys, values, counts = held.entries(held.select_clusters(query))
         if held.n_clustered > 0:
             change(counts, held.plan.n_sink)
         return fast.clustered_attention(query, keys, values, counts, scale=scale)

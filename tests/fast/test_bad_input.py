@@ -63,8 +63,6 @@ CASES = {
     "select budget": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": -1}),
     "select deviations": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "deviations": GOOD[:, :5]}),
     "select spread": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "spread": 1.5}),
-    "select mass": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "mass": 0}),
-    "select mass no number": ("select_clusters", (GOOD, GOOD, COUNTS), {"budget": 3, "mass": "half"}),
     "recall cache budget": ("RecallCache", (), {"budget": 0}),
     "recall cache no room": ("RecallCache", (), {"budget": 17}),
     "recall cache segment": ("RecallCache", (), {"budget": 64, "segment_size": 48}),
@@ -72,7 +70,6 @@ CASES = {
     "recall cache prompt": ("RecallCache", (), {"budget": 512, "prompt_segment_size": -1}),
     "recall cache max_iter": ("RecallCache", (), {"budget": 512, "max_iter": 0}),
     "recall cache spread": ("RecallCache", (), {"budget": 512, "spread": -1}),
-    "recall cache mass": ("RecallCache", (), {"budget": 512, "mass": 2}),
 }
 MERGES = {
     "labels of other tokens": (GOOD[:, :5], LABELS, COUNTS),

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from agreement import assert_same_bits, at_most_in_float64, attention_agrees, equal_in_float64
+from agreement import assert_same_bits, attention_agrees, equal_in_float64
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
@@ -15,7 +15,6 @@ from kvcluster.fast.exact import scores as cluster_scores
 from kvcluster.fast.plain import selection
 from kvcluster.fast.recall import mean_deviations as fast_deviations
 from kvcluster.reference.recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
-from kvcluster.reference.selection import estimated_shares
 
 
 def selected(query, centroids, counts, **parameters):
@@ -147,26 +146,6 @@ def test_wrong_twins_of_selection_are_told_apart(twin, monkeypatch):
         monkeypatch.setattr(selection, "make_probe", lambda q, s: cluster_scores.make_probe(q.sum(1, keepdim=True), s))
     with pytest.raises(AssertionError):
         selected(query, centroids, counts, **parameters)
-
-
-@given(seed=st.integers(0, 10**6), mass=st.floats(0.05, 1))
-def test_mass_takes_as_many_clusters_as_are_estimated_to_have_it(seed, mass):
-    """Whole clusters in order of their score; with the last the share is reached, without it it is not."""
-    rng = np.random.default_rng(seed)
-    query, centroids = (rng.standard_normal((n, 8)).astype(np.float32) for n in (2, 30))
-    counts = rng.integers(1, 6, 30)
-    parameters = {"budget": 1000, "mass": mass, "scale": 1.0}
-    ours = fast.select_clusters(*map(to_torch, (query, centroids, counts)), **parameters).taken.numpy()
-    shares = estimated_shares(query, centroids, counts, 1.0)
-    dots = query.astype(np.float64) @ centroids.astype(np.float64).T
-    scores = (dots - dots.mean(axis=1, keepdims=True)).max(axis=0)
-    chosen = ours > 0
-    assert np.array_equal(ours[chosen], counts[chosen])
-    assert chosen.all() or scores[chosen].min() >= scores[~chosen].max()
-    last = np.flatnonzero(chosen)[scores[chosen].argmin()]
-    assert at_most_in_float64(mass, shares[chosen].sum())
-    assert at_most_in_float64(shares[chosen].sum() - shares[last], mass)
-    assert (fast.select_clusters(*map(to_torch, (query, centroids, counts)), budget=7, mass=mass).taken.sum()) <= 7
 
 
 def test_deviations_are_mean_distances_feature_by_feature():

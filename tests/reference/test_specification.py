@@ -50,7 +50,7 @@ def faults(page, sections, known):
 
 def test_every_paragraph_names_tests_that_exist():
     assert faults(PAGE, SECTIONS, KNOWN) == []
-    assert "\nArithmetic contract version 1, of kvcluster 0.1.\n" in PAGE
+    assert "\nArithmetic contract version 1, of kvcluster 0.2.\n" in PAGE
 
 
 RIGHT = """## 1 A\n\n**1.1** Yes.\n\nTests: `a::b`\n\n**1.2** No.\n\nTests: `a::b`, `a::c`\n

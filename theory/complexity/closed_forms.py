@@ -1,6 +1,6 @@
 """Closed forms of what every algorithm of the reference costs: complexity.md, claims C1 to C5."""
 
-from kvcluster.reference.arguments import entries_of_chunk
+from kvcluster.reference.chunks import entries_of_chunk
 
 from .counting import Operations
 
