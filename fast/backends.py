@@ -64,15 +64,9 @@ def implementation(operation: str, backend: str, *arrays: Tensor) -> Callable[..
 
 def cell(operation: str, chosen: str) -> Callable[..., Any]:
     """The function in one cell; that of plain torch where the row has none for this backend, and for "auto"."""
-    place = getattr(TABLE[operation], chosen, None) or TABLE[operation].torch
-    return load(place)
-
-
-@functools.cache
-def load(place: str) -> Callable[..., Any]:
-    module, _, name = place.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
-    return found
+    module, _, name = (getattr(TABLE[operation], chosen, None) or TABLE[operation].torch).partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return function
 
 
 def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:

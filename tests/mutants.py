@@ -1,8 +1,8 @@
 """Wrong implementations: the fast path with one realistic mistake each. A conformance suite must catch every one."""
 
 import functools
+import importlib
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,12 +29,13 @@ class Mutant:
 
 
 def put(mistake: Callable, *places: str) -> Patch:
-    """A patch of each "module.name", "module.Class.name" or public ".name"; `mistake` is given what was there first."""
+    """A patch of each "folder/module.Class.name" or public ".name"; `mistake` is given what was there first."""
 
     def patch(monkeypatch):
         for place in places:
             module, *classes, name = place.split(".")
-            owner = sys.modules[f"kvcluster.fast.{module}".rstrip(".")]  # not fast.kmeans, which is a function
+            # not fast.kmeans, which is a function
+            owner = importlib.import_module(f"kvcluster.fast.{module.replace('/', '.')}".rstrip("."))
             owner = functools.reduce(getattr, classes, owner)
             held = getattr(owner, name)
             right = getattr(held, "fget", held)  # of a property
@@ -103,7 +104,7 @@ def score_by(score: Callable[[Tensor, Tensor], Tensor], *modules: str) -> Patch:
 
     return together(
         put(lambda right, a, b: score(a, b), *(f"{module}.canonical_similarity" for module in modules)),
-        put(never_safe, *(f"{module}.normalized" for module in (*modules, "kmeans"))),
+        put(never_safe, *(f"{module}.normalized" for module in (*SCORES, "plain/kmeans"))),
     )
 
 
@@ -152,13 +153,12 @@ def round_between_rounds(monkeypatch):
         dtypes.append(keys.dtype)
         return right(keys, values, target=target)
 
-    put(noting_the_dtype, "chunk_compression.compress_together")(monkeypatch)
-    put(lambda right, *of: right(*of).to(dtypes[-1]).float(), "chunk_compression.certified_mean")(monkeypatch)
+    put(noting_the_dtype, "plain/soft_matching.compress_together")(monkeypatch)
+    put(lambda right, *of: right(*of).to(dtypes[-1]).float(), "plain/soft_matching.certified_mean")(monkeypatch)
 
 
 def log_counts_by(log: Callable[..., Tensor]) -> Patch:
-    without_cpp = put(lambda *_: "torch", "entry_attention.choose_attention_backend")
-    return together(put(log, "entry_attention.log_counts"), without_cpp)
+    return together(put(log, "plain/attention.log_counts"), put(lambda *_: "torch", "backends.choose"))
 
 
 def query_heads_dealt_out(right, query, *others):
@@ -196,9 +196,9 @@ def last_of_tied_clusters(right, opened, keys, centroids, labels):
     return n_scored
 
 
-def assign_after_the_last_update(right, keys, first, max_iter, backend):
-    made = right(keys, first, max_iter, backend)
-    labels = sys.modules["kvcluster.fast.kmeans"].assignment_to(keys, backend)(made.centroids)[0]
+def assign_after_the_last_update(right, keys, first, max_iter, assign_to, means):
+    made = right(keys, first, max_iter, assign_to, means)
+    labels = assign_to(keys)(made.centroids)[0]
     return replace(made, labels=labels, counts=count_members(labels, first.shape[1]))
 
 
@@ -209,9 +209,14 @@ def begin_at_random(right, keys, *, n_clusters, init=None, **named):
     return right(keys, n_clusters=n_clusters, init=init, **named)
 
 
-def last_of_tied_scores(right, probe, clusters, counts, budget, *, is_whole):
+def last_of_tied_scores(right, probe, clusters, counts, budget):
     backwards = replace(clusters, features=clusters.features.flip(1))
-    return counts.shape[1] - 1 - right(probe, backwards, counts.flip(1), budget, is_whole=is_whole)
+    return counts.shape[1] - 1 - right(probe, backwards, counts.flip(1), budget)
+
+
+def taking_by(change: Callable[..., Tensor]) -> Patch:
+    """`change` of what takes tokens of clusters, of the queries, the clusters, their counts and the budget."""
+    return put(lambda right, *of: functools.partial(change, right(*of)), "selection.implementation")
 
 
 def counting_by(change: Callable[[Tensor, int], Tensor]) -> Patch:
@@ -220,7 +225,7 @@ def counting_by(change: Callable[[Tensor, int], Tensor]) -> Patch:
     def attend(right, held, query, *, scale=None):
         keys, values, counts = held.entries(held.select_clusters(query))
         if held.n_clustered > 0:
-            change(counts, held.plan.n_sink)
+            change(counts, held.settings.n_sink)
         return fast.clustered_attention(query, keys, values, counts, scale=scale)
 
     return put(attend, "recall_cache.RecallCache.attend")
@@ -229,11 +234,11 @@ def counting_by(change: Callable[[Tensor, int], Tensor]) -> Patch:
 def budget_beside_sinks(right, held, **named):
     """As the paper counts."""
     right(held, **named)
-    held.plan = replace(held.plan, budget=held.plan.budget + held.plan.n_sink)
+    held.settings = replace(held.settings, budget=held.settings.budget + held.settings.n_sink)
 
 
-def zero_is_none(right, plan, *of, **named):
-    return right(replace(plan, prompt_segment_size=plan.prompt_segment_size or None), *of, **named)
+def zero_is_none(right, settings, *of, **named):
+    return right(replace(settings, prompt_segment_size=settings.prompt_segment_size or None), *of, **named)
 
 
 CACHE, RECALL_CACHE, KMEANS = ("ClusteredCache",), ("RecallCache",), ("kmeans", "RecallCache")
@@ -244,17 +249,18 @@ ATTENTION = ("attention", "clustered_attention", "ClusteredCache")
 SELECTION = ("select_clusters", "recall_attention")
 RECALL = (*SELECTION, *RECALL_CACHE)
 
-SCORES = "exact_similarity", "assignment"  # modules
+SCORES = "exact/similarity", "plain/assignment"  # modules
+ALL_SCORES = "similarity", *SCORES
 TARGET = "soft_matching.entries_of_chunk", "cache.entries_of_chunk"
-MATCHES, TOP = "chunk_compression.certified_matches", "chunk_compression.certified_top"
-PARTITION = ".alternating_partition", "chunk_compression.alternating_partition"
-ORDERED = "operators.ordered_mean", "exact_mean.ordered_mean"
-MEANS = "operators.ordered_mean", "chunk_compression.certified_mean"
+MATCHES, TOP = "plain/soft_matching.certified_matches", "plain/soft_matching.certified_top"
+PARTITION = ".alternating_partition", "exact/chunks.alternating_halves"
+ORDERED = "exact/mean.ordered_mean"
+MEANS = ORDERED, "plain/soft_matching.certified_mean"
 ATTEND = "attention.attend_any", "clustered_attention.attend_any"
 LEAVING, APPEND, CLUSTER = (f"cache.ClusteredCache.{name}" for name in ("_leaving", "append", "cluster"))
-UPDATE, LLOYD, SUM = "kmeans.update", "kmeans.lloyd", "exact_similarity.halving_sum"
-PROBE, TAKE = ("selection.make_probe", "body_clusters.make_probe"), "selection.take"
-SCORED = "selection.score_clusters", "body_clusters.score_clusters"
+UPDATE, LLOYD, SUM = "plain/kmeans.cluster_means", "exact/clusters.lloyd", "exact/similarity.halving_sum"
+PROBE = "selection.make_probe", "memory/body_clusters.make_probe"
+SCORED = "selection.score_clusters", "memory/body_clusters.score_clusters"
 
 ODD_AS_SOURCES = together(
     put(lambda right, size: right(size)[::-1], *PARTITION),
@@ -262,31 +268,31 @@ ODD_AS_SOURCES = together(
     put(lambda right, matches, even, odd, n_top: right(matches, odd, even, n_top), TOP),
 )
 TIED_SCORES = together(
-    put(last_of_tied_scores, "selection.certified_ranking"),
-    put(lambda *_: "torch", "recall_cache.choose_step_backend"),  # C++ ranks by itself
+    put(last_of_tied_scores, "plain/selection.certified_ranking"),
+    put(lambda *_: "torch", "recall_cache.choose"),  # C++ ranks by itself
 )
 
 MUTANTS = (
     Mutant("tied destinations: the last", MATCHING, put(last_of_tied_destinations, MATCHES)),
     Mutant("tied sources: the last", MATCHING, put(last_of_tied_sources, TOP)),
     Mutant("odd entries as sources", ("alternating_partition", *MATCHING), ODD_AS_SOURCES),
-    Mutant("entries in another order", MATCHING, put(in_the_order_of_tome, "chunk_compression.renumber")),
+    Mutant("entries in another order", MATCHING, put(in_the_order_of_tome, "plain/soft_matching.renumber")),
     Mutant("a partial chunk is merged as well", MATCH, put(rest_as_a_chunk, ".chunked_soft_matching")),
     Mutant("the last whole chunk is left out", MATCH, put(last_chunk_left_out, ".chunked_soft_matching")),
     Mutant("one matching for all heads", MATCH, put(labels_of_the_first_head, ".chunked_soft_matching")),
     Mutant("only one round", MATCHING, put(lambda right, ratio, n: max(right(ratio, n), n - n // 2), *TARGET)),
     Mutant("target by floor", MATCHING, put(lambda _, ratio, size: max(1, int(ratio * size)), *TARGET)),
     Mutant("target in float32", MATCHING, put(lambda _, ratio, size: math.ceil(np.float32(ratio) * size), *TARGET)),
-    Mutant("similarity: dot product", SIMILARITY, score_by(dot_product, *SCORES)),
-    Mutant("similarity: float32", SIMILARITY, score_by(float32_similarity, *SCORES)),
-    Mutant("similarity: no sign", SIMILARITY, score_by(lambda a, b: canonical_similarity(a, b).abs(), *SCORES)),
-    Mutant("similarity: NaN of a zero key", SIMILARITY, score_by(unguarded, *SCORES)),
+    Mutant("similarity: dot product", SIMILARITY, score_by(dot_product, *ALL_SCORES)),
+    Mutant("similarity: float32", SIMILARITY, score_by(float32_similarity, *ALL_SCORES)),
+    Mutant("similarity: no sign", SIMILARITY, score_by(lambda a, b: canonical_similarity(a, b).abs(), *ALL_SCORES)),
+    Mutant("similarity: NaN of a zero key", SIMILARITY, score_by(unguarded, *ALL_SCORES)),
     Mutant("similarity: summed in order", SIMILARITY[:1], put(lambda _, x: x.cumsum(-1)[..., -1], SUM)),
     Mutant("filter without a margin", SIMILARITY[1:], put(lambda *_: 0.0, *(f"{module}.margin" for module in SCORES))),
     Mutant("sums in float32", ("merge", *MATCHING), put(sum_in_float32, *MEANS)),
-    Mutant("sums in descending order", MERGE, put(lambda right, x, by, n: right(x.flip(-2), by.flip(-1), n), *ORDERED)),
+    Mutant("sums in descending order", MERGE, put(lambda right, x, by, n: right(x.flip(-2), by.flip(-1), n), ORDERED)),
     Mutant("sums from +0.0", (*MERGE, *KMEANS), put(lambda right, x, *of: right(x + 0.0, *of), *MEANS, UPDATE)),
-    Mutant("later merges forget the counts", MATCHING, put(means_of_means, "chunk_compression.compress_together")),
+    Mutant("later merges forget the counts", MATCHING, put(means_of_means, "plain/soft_matching.compress_together")),
     Mutant("centroids rounded between rounds", MATCHING, round_between_rounds),
     Mutant("merge in the dtype", ("merge",), put(lambda right, x, by: right(x, by).to(x.dtype).float(), ".merge")),
     Mutant("log counts dropped", COUNTS, log_counts_by(lambda right, counts: right(counts.clamp(max=1)))),
@@ -310,19 +316,21 @@ MUTANTS = (
     ),
     Mutant("cache: sinks are clustered", CACHE, put(lambda right, held: cluster_with(right, held, 0), CLUSTER)),
     Mutant("empty clusters become 0", KMEANS, put(lambda right, x, by, c, *of: right(x, by, 0 * c.abs(), *of), UPDATE)),
-    Mutant("k-means: a round too few", KMEANS, put(lambda right, x, at, n, by: right(x, at, max(1, n - 1), by), LLOYD)),
+    Mutant(
+        "k-means: a round too few", KMEANS, put(lambda right, x, at, n, *by: right(x, at, max(1, n - 1), *by), LLOYD)
+    ),
     Mutant("k-means: assigns after the last update", KMEANS, put(assign_after_the_last_update, LLOYD)),
     Mutant("k-means: begins at random tokens", KMEANS[:1], put(begin_at_random, ".kmeans")),
-    Mutant("k-means: ties to the last cluster", KMEANS, put(last_of_tied_clusters, "assignment.settle")),
-    Mutant("k-means: Euclidean distance", KMEANS, score_by(minus_squared_distance, "assignment")),
+    Mutant("k-means: ties to the last cluster", KMEANS, put(last_of_tied_clusters, "plain/assignment.settle")),
+    Mutant("k-means: Euclidean distance", KMEANS, score_by(minus_squared_distance, "plain/assignment")),
     Mutant("recall: one query of the group", RECALL, put(lambda right, query, by: right(query[:, :1], by), *PROBE)),
     Mutant("recall: no deviations", RECALL, put(lambda right, query, by: right(query, 0), *PROBE)),
     Mutant("recall: no mean", RECALL, put(lambda right, *of: replace(right(*of), mean=0 * right(*of).mean), *SCORED)),
     Mutant("recall: ties to the last cluster", RECALL, TIED_SCORES),
-    Mutant("budget off by one", SELECTION, put(lambda right, *x, budget, **y: right(*x, budget=budget + 1, **y), TAKE)),
-    Mutant("recall: not trimmed", SELECTION, put(lambda right, q, of, n, **by: (right(q, of, n, **by) > 0) * n, TAKE)),
+    Mutant("budget off by one", SELECTION, taking_by(lambda take, *of: take(*of[:-1], of[-1] + 1))),
+    Mutant("recall: not trimmed", SELECTION, taking_by(lambda take, q, of, n, most: (take(q, of, n, most) > 0) * n)),
     Mutant("recall cache: no sinks", RECALL_CACHE, counting_by(lambda counts, n_sink: counts[..., :n_sink].zero_())),
     Mutant("recall cache: a token twice", RECALL_CACHE, counting_by(lambda counts, n: counts[..., n : n + 1].mul_(2))),
     Mutant("recall cache: sinks on top", RECALL_CACHE, put(budget_beside_sinks, "recall_cache.RecallCache.__init__")),
-    Mutant("recall cache: zero is None", RECALL_CACHE, put(zero_is_none, "segments.SegmentPlan.sizes")),
+    Mutant("recall cache: zero is None", RECALL_CACHE, put(zero_is_none, "memory/segments.RecallSettings.sizes")),
 )
