@@ -17,6 +17,7 @@ __all__ = [
     "check_integer",
     "check_keep_ratio",
     "check_method",
+    "check_query",
     "check_scored",
     "check_shape",
     "check_share",
@@ -207,3 +208,15 @@ def check_method(method: object) -> None:
     """Refuse what is no method of clustering chunks."""
     if isinstance(method, type) or not callable(getattr(method, "compress", None)):
         raise TypeError(f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {method!r}")
+
+
+def check_query(query: torch.Tensor, keys: torch.Tensor | None) -> None:
+    """Refuse a query that does not fit the keys of a cache, which must hold some."""
+    if keys is None:
+        raise ValueError("attend needs at least one appended token, got an empty cache")
+    check_array("query", query)
+    if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
+        shapes = f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
+        raise ValueError(f"query must have the leading axes and dim of keys, {shapes}")
+    if query.shape[-2] == 0:
+        raise ValueError(f"query must not be empty, got {tuple(query.shape)}")

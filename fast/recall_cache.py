@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_array, check_half_range, check_integer
+from .arguments import check_append, check_half_range, check_integer, check_query
 from .backends import AnyBackend, cell, choose
 from .exact.clusters import Clusters
-from .exact.entries import Reached, Rest, entries_at, places_of, rows_of
+from .exact.entries import Reached, entries_at, places_of, rows_of
 from .memory.body_clusters import BodyClusters
 from .memory.ordinary import on_ordinary_tensors
 from .memory.room import move_to_room, with_room
@@ -18,6 +18,8 @@ from .memory.work import ClusteringWork
 from .selection import Selection
 
 __all__ = ["RecallCache"]
+
+BEFORE = "n_clustered_before", "n_clusters_before"  # how saved numbers call what was there before the last append
 
 
 class RecallCache:
@@ -31,11 +33,9 @@ class RecallCache:
     The tokens of a cluster lie side by side in memory, so that recalling it reads one span. There is room to grow (1 /
     32 of the tokens, at least one segment): `nbytes` counts what is there, `nbytes_reserved` the memory. Appending a
     token moves no other one but where the room ends, clustering a segment moves its own. `stored` are views that the
-    next `append` may overwrite, and what dense attention needs, to which order is nothing; `keys` and `values`
-    are copies, once there is a body.
+    next `append` may overwrite, enough for dense attention; `keys` and `values` are copies once there is a body.
 
-    A step reads the clusters' centroids and deviations, in bfloat16, and `budget` keys and values. No gradient flows
-    through it.
+    A step reads centroids and deviations, in bfloat16, and `budget` keys and values. No gradient flows through it.
     """
 
     body_class: ClassVar[type[BodyClusters]] = BodyClusters
@@ -55,19 +55,8 @@ class RecallCache:
         centroids_for_rest: bool = False,
         backend: AnyBackend = "auto",
     ) -> None:
-        settings = RecallSettings(
-            budget=budget,
-            n_sink=n_sink,
-            n_recent=n_recent,
-            tokens_per_cluster=tokens_per_cluster,
-            segment_size=segment_size,
-            prompt_segment_size=prompt_segment_size,
-            max_iter=max_iter,
-            is_centred=is_centred,
-            spread=spread,
-            centroids_for_rest=centroids_for_rest,
-        )
-        self._begin(settings, backend)
+        sizes = budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size
+        self._begin(RecallSettings(*sizes, max_iter, is_centred, spread, centroids_for_rest), backend)
 
     @classmethod
     def with_settings(cls, settings: RecallSettings, backend: AnyBackend = "auto") -> Self:
@@ -79,9 +68,8 @@ class RecallCache:
     def _begin(self, settings: RecallSettings, backend: AnyBackend) -> None:
         self.settings, self.backend = settings, backend
         self.body = self.body_class(settings)
-        self.n_seen = 0
-        self._is_prompt = True  # whether the last append was the first
-        self._before = 0, 0  # tokens and clusters of the body before the last append
+        self.n_seen, self._is_prompt = 0, True  # tokens; whether the last append was the first
+        self._before: tuple[int, ...] = 0, 0  # tokens and clusters of the body before the last append
         self._held: tuple[Tensor, ...] | None = None  # keys and values (..., room, dim)
 
     @property
@@ -101,16 +89,12 @@ class RecallCache:
     def clusters(self) -> Clusters | None:
         if self.body.scored is None:
             return None
-        centroids = self.body.scored.features.chunk(2, dim=-1)[0].float()
-        return Clusters(*map(self._with_leads, (self.body.labels(), self.body.counts, centroids)))
+        arrays = self.body.labels(), self.body.counts, self.body.scored.centroids
+        return Clusters(*map(self._with_leads, arrays))
 
     @property
     def deviations(self) -> Float32[Tensor, "*lead clusters dim"] | None:
-        return (
-            None
-            if self.body.scored is None
-            else self._with_leads(self.body.scored.features.chunk(2, dim=-1)[1].float())
-        )
+        return None if self.body.scored is None else self._with_leads(self.body.scored.deviations)
 
     @property
     def n_stored(self) -> int:
@@ -142,8 +126,7 @@ class RecallCache:
     @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, room to grow included."""
-        held = () if self._held is None else self._held
-        return self.body.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in held)
+        return self.body.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in self._held or ())
 
     def append(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
         """Take the next tokens, then cluster every segment that is due."""
@@ -213,21 +196,21 @@ class RecallCache:
 
     def select_clusters(self, query: Float[Tensor, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
-        self._check_query(query)
+        check_query(query, None if self._held is None else self.stored[0])
         return None if self.n_clustered == 0 else Selection(self._with_leads(self._take(query)))
 
     def attend(
         self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
     ) -> Float[Tensor, "*lead group dim_value"]:
         """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
-        self._check_query(query)
+        check_query(query, None if self._held is None else self.stored[0])
         taken = None if self.n_clustered == 0 else self._take(query)
         output: Tensor = cell("attend_recalled", self.body.backend)(
             self._flat(query.detach()),
             self._reached(taken),
             taken,
             self._n_recalled,
-            self._rest(taken),
+            self.body.rest(taken),
             query.shape[-1] ** -0.5 if scale is None else scale,
         )
         return output.reshape(*query.shape[:-1], output.shape[-1])
@@ -235,9 +218,8 @@ class RecallCache:
     def entries(self, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and counts (..., entries, .) of what is attended to: sinks, recent tokens, what is recalled."""
         taken = None if selection is None else selection.taken.reshape(-1, self.body.n_clusters)
-        reached = self._reached(taken)
-        places = places_of(reached, taken, self._n_recalled)
-        entries = entries_at(reached.keys, reached.values, places, self._rest(taken))
+        reached, rest = self._reached(taken), self.body.rest(taken)
+        entries = entries_at(reached.keys, reached.values, places_of(reached, taken, self._n_recalled), rest)
         keys, values, counts = map(self._with_leads, entries)
         return keys, values, counts
 
@@ -246,8 +228,7 @@ class RecallCache:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
         if self._held is None:
             return
-        batch = self._held[0].shape[0]
-        problems = torch.arange(self._held[0].shape[:-2].numel(), device=indices.device).reshape(batch, -1)
+        problems = torch.arange(self._held[0].shape[:-2].numel(), device=indices.device).reshape(self.n_rows, -1)
         self.body.select_rows(problems.index_select(0, indices).flatten())
         self._held = tuple(array.index_select(0, indices) for array in self._held)
 
@@ -256,9 +237,8 @@ class RecallCache:
         if self._held is None:
             return {}, {}
         tensors = dict(zip(("keys", "values"), self.stored, strict=True)) | self.body.state()
-        before = dict(zip(("n_clustered_before", "n_clusters_before"), self._before, strict=True))
         numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "is_prompt": self._is_prompt}
-        return tensors, numbers | before
+        return tensors, numbers | dict(zip(BEFORE, self._before, strict=True))
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
         """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty.
@@ -270,10 +250,8 @@ class RecallCache:
             self.extend(tensors["keys"], tensors["values"])
             self._is_prompt = bool(numbers["is_prompt"])
             self.body.restore(tensors)
-            self._before = (
-                numbers.get("n_clustered_before", self.n_clustered),
-                numbers.get("n_clusters_before", self.body.n_clusters),
-            )
+            now = self.n_clustered, self.body.n_clusters
+            self._before = tuple(numbers.get(name, number) for name, number in zip(BEFORE, now, strict=True))
 
     def _drop_clusters_of_last_append(self) -> None:
         """Forget these clusters and put their tokens back into the order in which they came."""
@@ -302,22 +280,11 @@ class RecallCache:
         keys, values = map(self._flat, self._held)
         return Reached(keys, values, first_row, self.settings.n_sink, self.n_clustered, self._n_exact)
 
-    def _rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:
-        """The clusters, for the tokens of them that are not recalled; None if nothing stands for these."""
-        if taken is None or not self.settings.centroids_for_rest:
-            return None
-        centroids = self.body.scored.features.chunk(2, dim=-1)[0].float()
-        return centroids, self.body.value_centroids, (self.body.counts - taken).int()
-
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
-        """`array` (..., n_seen, dim) with its body in token order."""
+        """`array` (..., n_seen, dim) with its body in token order; itself while there is no body."""
         if self.n_clustered == 0:
             return array
-        body = slice(self.settings.n_sink, self.settings.n_sink + self.n_clustered)
-        ordered = array.clone()
-        index = self._with_leads(self.body.members).unsqueeze(-1).expand(*array[..., body, :].shape)
-        ordered[..., body, :] = torch.empty_like(array[..., body, :]).scatter_(-2, index, array[..., body, :])
-        return ordered
+        return self.body.in_order_of_arrival(self._flat(array), self.settings.n_sink).view(array.shape)
 
     def _flat(self, array: Tensor) -> Tensor:
         """`array` (..., rows, dim) with one leading axis."""
@@ -331,16 +298,3 @@ class RecallCache:
         """Move what is stored to memory with room for `tokens` and some more."""
         rows = with_room(tokens, least=self.settings.segment_size)
         self._held = move_to_room(self._held, self.n_seen, like, rows)
-
-    def _check_query(self, query: Tensor) -> None:
-        if self._held is None:
-            raise ValueError("attend needs at least one appended token, got an empty cache")
-        check_array("query", query)
-        keys = self.stored[0]
-        if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
-            raise ValueError(
-                "query must have the leading axes and dim of keys, "
-                f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
-            )
-        if query.shape[-2] == 0:
-            raise ValueError(f"query must not be empty, got {tuple(query.shape)}")

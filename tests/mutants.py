@@ -158,7 +158,8 @@ def round_between_rounds(monkeypatch):
 
 
 def log_counts_by(log: Callable[..., Tensor]) -> Patch:
-    return together(put(log, "plain/attention.log_counts"), put(lambda *_: "torch", "backends.choose"))
+    without_cpp = put(lambda *_: "torch", "backends.choose", "recall_cache.choose")
+    return together(put(log, "plain/attention.log_counts"), without_cpp)
 
 
 def query_heads_dealt_out(right, query, *others):

@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 PARAMETERS = {
     "full": {},
-    "clustered": {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None},
+    "clustered": {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()},
     "recall": {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32},
 }
 PROMPT = random_tokens(150, batch=2)

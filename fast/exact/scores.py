@@ -31,6 +31,14 @@ class ScoredClusters:
     mean: Float32[Tensor, "problems 1 two_dims"]
     largest: Float32[Tensor, "problems 2"]
 
+    @property
+    def centroids(self) -> Float32[Tensor, "problems clusters dim"]:
+        return self.features.chunk(2, dim=-1)[0].float()
+
+    @property
+    def deviations(self) -> Float32[Tensor, "problems clusters dim"]:
+        return self.features.chunk(2, dim=-1)[1].float()
+
 
 def score_clusters(features: Float[Tensor, "problems clusters two_dims"], counts: Tensor) -> ScoredClusters:
     """With the mean over the clusters (problems, clusters) that are not empty, and the lengths."""

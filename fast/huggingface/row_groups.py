@@ -108,11 +108,10 @@ class RowGroups:
 
     def of_row(self, row: int) -> tuple[Any, int]:
         """The cache that has a row of the batch, and the row's number there."""
-        for group in self.groups:
-            rows = self._rows_of(group)
-            if row in rows:
-                return group.cache, rows.index(row)
-        raise IndexError(f"row must be from 0 to {self.n_rows - 1}, got {row}")
+        if not self.is_padded:
+            return self.groups[0].cache, row
+        group = next(group for group in self.groups if row in self._rows_of(group))
+        return group.cache, self._rows_of(group).index(row)
 
     def extend(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None = None) -> None:
         """Take the next tokens (batch, kv_heads, tokens, dim); each row has seen `padding` of padding after them."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends import cell
 from ..exact.clusters import Clusters
+from ..exact.entries import Rest
 from ..exact.scores import ScoredClusters, make_probe, score_clusters
 from .segments import RecallSettings
 from .work import ClusteringWork
@@ -104,6 +105,20 @@ class BodyClusters:
         probe = make_probe(query, self.settings.spread)
         taken: Tensor = cell("take", self.backend)(probe, self.scored, self.counts, budget)
         return taken
+
+    def rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:
+        """The clusters, for the tokens of them that are not taken; None if nothing stands for these."""
+        if taken is None or not self.settings.centroids_for_rest:
+            return None
+        return self.scored.centroids, self.value_centroids, (self.counts - taken).int()
+
+    def in_order_of_arrival(self, array: Float[Tensor, "problems tokens dim"], n_sink: int) -> Tensor:
+        """A copy of `array`, whose rows behind `n_sink` lie in the order of the clusters, with these as they came."""
+        ordered = array.clone()
+        rows = array[:, n_sink : n_sink + self.n_tokens]
+        index = self.members.unsqueeze(-1).expand(rows.shape)
+        ordered[:, n_sink : n_sink + self.n_tokens] = torch.empty_like(rows).scatter_(1, index, rows)
+        return ordered
 
     def labels(self) -> Int64[Tensor, "problems tokens"]:
         """Cluster of each token, made from `members`."""

@@ -68,7 +68,7 @@ def test_the_demo_fails_when_one_stored_bit_is_wrong(llama, text, tmp_path, monk
     right = demo_run.check_against_reference
 
     def with_one_bit_flipped(full, clustered, attention, progress):
-        clustered.layers[1].entries.values.view(torch.int32)[0, 1, 50, 3] ^= 1
+        clustered.layers[1].cache.caches[0].values.view(torch.int32)[0, 1, 50, 3] ^= 1
         return right(full, clustered, attention, progress)
 
     monkeypatch.setattr(demo_run, "check_against_reference", with_one_bit_flipped)
@@ -82,7 +82,7 @@ def test_the_demo_fails_when_attention_misses_the_log_counts(llama, text, tmp_pa
     right = ClusteredLayer.attend
 
     def without_counts(layer, query, *, scale):
-        layer.entries.counts[:] = 1  # of the copy that the oracle listens to
+        layer.cache.caches[0].counts[:] = 1  # of the copy that the oracle listens to
         return right(layer, query, scale=scale)
 
     monkeypatch.setattr(ClusteredLayer, "attend", without_counts)

@@ -15,6 +15,7 @@ from kvcluster.evaluation.quality.attention_error import attention_errors
 from kvcluster.evaluation.quality.methods import METHODS, chunked_keep_ratio
 from kvcluster.evaluation.quality.scoring import copy_rows, fill, following_nll, generate, prefill, score_needles
 from kvcluster.evaluation.texts import encode
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 SIZE = {"lengths": [700], "n_contexts": 1, "n_needles": 4, "n_following": 60}
@@ -33,7 +34,7 @@ def model():
 
 def clustered(model, **parameters):
     return ClusteredCache.for_model(
-        model, **{"keep_ratio": 0.25, "chunk_size": 32, "n_recent": 16, "n_shared": None, **parameters}
+        model, **{"keep_ratio": 0.25, "chunk_size": 32, "n_recent": 16, "method": SoftMatching(), **parameters}
     )
 
 
@@ -157,7 +158,7 @@ def test_chunked_stores_what_it_may_and_hardly_less(model, n_tokens, keep):
     ratio = chunked_keep_ratio(keep, n_tokens)
     stored = []
     for each in (ratio, min(1.0, ratio + 1 / 64)):
-        cache = ClusteredCache.for_model(model, keep_ratio=each, chunk_size=64, n_recent=64, n_shared=None)
+        cache = ClusteredCache.for_model(model, keep_ratio=each, chunk_size=64, n_recent=64, method=SoftMatching())
         stored.append(prefill(model, lambda _, cache=cache: cache, [7] * n_tokens).n_stored)
     assert stored[0] <= keep * n_tokens
     assert stored[1] > keep * n_tokens or ratio == 1

@@ -81,9 +81,9 @@ def test_default_variant_stores_what_the_cache_stores(case):
     cache = fill(ClusteredCache.for_model(model, keep_ratio=10 / 64, n_sink=4, **sizes), full)
     for layer, (keys, values) in zip(cache.layers, context.read, strict=True):
         made = compress_layer(keys, values, 10, replace(Settings(), **sizes))
-        assert torch.equal(made.counts.int(), layer.entries.counts[0])
-        assert torch.equal(made.keys, layer.entries.keys[0])
-        assert torch.equal(made.values, layer.entries.values[0])
+        assert torch.equal(made.counts.int(), layer.cache.caches[0].counts[0])
+        assert torch.equal(made.keys, layer.cache.caches[0].keys[0])
+        assert torch.equal(made.values, layer.cache.caches[0].values[0])
         wrong = compress_layer(keys, values, 10, replace(Settings(), **sizes | {"n_shared": 3}))
         assert not torch.equal(wrong.keys, made.keys)
 
@@ -112,7 +112,9 @@ def test_packed_scores_are_those_of_the_evaluation(case):
     model = long_llama()
     context, full = context_of(model, case)
     cache = fill(ClusteredCache.for_model(model, keep_ratio=0.1), full)
-    clustered = [Held(*(x[0] for x in (e.keys, e.values, e.counts))) for e in (layer.entries for layer in cache.layers)]
+    clustered = [
+        Held(*(x[0] for x in (e.keys, e.values, e.counts))) for e in (layer.cache.caches[0] for layer in cache.layers)
+    ]
     for held, theirs in ((exact(context.read), full), (clustered, cache)):
         expected = score_needles(model, theirs, case.needles, nbytes=1)
         found = score(model, case, held)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import make_cache
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
@@ -37,14 +38,14 @@ def pieces(keys, values, cuts, convert):
 
 
 def filled(keys, values, cuts=(), **parameters):
-    cache = reference.ClusteredCache(**{**SMALL, **parameters})
+    cache = make_cache(reference, **{**SMALL, **parameters})
     for piece in pieces(keys, values, cuts, np.copy):
         cache.append(*piece)
     return cache
 
 
 def fast_filled(keys, values, cuts=(), **parameters):
-    cache = fast.ClusteredCache(**{**SMALL, **parameters})
+    cache = make_cache(fast, **{**SMALL, **parameters})
     for piece in pieces(keys, values, cuts, to_torch):
         cache.append(*piece)
     return cache
@@ -88,7 +89,7 @@ def test_any_split_keeps_the_budget_with_the_same_bytes_in_numpy_and_torch(
     assert whole.n_stored <= least + room
     assert (whole.counts.sum(axis=-1) == n_tokens).all()
     for split in (cuts, range(1, n_tokens)):
-        other = fast.ClusteredCache(**parameters)
+        other = fast.BoundedCache(**parameters)
         for piece in pieces(keys, values, split, to_torch):
             other.append(*piece)
             assert other.n_stored <= least + room
@@ -114,8 +115,8 @@ def youngest_pair(held):
 
 
 WRONG = {
-    "youngest pair": ("cache.smallest_pair", lambda right: youngest_pair),
-    "two oldest": ("cache.smallest_pair", lambda right: lambda held: 0),
+    "youngest pair": ("bounded_cache.smallest_pair", lambda right: youngest_pair),
+    "two oldest": ("bounded_cache.smallest_pair", lambda right: lambda held: 0),
     "unweighted mean": (
         "span_merging.weighted_mean",
         lambda right: lambda array, counts, labels: right(array, np.ones_like(counts), labels),
@@ -151,7 +152,7 @@ def test_wrong_twins_of_merging_spans_are_told_apart(name, monkeypatch):
 def test_merging_by_hand(package, convert):
     """Spans of one entry: 1 and 2 merge first, the oldest pair; then 3 and 4, the lightest; 5 joins these."""
     tokens = np.arange(1, 6, dtype=np.float32)[:, None]
-    cache = package.ClusteredCache(keep_ratio=1, chunk_size=1, n_sink=0, n_recent=0, budget=2)
+    cache = package.BoundedCache(keep_ratio=1, chunk_size=1, n_sink=0, n_recent=0, budget=2)
     held = []
     for token in tokens:
         cache.append(convert(token[None]), convert(token[None]))
@@ -181,7 +182,7 @@ def test_a_budget_never_reached_changes_nothing(parameters):
 
 def test_append_returns_the_entries_before_merging():
     keys, values = tokens_of(4, 90)
-    caches = reference.ClusteredCache(**SMALL), fast.ClusteredCache(**SMALL)
+    caches = reference.BoundedCache(**SMALL), fast.BoundedCache(**SMALL)
     both = zip(pieces(keys, values, [60], np.copy), pieces(keys, values, [60], to_torch), strict=True)
     for arrays, tensors in both:
         before = caches[0].n_stored
@@ -205,9 +206,9 @@ ROOM = "n_sink + n_recent + chunk_size - 1 + ceil(keep_ratio * chunk_size), got 
 )
 def test_both_backends_refuse_a_wrong_budget_with_the_same_words(budget, error, message):
     for package in (reference, fast):
-        package.ClusteredCache(**{**SMALL, "budget": 13})
+        package.BoundedCache(**{**SMALL, "budget": 13})
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
-            package.ClusteredCache(**{**SMALL, "budget": budget})
+            package.BoundedCache(**{**SMALL, "budget": budget})
 
 
 def test_a_refused_append_leaves_the_cache_as_it_was():
@@ -224,7 +225,7 @@ def test_a_restored_cache_continues_as_the_one_that_was_saved(budget):
     keys, values = tokens_of(6, 200)
     cache, restored = (
         fast_filled(keys[:, :97], values[:, :97], budget=budget),
-        fast.ClusteredCache(**{**SMALL, "budget": budget}),
+        make_cache(fast, **{**SMALL, "budget": budget}),
     )
     tensors, numbers = cache.state()
     restored.restore(tensors, json.loads(json.dumps(numbers)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, make_keys, to_torch
@@ -33,13 +34,13 @@ def tokens_of(n_tokens, seed=0):
 
 def of_tokens(array, plan):
     """The reference's cache of these tokens, which are keys and values at once."""
-    cache = reference.ClusteredCache(**plan)
+    cache = make_cache(reference, **plan)
     cache.append(array, array)
     return cache
 
 
 def fed(array, plan, cuts=()):
-    cache = fast.ClusteredCache(**plan)
+    cache = make_cache(fast, **plan)
     for start, stop in itertools.pairwise([0, *cuts, array.shape[1]]):
         cache.append(to_torch(array[:, start:stop]), to_torch(array[:, start:stop]))
     return cache
@@ -58,7 +59,7 @@ def assert_same_cache(fast_cache, cache):
     steps=st.lists(st.tuples(st.booleans(), st.integers(1, 80), st.floats(0, 1)), min_size=1, max_size=8),
 )
 def test_any_appends_and_crops_leave_the_cache_of_the_tokens_that_are_left(plan, steps):
-    cache, tokens, last = fast.ClusteredCache(**plan), tokens_of(0), 0
+    cache, tokens, last = make_cache(fast, **plan), tokens_of(0), 0
     for seed, (is_crop, n_new, share) in enumerate(steps):
         if is_crop:
             assert min(last, cache.n_seen) <= cache.n_croppable <= cache.n_seen
@@ -175,7 +176,7 @@ def test_wrong_numbers_of_tokens_are_refused(n_tokens, error, message):
     with pytest.raises(error, match=f"^{message}$"):
         cache.crop(n_tokens)
     assert_same_cache(cache, of_tokens(tokens_of(7), SMALL))
-    empty = fast.ClusteredCache(**SMALL)
+    empty = make_cache(fast, **SMALL)
     empty.crop(0)
     assert (empty.n_croppable, empty.keys) == (0, None)
 
@@ -248,7 +249,7 @@ def test_what_is_kept_is_counted_and_let_go():
 
 def test_a_restored_cache_has_nothing_to_undo():
     tokens = tokens_of(80)
-    cache, restored = fed(tokens, SMALL, [60]), fast.ClusteredCache(**SMALL)
+    cache, restored = fed(tokens, SMALL, [60]), make_cache(fast, **SMALL)
     restored.restore(*cache.state())
     assert restored.n_croppable == (80 - 5) % 6 < 20 <= cache.n_croppable
     restored.crop(3)

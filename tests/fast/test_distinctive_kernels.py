@@ -9,8 +9,8 @@ from agreement import assert_same_bits
 from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast.distinctive_matching import compress_distinctive
-from kvcluster.fast.kernels import distinctive, likeness
+from kvcluster.fast.kernels import distinctive_matching as distinctive
+from kvcluster.fast.kernels import likeness
 from kvcluster.reference.distinctive_matching import likeness_to_mean
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,8 +73,8 @@ def test_the_kernel_has_the_bits_of_the_scores(kind, dtype):
 def test_kernels_and_torch_make_the_same_entries():
     """And count the same rows; which of them need canonical scores is each filter's own business."""
     keys, values = (to_torch(array).to(DEVICE) for array in pair("smooth", (2, 3, 60, 16), "f16", dim_value=9))
-    sizes = {"chunk_size": 20, "target": 8, "n_shared": 3}
-    ours, theirs = (compress_distinctive(keys, values, **sizes, backend=name) for name in ("triton", "torch"))
+    method, sizes = fast.Distinctive(n_shared=3), {"chunk_size": 20, "target": 8}
+    ours, theirs = (method.compress(keys, values, **sizes, backend=name) for name in ("triton", "torch"))
     for name in ("labels", "counts", "keys", "values"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert ours.n_rows == theirs.n_rows == 2 * 3 * 3 * (20 - 8)
@@ -84,8 +84,9 @@ def test_kernels_and_torch_make_the_same_entries():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_fill_caches_with_the_reference_bytes(dtype):
     keys, values = pair("normal", (2, 2, 90, 16), dtype, dim_value=24)
-    rules = {**SETTINGS, "n_sink": 2, "n_recent": 9}
-    cache, expected = fast.ClusteredCache(**rules, backend="triton"), reference.ClusteredCache(**rules)
+    rules = {"keep_ratio": 0.4, "chunk_size": 20, "n_sink": 2, "n_recent": 9}
+    cache = fast.ClusteredCache(**rules, method=fast.Distinctive(n_shared=3), backend="triton")
+    expected = reference.ClusteredCache(**rules, method=reference.Distinctive(n_shared=3))
     for span in (np.s_[..., :70, :], np.s_[..., 70:71, :], np.s_[..., 71:, :]):
         cache.append(*(to_torch(array[span]).to(DEVICE) for array in (keys, values)))
         expected.append(keys[span], values[span])
@@ -114,14 +115,14 @@ def test_wrong_twins_of_the_kernels_are_told_apart(name, monkeypatch):
     exec(compile(source.replace(right, wrong), name, "exec"), twin)
     keys, values = pair("near_ties" if "float32" in name else "signs", (1, 2, 60, 4))
     assert_kernels_agree(keys, values, **SETTINGS)
-    monkeypatch.setattr(distinctive, "compress_distinctive", twin["compress_distinctive"])
+    monkeypatch.setattr(distinctive, "compress", twin["compress"])
     with pytest.raises(AssertionError):
         assert_kernels_agree(keys, values, **SETTINGS)
 
 
 def test_an_explicit_backend_is_never_replaced(monkeypatch):
     keys, wide = torch.ones(40, 8), torch.ones(40, 300)
-    with pytest.raises(ValueError, match="backend must be 'auto', 'torch' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'torch', 'triton' or 'cpp', got 'cuda'"):
         fast.distinctive_matching(keys, keys, **SETTINGS, backend="cuda")
     with pytest.raises(ValueError, match="dim must be at most 256 for backend 'triton', got 300"):
         fast.distinctive_matching(keys, wide, **SETTINGS, backend="triton")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits, equal_in_float32
+from caches import make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_numpy, to_torch
@@ -36,7 +37,7 @@ def by_torch(keys, values, **rules):
 def test_the_fast_path_has_the_same_bits(kind, dtype, scores, monkeypatch):
     """Also of two layouts, and of scores by torch alone, as where there is no compiler."""
     if scores == "torch":
-        monkeypatch.setattr(importlib.import_module("kvcluster.fast.distinctive_matching"), "has_cpp", lambda: False)
+        monkeypatch.setattr("kvcluster.fast.backends.has_cpp", lambda: False)
     for number, (shape, rules) in enumerate(
         [
             ((2, 3, 67, 16), SETTINGS),
@@ -153,7 +154,7 @@ def test_caches_hold_what_the_function_says(pieces, dtype):
     """However tokens arrive: reference and fast path hold the same bytes, of merged chunks and exact ends."""
     rules = {**SETTINGS, "n_sink": 2, "n_recent": 9}
     keys, values = pair("normal", (2, 3, 150, 16), DTYPES[dtype])
-    slow, quick = reference.ClusteredCache(**rules), fast.ClusteredCache(**rules)
+    slow, quick = make_cache(reference, **rules), make_cache(fast, **rules)
     first = 0
     for size in pieces:
         part = (array[..., first : first + size, :] for array in (keys, values))
@@ -203,11 +204,13 @@ def test_bad_arrays_are_refused_with_the_same_words():
 
 
 @pytest.mark.parametrize("backend", [reference, fast])
-def test_a_budget_is_refused(backend):
-    with pytest.raises(ValueError, match="n_shared must be None with a budget, which merges all tokens, got 4"):
-        backend.ClusteredCache(keep_ratio=0.5, budget=1000, n_shared=4)
+def test_what_is_no_method_is_refused(backend):
     with pytest.raises(ValueError, match="n_shared must be at least 1, got 0"):
-        backend.ClusteredCache(keep_ratio=0.5, n_shared=0)
+        backend.Distinctive(n_shared=0)
+    for wrong in (None, "distinctive", backend.Distinctive, 4):
+        message = f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {wrong!r}"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            backend.ClusteredCache(keep_ratio=0.5, method=wrong)
 
 
 def test_defaults_are_those_of_the_specification():

@@ -10,8 +10,9 @@ from agreement import attention_agrees
 from inputs import DTYPES, to_torch
 
 from kvcluster import fast
-from kvcluster.fast import cpu, entry_attention
 from kvcluster.fast.attention import attend_entries
+from kvcluster.fast.cpu.compiling import library
+from kvcluster.fast.plain import attention as plain_attention
 
 BACKENDS = ["torch", "cpp", "triton"]
 
@@ -123,7 +124,7 @@ def test_the_number_of_threads_changes_no_bit():
 def test_torch_in_pieces_is_torch_at_once(monkeypatch):
     arrays = problem(7, entries=50, queries=20)
     whole = attend_entries(*arrays, queries=20, backend="torch")
-    monkeypatch.setattr(entry_attention, "WORKING_BYTES", 3000)
+    monkeypatch.setattr(plain_attention, "WORKING_BYTES", 3000)
     assert agrees(attend_entries(*arrays, queries=20, backend="torch"), *arrays, 20)
     assert whole.shape == attend_entries(*arrays, queries=20, backend="torch").shape
 
@@ -188,6 +189,6 @@ def test_without_a_compiler_torch_does_the_work_and_cpp_says_why_not(path, compi
 
 
 def test_loading_the_library_does_not_flush_subnormal_numbers():
-    cpu.library("attention")
+    library("attention")
     assert (torch.full((64,), 1e-40) * 1.0).count_nonzero() == 64
     assert (np.full(64, 1e-40, dtype=np.float32) * np.float32(1)).all()

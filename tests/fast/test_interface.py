@@ -15,7 +15,7 @@ REFERENCE_MODULES = sorted(f"kvcluster.reference.{module.name}" for module in pk
 
 
 WITH_EXAMPLES = [*REFERENCE_MODULES, "kvcluster.fast.vllm.rule", "kvcluster.fast.vllm.steps"]
-DATA = {"Clustering", "Clusters", "Selection"}  # dataclasses
+DATA = {"Clustering", "Clusters", "Distinctive", "Selection", "SoftMatching"}  # dataclasses
 
 
 def in_fresh_interpreter(code):
@@ -32,15 +32,15 @@ def test_reference_and_fast_have_the_same_signatures(name):
     assert parameters(ours) == parameters(theirs)
     if inspect.isclass(ours) and name not in DATA:
         public = {method for method in vars(theirs) if not method.startswith("_")}
-        assert public <= set(vars(ours))
+        assert public <= set(dir(ours))
         for method in public & {method for method in public if callable(getattr(theirs, method))}:
             assert parameters(getattr(ours, method)) == parameters(getattr(theirs, method))
 
 
 def parameters(function):
-    """Without `backend`, which only the fast path has."""
+    """Without `backend`, which only the fast path has; defaults that are methods have their spelling."""
     given = inspect.signature(function).parameters.values()
-    return [(p.name, p.kind, p.default) for p in given if p.name != "backend"]
+    return [(p.name, p.kind, repr(p.default)) for p in given if p.name != "backend"]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
@@ -118,8 +118,11 @@ for dtype in (np.float16, np.float32):
                 backend.similarity(keys_, query_)
                 backend.attention(query_, keys_, keys_)
                 backend.clustered_attention(convert(query.astype(np.float32)), centroids, centroids, clustering.counts)
-                cache = backend.ClusteredCache(keep_ratio=0.25, chunk_size=16, n_recent=4, budget=30)
-                cache.append(keys_, keys_)
+                for cache in (
+                    backend.BoundedCache(keep_ratio=0.25, chunk_size=16, n_recent=4, budget=30),
+                    backend.ClusteredCache(keep_ratio=0.25, method=backend.Distinctive(), chunk_size=16, n_recent=4),
+                ):
+                    cache.append(keys_, keys_)
                 cache.attend(query_)
                 clusters = backend.kmeans(keys_, n_clusters=7, is_centred=True)
                 backend.kmeans(keys_, n_clusters=7, init=clusters.centroids)

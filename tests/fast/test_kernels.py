@@ -9,7 +9,7 @@ from agreement import assert_same_bits
 from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast.backends import choose_backend
+from kvcluster.fast.backends import choose
 from kvcluster.fast.kernels import match as match_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,7 +104,7 @@ def test_an_explicit_backend_is_never_replaced(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="backend 'triton' needs the package triton"):
         fast.chunked_soft_matching(keys[:, :5], keep_ratio=0.5, backend="triton")
-    assert choose_backend("auto", keys) == choose_backend("torch", keys) == "torch"
+    assert choose("merge", "auto", keys) == choose("merge", "torch", keys) == "torch"
 
 
 @pytest.mark.slow

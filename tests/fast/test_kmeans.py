@@ -1,7 +1,5 @@
 """k-means: by hand, by what a fixed point must be, and fast against reference to the last bit."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,8 @@ from scipy.spatial.distance import cdist
 from kvcluster import fast, reference
 from kvcluster.fast.exact.similarity import canonical_similarity
 from kvcluster.fast.plain import assignment
+from kvcluster.fast.plain import kmeans as plain_kmeans
 
-fast_kmeans = sys.modules["kvcluster.fast.kmeans"]  # the module, which its function hides
 FIELDS = ("labels", "counts", "centroids", "members", "first_member")
 
 
@@ -160,7 +158,7 @@ def float32_means(keys, labels, kept, away_from=None):
     [
         (assignment, "margin", no_margin, "near_ties"),
         (assignment, "settle", last_of_ties, "signs"),
-        (fast_kmeans, "update", float32_means, "normal"),
+        (plain_kmeans, "cluster_means", float32_means, "normal"),
     ],
     ids=["float32 labels", "ties to the last", "float32 means"],
 )
@@ -181,8 +179,8 @@ def test_heads_are_problems_of_their_own():
 
 def test_the_filter_settles_nearly_all_of_random_keys():
     keys = to_torch(make_keys("normal", (2, 1000, 64), DTYPES["f32"], seed=9))
-    made = fast_kmeans.fit(keys, keys[:, ::20].clone(), max_iter=3)
+    made = plain_kmeans.fit(keys, keys[:, ::20].clone(), max_iter=3, is_centred=False)
     assert made.n_rows == 3 * 2000
     assert made.n_scored_rows < 0.01 * made.n_rows
-    equal = fast_kmeans.fit(keys.sign(), keys[:, ::20].sign(), max_iter=1)
+    equal = plain_kmeans.fit(keys.sign(), keys[:, ::20].sign(), max_iter=1, is_centred=False)
     assert equal.n_scored_rows > 0.01 * equal.n_rows

@@ -143,7 +143,9 @@ def test_wrong_twins_of_selection_are_told_apart(twin, monkeypatch):
     elif twin == "ties to the last":
         monkeypatch.setattr(selection, "settle", lambda ranking, *rest: right_settle(ranking, *rest).flip(-1))
     else:
-        monkeypatch.setattr(selection, "make_probe", lambda q, s: cluster_scores.make_probe(q.sum(1, keepdim=True), s))
+        monkeypatch.setattr(
+            "kvcluster.fast.selection.make_probe", lambda q, s: cluster_scores.make_probe(q.sum(1, keepdim=True), s)
+        )
     with pytest.raises(AssertionError):
         selected(query, centroids, counts, **parameters)
 
@@ -155,7 +157,7 @@ def test_deviations_are_mean_distances_feature_by_feature():
     for kind in KINDS:
         _, keys, _, clusters, deviations = problem(kind, "f32", 70)
         ours = fast.Clusters(*map(to_torch, (clusters.labels, clusters.counts, clusters.centroids)))
-        assert_same_bits(fast_deviations(to_torch(keys), ours), deviations)
+        assert_same_bits(fast_deviations(to_torch(keys), ours, "torch"), deviations)
 
 
 def test_rounding_to_bfloat16_is_that_of_torch():

@@ -253,9 +253,9 @@ def test_rows_of_the_batch_can_be_reordered(backend):
 
 def test_an_explicit_backend_is_never_replaced():
     keys, values = (to_torch(array) for array in tokens_of(15, 30, dim=8))
-    with pytest.raises(ValueError, match="a multiple of 16, for 'cpp', got float32"):
+    with pytest.raises(ValueError, match="a multiple of 16, got 8 and 8, for backend 'cpp'"):
         fast.RecallCache(**SMALL, backend="cpp").append(keys, values)
-    with pytest.raises(ValueError, match="backend must be 'auto', 'torch' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'torch', 'triton' or 'cpp', got 'cuda'"):
         fast.RecallCache(**SMALL, backend="cuda").append(keys, values)
 
 

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import make_tiered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast import body_clusters, tiers
-from kvcluster.fast.tiers import TieredRecallCache
+from kvcluster.fast.memory import body_clusters, fast_tier
 
 SMALL = {"budget": 24, "n_sink": 3, "n_recent": 2, "tokens_per_cluster": 3, "segment_size": 8, "max_iter": 2}
 SMALL["prompt_segment_size"] = 20
-CLASSES = [fast.RecallCache, TieredRecallCache]
+CLASSES = [fast.RecallCache, make_tiered]
 
 
 def tokens_of(seed, n_tokens, *, kind="normal", dtype="f32", lead=(2, 2)):
@@ -134,13 +134,13 @@ def dropped_in_cluster_order(right, body, n_tokens, n_clusters):
         ((body_clusters.BodyClusters, "drop"), dropped_in_cluster_order, 0),
         ((fast.RecallCache, "cluster"), lambda right, cache: None, 0),
         ((fast.RecallCache, "_drop_clusters_of_last_append"), lambda right, cache: None, 0),
-        ((tiers.FastTier, "keep"), lambda right, tier, n_clusters, _: right(tier, n_clusters, tier.n_exact), 13),
+        ((fast_tier.FastTier, "keep"), lambda right, tier, n_clusters, _: right(tier, n_clusters, tier.n_exact), 13),
     ],
     ids=["order of arrival", "never clustered anew", "clusters of tokens that left", "stale fast tier"],
 )
 def test_cropping_wrong_twin_is_told_apart(place, wrong, n_after, monkeypatch):
     pieces, after = [tokens_of(0, 50), tokens_of(2, 30)], [tokens_of(4, n_after)] if n_after else []
-    right, cache = getattr(*place), filled(TieredRecallCache(**SMALL), pieces)
+    right, cache = getattr(*place), filled(make_tiered(**SMALL), pieces)
     cache.attend(to_torch(query_of(0)))
     right_cache = copy.deepcopy(cache)
     right_cache.crop(13)
@@ -174,7 +174,8 @@ def selected(cache):
 
 
 def restored(cache):
-    other = type(cache)(**SMALL)
+    make = fast.RecallCache if type(cache) is fast.RecallCache else make_tiered
+    other = make(**SMALL)
     other.restore(*copy.deepcopy(cache.state()))
     return other
 
@@ -252,7 +253,7 @@ def test_bad_numbers_are_refused_and_leave_the_cache_as_it_was(cache_class):
 @pytest.mark.parametrize("n_tokens", [0, np.int64(0), np.int64(3)])
 def test_numpy_numbers_are_numbers_and_0_does_nothing(n_tokens):
     pieces = [tokens_of(0, 50)]
-    cache = filled(TieredRecallCache(**SMALL), pieces)
+    cache = filled(make_tiered(**SMALL), pieces)
     cache.attend(to_torch(query_of(0)))
     statistics = copy.copy(cache.statistics)
     cache.crop(n_tokens)

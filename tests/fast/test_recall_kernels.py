@@ -1,7 +1,5 @@
 """The kernels of recall, interpreted where there is no GPU: the reference's clusters, ranking and tokens."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +12,8 @@ from kvcluster.fast.exact.scores import canonical_scores, make_probe, score_clus
 from kvcluster.fast.kernels import assign as assign_module
 from kvcluster.fast.kernels.assign import assign
 from kvcluster.fast.kernels.attention import attend
+from kvcluster.fast.kernels.kmeans import cluster_means
 from kvcluster.fast.kernels.select import cluster_scores, rank
-from kvcluster.fast.kmeans import update
 from kvcluster.fast.plain import assignment
 from kvcluster.reference.cluster_scores import cluster_scores as reference_scores
 from kvcluster.reference.kmeans import assign as reference_assign
@@ -122,7 +120,7 @@ def test_means_are_the_references_and_empty_clusters_keep_their_centroid(dtype):
     kept = centroids_of(keys, 9, seed=10)
     labels = np.random.default_rng(11).integers(0, 8, (2, 70))  # nothing in cluster 8
     labels[labels == 2] = 3
-    counts, means = update(*map(on_device, (keys, labels, kept)), "triton")
+    counts, means = cluster_means(*map(on_device, (keys, labels, kept)))
     expected = [reference_update(*one) for one in zip(keys, labels, kept, strict=True)]
     assert_same_bits(means.cpu(), np.stack(expected))
     assert_same_bits(counts.cpu(), np.stack([np.bincount(one, minlength=9) for one in labels]))
@@ -208,8 +206,8 @@ def test_taken_tokens_are_the_references(budget):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cache_by_kernels_holds_and_recalls_what_the_references_does(dtype, rest, monkeypatch):
     """Its public names, with no part of the torch implementation left in the way."""
-    for module, name in (("kmeans", "assign"), ("selection", "certified_ranking")):
-        monkeypatch.delattr(sys.modules[f"kvcluster.fast.{module}"], name)
+    for place in ("kmeans.assign", "selection.certified_ranking"):
+        monkeypatch.delattr(f"kvcluster.fast.plain.{place}")
     parameters = {"budget": 40, "n_sink": 4, "segment_size": 16, "prompt_segment_size": 48, "centroids_for_rest": rest}
     expected, cache = RecallCache(**parameters), fast.RecallCache(**parameters, backend="triton")
     for seed, tokens in enumerate((100, 1, 33, 1)):

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from caches import make_tiered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, make_keys, to_torch
 
 from kvcluster import fast
-from kvcluster.fast import tiers
-from kvcluster.fast.tiers import TieredRecallCache
+from kvcluster.fast.memory import fast_tier
 
 PARAMETERS = {"budget": 48, "n_sink": 3, "n_recent": 2, "tokens_per_cluster": 4, "segment_size": 20, "max_iter": 3}
 PARAMETERS["prompt_segment_size"] = 32
@@ -42,7 +42,7 @@ def assert_same_cache(cache, expected):
 def filled(tmp_path, **parameters):
     """Two caches of the same 300 tokens: in two tiers, and in memory."""
     keys, values = tokens_of(20, 300)
-    caches = TieredRecallCache(folder=tmp_path, **PARAMETERS, **parameters), fast.RecallCache(**PARAMETERS)
+    caches = make_tiered(folder=tmp_path, **PARAMETERS, **parameters), fast.RecallCache(**PARAMETERS)
     for cache in caches:
         cache.append(keys, values)
     return caches
@@ -54,12 +54,12 @@ def filled(tmp_path, **parameters):
     pieces=st.lists(st.sampled_from([1, 1, 1, 2, 19, 64, 130]), min_size=2, max_size=14),
     n_steps=st.integers(1, 4),
     backend=st.sampled_from(["torch", "cpp"]),
-    option=st.sampled_from([{}, {"mass": 0.6}, {"centroids_for_rest": True}, {"prompt_segment_size": 0}]),
+    option=st.sampled_from([{}, {"centroids_for_rest": True}, {"prompt_segment_size": 0}]),
     dtype=st.sampled_from(list(DTYPES)),
 )
 def test_two_tiers_give_the_outputs_of_memory_bit_for_bit(first, pieces, n_steps, backend, option, dtype):
     parameters = {**PARAMETERS, **option, "backend": backend}
-    cache, expected = TieredRecallCache(**parameters, n_steps=n_steps), fast.RecallCache(**parameters)
+    cache, expected = make_tiered(**parameters, n_steps=n_steps), fast.RecallCache(**parameters)
     for seed, n_tokens in enumerate([first, 70, *pieces]):
         keys, values = tokens_of(7 * seed, n_tokens, dtype)
         query = query_of(seed)
@@ -96,7 +96,7 @@ def test_statistics_are_those_of_sets(tmp_path, n_steps):
         if seed % 4 == 0:
             cache.append(*tokens_of(seed, 7))  # new clusters now and then
     nbytes_moved = n_moved * 2 * DIM * 4
-    assert cache.statistics == tiers.TierStatistics(n_asked, n_hits, n_evicted, nbytes_moved)
+    assert cache.statistics == fast_tier.TierStatistics(n_asked, n_hits, n_evicted, nbytes_moved)
     assert cache.statistics.hit_rate == n_hits / n_asked
     assert 0 < n_hits < n_asked
     assert n_evicted > 0
@@ -105,7 +105,7 @@ def test_statistics_are_those_of_sets(tmp_path, n_steps):
 @pytest.mark.parametrize("wrong", ["evicted though needed", "never copied", "stale recent tokens"])
 def test_same_outputs_wrong_twin_is_told_apart(tmp_path, monkeypatch, wrong):
     cache, expected = filled(tmp_path, n_steps=2)
-    right = tiers.FastTier.replace
+    right = fast_tier.FastTier.replace
 
     def replace(tier, asked, counts, n_steps, statistics):
         sizes = right(tier, asked, counts, n_steps, statistics)
@@ -125,9 +125,11 @@ def test_same_outputs_wrong_twin_is_told_apart(tmp_path, monkeypatch, wrong):
 
     assert not differs()
     if wrong == "stale recent tokens":
-        monkeypatch.setattr(tiers.FastTier, "first_new_exact", lambda tier, _, n_sink: min(tier.n_exact, n_sink + 1))
+        monkeypatch.setattr(
+            fast_tier.FastTier, "first_new_exact", lambda tier, _, n_sink: min(tier.n_exact, n_sink + 1)
+        )
     else:
-        monkeypatch.setattr(tiers.FastTier, "replace", replace)
+        monkeypatch.setattr(fast_tier.FastTier, "replace", replace)
     assert differs()
 
 
@@ -150,7 +152,7 @@ def test_the_fast_tier_holds_no_more_than_it_needs(tmp_path):
 def test_a_full_disk_refuses_the_append_and_nothing_else(tmp_path, monkeypatch, failing, is_first):
     cache, expected = filled(tmp_path)
     if is_first:
-        cache, expected = TieredRecallCache(folder=tmp_path, **PARAMETERS), fast.RecallCache(**PARAMETERS)
+        cache, expected = make_tiered(folder=tmp_path, **PARAMETERS), fast.RecallCache(**PARAMETERS)
     else:
         assert torch.equal(cache.attend(query_of(1)), expected.attend(query_of(1)))
     reserve, calls = os.posix_fallocate, []
@@ -183,8 +185,9 @@ def test_a_full_disk_refuses_the_append_and_nothing_else(tmp_path, monkeypatch, 
 
 PROGRAM = """
 import resource, sys, torch
+from kvcluster.fast.memory.segments import RecallSettings
 from kvcluster.fast.tiers import TieredRecallCache
-cache = TieredRecallCache(budget=48, n_sink=3, n_recent=2, segment_size=20, max_iter=1, folder=sys.argv[1])
+cache = TieredRecallCache(RecallSettings(48, n_sink=3, n_recent=2, segment_size=20, max_iter=1), folder=sys.argv[1])
 tokens = torch.arange(300 * 16, dtype=torch.float32).sin().reshape(1, 300, 16)
 cache.append(tokens, tokens)
 before = cache.attend(tokens[:, :2])
@@ -238,7 +241,7 @@ def test_a_killed_process_leaves_no_file(tmp_path):
 )
 def test_bad_parameters_are_refused(parameters, error, message):
     with pytest.raises(error, match=message):
-        TieredRecallCache(**{**PARAMETERS, **parameters})
+        make_tiered(**{**PARAMETERS, **parameters})
 
 
 def test_bad_tensors_are_refused_and_leave_the_cache_as_it_was(tmp_path):
@@ -255,6 +258,6 @@ def test_bad_tensors_are_refused_and_leave_the_cache_as_it_was(tmp_path):
             cache.append(new_keys, new_values)
     assert_same_cache(cache, expected)
     with pytest.raises(ValueError, match="attend needs at least one appended token"):
-        TieredRecallCache(**PARAMETERS).attend(query_of(0))
+        make_tiered(**PARAMETERS).attend(query_of(0))
     with pytest.raises(ValueError, match="backend must be"):
-        TieredRecallCache(**PARAMETERS, backend="cuda").append(keys, values)
+        make_tiered(**PARAMETERS, backend="cuda").append(keys, values)

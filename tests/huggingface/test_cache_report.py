@@ -8,9 +8,10 @@ import torch
 from models import greedy, random_tokens, tiny_llama
 from rich.console import Console
 
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 
 
@@ -23,7 +24,7 @@ def filled(cache_class, model, **parameters):
 def test_a_clustered_cache_is_reported_layer_by_layer():
     cache = filled(ClusteredCache, tiny_llama(), **CLUSTERED)
     report = cache.report().as_dict()
-    entries = [layer.entries for layer in cache.layers]
+    entries = [layer.cache.caches[0] for layer in cache.layers]
     assert report["n_seen"] == cache.n_seen == 169
     assert report["nbytes"] == cache.nbytes == sum(one.nbytes for one in entries)
     assert report["ratio"] == entries[0].n_stored / 169
@@ -42,7 +43,7 @@ def test_kinds_and_hit_rates_of_a_recall_cache(tmp_path):
     layers = cache.report().as_dict()["layers"]
     assert [layer["kind"] for layer in layers] == ["dense", "recalled", "recalled"]
     assert [layer["hit_rate"] is None for layer in layers] == [True, False, False]
-    assert layers[1]["hit_rate"] == cache.layers[1].entries.statistics.hit_rate
+    assert layers[1]["hit_rate"] == cache.layers[1].cache.caches[0].statistics.hit_rate
     assert layers[0]["rescored"] is None
     assert layers[1]["ratio"] == 1
 
@@ -66,7 +67,7 @@ def test_the_picture_has_a_line_for_each_layer_and_head(cache_class, parameters)
     axes = cache.plot(row=1).axes[0]
     image = torch.from_numpy(axes.images[0].get_array().filled(float("nan")))
     assert len(image) == 3 * 2
-    entries = cache.layers[2].entries
+    entries = cache.layers[2].cache.caches[0]
     counts = entries.counts if cache_class is ClusteredCache else entries.clusters.counts
     assert image[5].nan_to_num().max() == counts[1, 1].max()
     with pytest.raises(ValueError, match="row must be from 0 to 1, got 2"):
@@ -78,7 +79,7 @@ def test_the_picture_has_a_line_for_each_layer_and_head(cache_class, parameters)
 def test_the_picture_of_a_budget_is_as_wide_as_the_tokens():
     """A pixel stays a chunk where several chunks became one span."""
     cache = filled(ClusteredCache, tiny_llama(), **CLUSTERED | {"budget": 40})
-    entries = cache.layers[0].entries
+    entries = cache.layers[0].cache.caches[0]
     assert len(entries.spans) < sum(entries.spans)
     image = cache.plot().axes[0].images[0].get_array()
     assert image.shape == (6, entries.n_clustered // entries.chunk_size)

@@ -7,14 +7,15 @@ import shutil
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import of_reference
 from inputs import slowly
 from models import greedy, random_tokens, tiny_llama
 from transformers import CompileConfig
 
-from kvcluster import reference
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 MAKE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **PARAMETERS),
@@ -66,7 +67,7 @@ def test_what_compiled_code_computes_is_clustered_exactly(monkeypatch):
     model = tiny_llama(layers=1)
     uncompiled = generate(model, "clustered")
     cache = MAKE["clustered"](model)
-    entries = cache.layers[0].entries
+    entries = cache.layers[0].cache.caches[0]
     taken, extend = [], entries.extend
 
     def listening(keys, values):
@@ -77,7 +78,7 @@ def test_what_compiled_code_computes_is_clustered_exactly(monkeypatch):
     model.forward = torch.compile(model.forward, options={"compile_threads": 1})
     assert torch.equal(greedy(model, random_tokens(70), n_new=20, past_key_values=cache), uncompiled)
     assert [keys.shape[2] for keys, _ in taken] == [70] + [1] * 19
-    expected = reference.ClusteredCache(**PARAMETERS)
+    expected = of_reference(**PARAMETERS)
     for keys, values in taken:
         expected.append(keys, values)
     assert expected.n_stored < expected.n_seen == 89

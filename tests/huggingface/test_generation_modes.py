@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-CLUSTERED = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+CLUSTERED = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALLED = {"n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 # each cache: one that keeps everything, and one that leaves much out
 WHOLE = {

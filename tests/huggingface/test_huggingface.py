@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits, logits_agree
+from caches import of_reference
 from inputs import to_numpy
 from models import greedy, random_tokens, tiny_llama
 from transformers import DynamicCache
 
-from kvcluster import reference
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.llama import Llama
 
-PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 
 
 def hooks_on(model):
@@ -41,7 +42,7 @@ def test_generated_tokens_are_those_of_the_numpy_llama(kv_heads, attention):
     ours = greedy(model, tokens, n_new=40, past_key_values=ClusteredCache.for_model(model, **PARAMETERS))
     llama = Llama({name: weight.numpy() for name, weight in model.state_dict().items()}, model.config.to_dict())
     for row in range(2):
-        caches = [reference.ClusteredCache(**PARAMETERS) for _ in range(3)]
+        caches = [of_reference(**PARAMETERS) for _ in range(3)]
         assert llama.generate(tokens[row].tolist(), 40, caches) == ours[row].tolist()
     assert not torch.equal(ours, greedy(model, tokens, n_new=40))  # clustering made a difference
 
@@ -55,10 +56,10 @@ def test_every_layer_holds_what_the_reference_makes_of_its_keys():
         full = model(tokens, use_cache=True).past_key_values
         model(tokens, past_key_values=cache)
     for full_layer, layer in zip(full.layers, cache.layers, strict=True):
-        expected = reference.ClusteredCache(**PARAMETERS)
+        expected = of_reference(**PARAMETERS)
         expected.append(full_layer.keys.numpy(), full_layer.values.numpy())
         for name in ("keys", "values", "counts"):
-            assert_same_bits(getattr(layer.entries, name), getattr(expected, name))
+            assert_same_bits(getattr(layer.cache.caches[0], name), getattr(expected, name))
 
 
 def logits_after(model, cache, tokens):
@@ -75,7 +76,7 @@ def stock_logits(cache, following):
     positions = cache.n_seen + torch.arange(queries)[None]
     rotary = model.model.rotary_emb(hidden, position_ids=positions)
     for index, layer in enumerate(model.model.layers):
-        entries = cache.layers[index].entries
+        entries = cache.layers[index].cache.caches[0]
         stock.update(entries.keys, entries.values, index)
         counts = entries.counts.repeat_interleave(2, dim=1).float()  # (batch, heads, entries)
         mask = torch.full((1, 4, queries, stored + queries), -torch.inf).triu(stored + 1)
@@ -95,12 +96,12 @@ def test_log_counts_and_positions_reach_attention(queries, attention):
     llama = Llama({name: weight.numpy() for name, weight in model.state_dict().items()}, model.config.to_dict())
     reference_caches = []
     for layer in cache.layers:
-        made = reference.ClusteredCache(**PARAMETERS)
+        made = of_reference(**PARAMETERS)
         made.keys, made.values, made.counts = (
-            getattr(layer.entries, name)[0].numpy() for name in ("keys", "values", "counts")
+            getattr(layer.cache.caches[0], name)[0].numpy() for name in ("keys", "values", "counts")
         )
         made.n_seen, made.n_clustered, made._n_body = (
-            getattr(layer.entries, name) for name in ("n_seen", "n_clustered", "n_body")
+            getattr(layer.cache.caches[0], name) for name in ("n_seen", "n_clustered", "n_body")
         )
         reference_caches.append(made)
     oracle = llama.forward(following[0].tolist(), reference_caches)
@@ -111,11 +112,11 @@ def test_log_counts_and_positions_reach_attention(queries, attention):
 
     shifted = copy.deepcopy(cache)
     for layer in shifted.layers:
-        layer.entries.n_seen += 1
+        layer.cache.caches[0].n_seen += 1
     assert not logits_agree(logits_after(model, shifted, following), baseline, oracle)
     forgetful = copy.deepcopy(cache)
     for layer in forgetful.layers:
-        layer.entries.counts[:] = 1
+        layer.cache.caches[0].counts[:] = 1
     assert not logits_agree(logits_after(model, forgetful, following), baseline, oracle)
 
 
@@ -186,10 +187,10 @@ def test_autocast_changes_no_decision():
         full = model(tokens, use_cache=True).past_key_values
         model(tokens, past_key_values=cache)
     for full_layer, layer in zip(full.layers, cache.layers, strict=True):
-        expected = reference.ClusteredCache(**PARAMETERS)
+        expected = of_reference(**PARAMETERS)
         expected.append(to_numpy(full_layer.keys), to_numpy(full_layer.values))
         for name in ("keys", "values", "counts"):
-            assert_same_bits(getattr(layer.entries, name), getattr(expected, name))
+            assert_same_bits(getattr(layer.cache.caches[0], name), getattr(expected, name))
 
 
 def test_beams_carry_their_caches_along():
@@ -202,12 +203,12 @@ def test_beams_carry_their_caches_along():
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     logits_after(model, cache, tokens)
     rows = torch.tensor([1, 1, 0])
-    before = [(layer.keys, layer.values, layer.entries.counts) for layer in cache.layers]
+    before = [(layer.keys, layer.values, layer.cache.caches[0].counts) for layer in cache.layers]
     cache.reorder_cache(rows)
     for layer, (keys, values, counts) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys[rows])
         assert torch.equal(layer.values, values[rows])
-        assert torch.equal(layer.entries.counts, counts[rows])
+        assert torch.equal(layer.cache.caches[0].counts, counts[rows])
     cache.batch_repeat_interleave(2)
     assert cache.layers[0].keys.shape[0] == 6
     cache.batch_select_indices(torch.tensor([0]))
@@ -255,8 +256,11 @@ def test_bytes_are_those_of_the_tensors_held():
         ({}, "keep_ratio or budget must be given, got neither"),
         ({"keep_ratio": [0.5, 0.5]}, "keep_ratio must be one number or one for each of the 3 layers, got 2"),
         ({"budget": [300]}, "budget must be one number or one for each of the 3 layers, got 1"),
-        ({"budget": 100, "n_shared": None}, r"budget must be at least .*, got 100 < 4 \+ 252 \+ 256 - 1 \+ 256 = 767"),
-        ({"budget": 1000}, "n_shared must be None with a budget, which merges all tokens, got 4"),
+        (
+            {"budget": 100, "method": SoftMatching()},
+            r"budget must be at least .*, got 100 < 4 \+ 252 \+ 256 - 1 \+ 256 = 767",
+        ),
+        ({"budget": 1000}, r"method must be SoftMatching\(\) with a budget, which merges all tokens, got Dist"),
         ({"keep_ratio": 0.5, "n_dense_layers": 4}, "n_dense_layers must be from 0 to the layers of model, 3, got 4"),
     ],
 )
@@ -299,28 +303,28 @@ def test_sixteen_bit_models_generate(dtype):
 def test_every_layer_has_its_own_ratio_and_budget(parameters, ratios, budgets, attention):
     """What each holds is the reference's; the second turn, which needs a mask, agrees with the NumPy Llama's."""
     model = tiny_llama(attention=attention)
-    shared = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+    shared = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
     chosen = [{"keep_ratio": r, "budget": b, **shared} for r, b in zip(ratios, budgets, strict=True)]
     prompt, second = random_tokens(150), random_tokens(7, seed=1)
     cache = ClusteredCache.for_model(model, **parameters, **shared)
     llama = Llama({name: weight.numpy() for name, weight in model.state_dict().items()}, model.config.to_dict())
-    reference_caches = [reference.ClusteredCache(**each) for each in chosen]
+    reference_caches = [of_reference(**each) for each in chosen]
     for turn in (prompt, second, random_tokens(1, seed=2)):
         oracle = llama.forward(turn[0].tolist(), reference_caches)
         ours = logits_after(model, cache, turn)
         assert np.array_equal(ours.argmax(-1), oracle.argmax(-1))
-        assert [layer.entries.n_stored for layer in cache.layers] == [each.n_stored for each in reference_caches]
-    assert cache.n_stored == max(layer.entries.n_stored for layer in cache.layers)
-    assert all(b is None or layer.entries.n_stored <= b for layer, b in zip(cache.layers, budgets, strict=True))
+        assert [layer.cache.n_stored for layer in cache.layers] == [each.n_stored for each in reference_caches]
+    assert cache.n_stored == max(layer.cache.n_stored for layer in cache.layers)
+    assert all(b is None or layer.cache.n_stored <= b for layer, b in zip(cache.layers, budgets, strict=True))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_budget_that_holds_all_tokens_is_stock_generate(attention):
     model = tiny_llama(attention=attention)
     tokens = random_tokens(200, batch=2)
-    cache = ClusteredCache.for_model(model, budget=223, chunk_size=64, n_recent=64, n_shared=None)
+    cache = ClusteredCache.for_model(model, budget=223, chunk_size=64, n_recent=64, method=SoftMatching())
     assert torch.equal(greedy(model, tokens, past_key_values=cache), greedy(model, tokens))
-    smaller = ClusteredCache.for_model(model, budget=222, chunk_size=64, n_recent=64, n_shared=None)
+    smaller = ClusteredCache.for_model(model, budget=222, chunk_size=64, n_recent=64, method=SoftMatching())
     greedy(model, tokens, past_key_values=smaller)
     assert cache.n_stored == 223
     assert smaller.n_stored <= 222

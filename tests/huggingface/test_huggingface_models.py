@@ -7,16 +7,17 @@ import pytest
 import torch
 import transformers
 from agreement import assert_same_bits, equal_in_float32
+from caches import of_reference
 from models import greedy, random_tokens, save_llama, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcluster import reference
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 pytestmark = pytest.mark.slow
 
-PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALLED = {"budget": 30, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 WINDOW = 24
 ROPE = {"rope_theta": 10_000.0, "factor": 4.0}
@@ -112,13 +113,13 @@ def test_layers_hold_what_the_reference_makes_and_windows_what_stock_makes(name,
             assert torch.equal(layer.keys, stock_layer.keys)
             assert torch.equal(layer.values, stock_layer.values)
             continue
-        expected = reference.ClusteredCache(**PARAMETERS)
+        expected = of_reference(**PARAMETERS)
         expected.append(stock_layer.keys.numpy(), stock_layer.values.numpy())
         assert cache.n_stored == expected.keys.shape[2] < 45
         for part in ("keys", "values", "counts"):
-            assert_same_bits(getattr(layer.entries, part), getattr(expected, part))
+            assert_same_bits(getattr(layer.cache.caches[0], part), getattr(expected, part))
     held = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    held += [layer.entries.counts for layer in cache.own_layers]
+    held += [layer.cache.caches[0].counts for layer in cache.own_layers]
     assert cache.nbytes == sum(x.nbytes for x in held) <= cache.nbytes_reserved
 
 
@@ -147,7 +148,7 @@ def test_our_attention_agrees_with_eager_and_its_log_counts(name, queries):
         after(model, cache, random_tokens(80, batch=2))
         with torch.no_grad():
             for layer in cache.own_layers:
-                layer.entries.counts[:] = 1
+                layer.cache.caches[0].counts[:] = 1
         forgetful = after(model, cache, random_tokens(queries, batch=2, seed=1))
         assert not equal_in_float32(forgetful.numpy(), logits[attention].numpy())
     assert equal_in_float32(logits["sdpa"].numpy(), logits["eager"].numpy())
@@ -230,6 +231,6 @@ def test_a_model_from_a_gguf_file_is_served(tmp_path):
     tokens = random_tokens(100)
     whole = ClusteredCache.for_model(model, keep_ratio=1)
     assert torch.equal(greedy(model, tokens, past_key_values=whole), greedy(model, tokens))
-    cache = ClusteredCache.for_model(model, keep_ratio=0.25, chunk_size=16, n_recent=8, n_shared=None)
+    cache = ClusteredCache.for_model(model, keep_ratio=0.25, chunk_size=16, n_recent=8, method=SoftMatching())
     greedy(model, tokens, past_key_values=cache)
     assert cache.n_stored < cache.n_seen

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from kvcluster import fast, reference
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.attention import NAME, attend
+from kvcluster.fast.memory.segments import RecallSettings
 from kvcluster.fast.tiers import TieredRecallCache
 
 OPTIONS = {"n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
@@ -53,8 +54,10 @@ def test_offloading_generates_the_tokens_of_memory_in_every_turn(n_dense_layers,
     statistics = caches[1].statistics
     assert caches[0].statistics is None
     assert 0 < statistics.n_hits < statistics.n_asked
-    assert statistics.n_asked == sum(layer.entries.statistics.n_asked for layer in caches[1].layers[n_dense_layers:])
-    assert all(isinstance(layer.entries, TieredRecallCache) for layer in caches[1].layers[n_dense_layers:])
+    assert statistics.n_asked == sum(
+        layer.cache.caches[0].statistics.n_asked for layer in caches[1].layers[n_dense_layers:]
+    )
+    assert all(isinstance(layer.cache.caches[0], TieredRecallCache) for layer in caches[1].layers[n_dense_layers:])
     for cache in caches:
         cache.reset()
     beams = [greedy(model, tokens, n_new=20, past_key_values=cache, num_beams=3) for cache in caches]
@@ -96,7 +99,7 @@ def test_all_layers_dense_is_stock_generate_and_none_is_not():
     stock = greedy(model, tokens, n_new=40)
     dense = RecallCache.for_model(model, n_dense_layers=3, **SMALL)
     assert torch.equal(greedy(model, tokens, n_new=40, past_key_values=dense), stock)
-    assert all(layer.entries.n_clustered == 0 for layer in dense.layers)
+    assert all(layer.cache.caches[0].n_clustered == 0 for layer in dense.layers)
     recalled = RecallCache.for_model(model, **SMALL)
     assert not torch.equal(greedy(model, tokens, n_new=40, past_key_values=recalled), stock)
 
@@ -198,14 +201,14 @@ def test_unsupported_models_and_parameters_are_refused():
 
 
 def test_parameters_and_defaults_are_those_of_the_cache_of_a_layer():
-    ours, of_layer, of_tiers = (
+    ours, of_layer, of_settings, of_tiers = (
         {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
-        for made in (RecallCache.for_model, fast.RecallCache, TieredRecallCache)
+        for made in (RecallCache.for_model, fast.RecallCache, RecallSettings, TieredRecallCache)
     )
-    assert of_layer.items() <= of_tiers.items()
-    assert ours == {"model": inspect.Parameter.empty, "n_dense_layers": 0, "offloading": False} | {
-        name: default for name, default in of_tiers.items() if name != "backend"
-    }
+    here = {"model": inspect.Parameter.empty, "n_dense_layers": 0, "offloading": False}
+    layers = (of_layer | of_tiers).items()
+    assert ours == here | {name: value for name, value in layers if name not in ("backend", "settings", "is_centred")}
+    assert of_settings.items() == {name: value for name, value in of_layer.items() if name != "backend"}.items()
 
 
 def test_a_cache_for_the_base_model_shares_its_hooks():

@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import of_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import tiny_llama
 
 from kvcluster import reference
+from kvcluster.fast import Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.layers import EntryLayer
 
-CLUSTERED = {"chunk_size": 8, "n_sink": 2, "n_recent": 3, "n_shared": None}
+CLUSTERED = {"chunk_size": 8, "n_sink": 2, "n_recent": 3, "method": SoftMatching()}
 RECALL = {"budget": 24, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
 KINDS = {
     "clustered": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.25}),
     "whole": (ClusteredCache, CLUSTERED | {"keep_ratio": 1}),
     "budget": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "budget": 30}),
-    "distinctive": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "n_shared": 2}),
+    "distinctive": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "method": Distinctive(n_shared=2)}),
     "recall": (RecallCache, RECALL),
     "offloaded": (RecallCache, RECALL | {"offloading": True}),
 }
@@ -79,11 +81,11 @@ def check(cache, known, kind):
     assert (cache.padding or [0] * len(known.padding)) == [min(n, known.seen) for n in known.padding]
     for layer, rows in zip(cache.layers, known.rows, strict=True):
         for row, (keys, values, n_first) in enumerate(rows):
-            entries, place = layer.entries.of_row(row) if cache.padding else (layer.entries, row)
+            entries, place = layer.cache.of_row(row)
             assert entries.n_seen == keys.shape[1]
             if not keys.shape[1]:
                 continue
-            expected = getattr(reference, made.__name__)(**parameters)
+            expected = (reference.RecallCache if made is RecallCache else of_reference)(**parameters)
             if made is RecallCache:
                 expected.append(keys[:, :n_first], values[:, :n_first])
                 expected.append(keys[:, n_first:], values[:, n_first:])

@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import of_reference
 from inputs import to_numpy
 from models import greedy, random_tokens, save_llama, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
-from kvcluster import fast, reference
+from kvcluster import fast
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.row_groups import RowGroups
 
-CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}
+CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
 MAKERS = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED),
@@ -95,7 +97,7 @@ def test_real_entries_have_the_bits_of_a_row_without_padding(pieces):
         groups.cluster()
     assert (groups.n_seen, groups.padding) == (130, PADDING)
     for row, size in enumerate(PADDING):
-        expected = reference.ClusteredCache(**CLUSTERED)
+        expected = of_reference(**CLUSTERED)
         expected.append(to_numpy(keys[row, :, size:]), to_numpy(values[row, :, size:]))
         entries, place = groups.of_row(row)
         for part in ("keys", "values", "counts"):

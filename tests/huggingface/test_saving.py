@@ -11,12 +11,16 @@ from models import greedy, random_tokens, tiny_llama
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvcluster import fast
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache, saving
 from kvcluster.fast.tiers import TieredRecallCache
 
 SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 CACHES = {
-    "clustered": (ClusteredCache, {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "n_shared": None}),
+    "clustered": (
+        ClusteredCache,
+        {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()},
+    ),
     "distinctive": (ClusteredCache, {"keep_ratio": [0.5, 0.25, 1.0], "chunk_size": 16, "n_sink": 2, "n_recent": 8}),
     "recall": (RecallCache, SMALL),
     "recall-dense-rest": (RecallCache, {**SMALL, "n_dense_layers": 1, "centroids_for_rest": True, "max_iter": 2}),
@@ -54,7 +58,7 @@ def told(thing):
 
 
 def layers_of(cache):
-    return [told(layer.entries) for layer in cache.layers]
+    return [told(layer.cache.caches[0]) for layer in cache.layers]
 
 
 @pytest.mark.slow
@@ -105,7 +109,7 @@ def test_a_cache_moves_between_memory_and_tiers(saved, options, tmp_path):
     continued(model, cache)
     cache.save(tmp_path / "cache")
     loaded = RecallCache.load(tmp_path / "cache", model, **options, **({"folder": tmp_path} if options else {}))
-    tiered = [isinstance(layer.entries, TieredRecallCache) for layer in loaded.layers]
+    tiered = [isinstance(layer.cache.caches[0], TieredRecallCache) for layer in loaded.layers]
     assert tiered == [False, bool(options), bool(options)]
     assert torch.equal(continued(model, loaded), continued(model, cache))
     assert os.listdir(tmp_path) == ["cache"]
@@ -175,7 +179,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         ClusteredCache.load(path, model)
     halfway = copy.deepcopy(cache)
-    halfway.layers[0].entries.append(*torch.ones(2, 2, 2, 1, 16))
+    halfway.layers[0].cache.caches[0].append(*torch.ones(2, 2, 2, 1, 16))
     with pytest.raises(RuntimeError, match="must have seen the same tokens, got 150 to 151"):
         halfway.save(path)
     del model

@@ -9,6 +9,7 @@ from models import random_tokens, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
@@ -16,7 +17,9 @@ SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16,
 
 def saved(path, model, kind=RecallCache):
     parameters = (
-        SMALL if kind is RecallCache else {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 8, "n_shared": None}
+        SMALL
+        if kind is RecallCache
+        else {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 8, "method": SoftMatching()}
     )
     cache = kind.for_model(model, **parameters)
     with torch.no_grad():

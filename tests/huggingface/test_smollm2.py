@@ -7,6 +7,7 @@ from agreement import assert_same_bits, logits_agree
 
 from kvcluster import fast, reference
 from kvcluster.evaluation.demo.inputs import load_model, load_tokens
+from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.plain.soft_matching import compress
 from kvcluster.reference.llama import Llama
@@ -62,9 +63,9 @@ def test_kernels_agree_on_real_keys(full, layer, few_programs, record_property):
 
 def test_a_quarter_is_kept_in_less_than_three_tenths_of_the_bytes(smollm2, full):
     model, _ = smollm2
-    cache = ClusteredCache.for_model(model, keep_ratio=0.25, chunk_size=64, n_recent=64, n_shared=None)
+    cache = ClusteredCache.for_model(model, keep_ratio=0.25, chunk_size=64, n_recent=64, method=SoftMatching())
     for index, layer in enumerate(full.layers):
-        cache.layers[index].entries.append(layer.keys, layer.values)
+        cache.layers[index].cache.caches[0].append(layer.keys, layer.values)
     full_bytes = sum(x.untyped_storage().nbytes() for layer in full.layers for x in (layer.keys, layer.values))
     assert full_bytes == 30 * 3 * N_TOKENS * 2 * 64 * 4
     assert cache.nbytes <= 0.30 * full_bytes

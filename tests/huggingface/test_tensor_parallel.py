@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
+from caches import of_reference
 from models import tiny_llama
 from tensor_parallel_worker import PARAMETERS, outcome
 
@@ -99,7 +100,7 @@ def test_every_layer_of_a_rank_clusters_as_the_reference_clusters_the_keys_of_it
         for index, full in enumerate(held["full"]["prompt"]):
             keys, values = full["keys"].numpy(), full["values"].numpy()
             assert keys.shape == (2, 2, 150, 16)
-            clustered = reference.ClusteredCache(**PARAMETERS["clustered"])
+            clustered = of_reference(**PARAMETERS["clustered"])
             clustered.append(keys, values)
             recall = reference.RecallCache(**PARAMETERS["recall"])
             recall.append(keys, values)
