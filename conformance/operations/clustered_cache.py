@@ -1,7 +1,7 @@
 """`ClusteredCache`: also with a budget, which a `BoundedCache` keeps, and by another method."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,9 @@ from ..operation import Operation, Spelling
 from ..port import THE_REFERENCE, Port, parameters_of
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING
-from .distinctive_matching import DISTINCTIVE
+from .distinctive_matching import DISTINCTIVE, Distinctive
 
-__all__ = ["OPERATION", "Distinctive"]
-
-
-@dataclass(frozen=True)
-class Distinctive:
-    """The method of a case. A port gets its own of this name, and this one if it has none."""
-
-    n_shared: int
+__all__ = ["OPERATION"]
 
 
 def cases(base: int) -> Iterator[Case]:
@@ -113,19 +106,22 @@ def spelling(port: Port, case: Case) -> Spelling:
         cache = port.namespace.BoundedCache
     if "method" in parameters:
         known, takes_others = parameters_of(cache)
-        has_method = "method" in known or (takes_others and hasattr(port.namespace, "Distinctive"))
+        method = parameters["method"]
+        has_method = "method" in known or (takes_others and hasattr(port.namespace, type(method).__name__))
         if has_bounded and not has_method:  # it can only refuse, and must
             return (lambda **given: port.namespace.BoundedCache(**given)), parameters
         if not has_method:
-            parameters["n_shared"] = parameters.pop("method").n_shared
+            del parameters["method"]
+            parameters |= asdict(method)
     return cache, parameters
 
 
 def made_cache(port: Port, case: Case) -> Any:
     cache, parameters = spelling(port, case)
     if "method" in parameters:
-        own = getattr(port.namespace, "Distinctive", Distinctive)
-        parameters["method"] = own(n_shared=parameters["method"].n_shared)
+        method = parameters["method"]
+        own = getattr(port.namespace, type(method).__name__, type(method))
+        parameters["method"] = own(**asdict(method))
     return cache(**parameters)
 
 

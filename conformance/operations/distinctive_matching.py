@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,18 @@ from ..operation import Operation
 from .chunked_soft_matching import TARGET, joined
 from .similarity import SIMILARITY
 
-__all__ = ["DISTINCTIVE", "OPERATION"]
+__all__ = ["DISTINCTIVE", "OPERATION", "Distinctive"]
 
 MODULE = sys.modules["kvcluster.reference.distinctive_matching"]  # the name alone is the function
 right_matching, right_match = reference.distinctive_matching, MODULE.match_distinctive
 right_distinctiveness = MODULE.distinctiveness
+
+
+@dataclass(frozen=True)
+class Distinctive:
+    """The method of a cache in a case. A port gets its own of this name, and this one if it has none."""
+
+    n_shared: int
 
 
 def cases(base: int) -> Iterator[Case]:
