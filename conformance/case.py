@@ -1,26 +1,12 @@
 """What one call of the conformance suite gets."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-__all__ = ["OPERATIONS", "Case"]
-
-OPERATIONS = (
-    "alternating_partition",
-    "similarity",
-    "chunked_soft_matching",
-    "distinctive_matching",
-    "merge",
-    "attention",
-    "clustered_attention",
-    "ClusteredCache",
-    "kmeans",
-    "select_clusters",
-    "recall_attention",
-    "RecallCache",
-)
+__all__ = ["Case"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +30,12 @@ class Case:
     is_refused: bool = False
 
     @property
-    def has_option(self) -> bool:
-        """Whether it asks a `ClusteredCache` for what not every implementation has: a budget, or shared entries."""
-        return self.operation == "ClusteredCache" and bool({"budget", "n_shared"} & set(self.parameters))
+    def written_parameters(self) -> dict[str, Any]:
+        """The parameters as files have them: tuples are lists, in the place of a method are its own parameters."""
+        written: dict[str, Any] = {}
+        for name, value in self.parameters.items():
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                written |= dataclasses.asdict(value)
+            else:
+                written[name] = list(value) if isinstance(value, tuple) else value
+        return written

@@ -5,31 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcluster import reference
 from kvcluster.reference.agreement import attention_agreement
-from kvcluster.reference.recall import mean_deviations, mean_of_members, recalled_entries
 
 from .case import Case
-from .implementation import Implementation, Outcome, filled_cache, run
+from .implementation import run
+from .operations import OPERATIONS
+from .port import THE_REFERENCE, Outcome
 
 __all__ = ["Difference", "compare", "expected", "oracle_arguments"]
-
-THE_REFERENCE = Implementation(reference, "kvcluster.reference")
-# Sections of SPECIFICATION.md that an operation's result follows.
-SECTIONS = {
-    "alternating_partition": 3,
-    "similarity": 4,
-    "chunked_soft_matching": 5,
-    "merge": 6,
-    "attention": 7,
-    "clustered_attention": 8,
-    "ClusteredCache": 9,
-    "kmeans": 10,
-    "select_clusters": 11,
-    "recall_attention": 12,
-    "RecallCache": 13,
-    "distinctive_matching": 16,
-}
 
 
 class Difference(NamedTuple):
@@ -112,34 +95,10 @@ def compare_output(case: Case, output: np.ndarray) -> Difference | None:
 @functools.lru_cache(maxsize=1024)
 def oracle_arguments(case: Case) -> tuple[Any, ...]:
     """Query, keys, values, counts and scale of the attention that a case amounts to."""
-    arrays, parameters = case.arrays, case.parameters
-    query, scale = arrays["query"], parameters.get("scale")
-    if case.operation == "attention":
-        return query, arrays["keys"], arrays["values"], None, scale
-    if case.operation == "clustered_attention":
-        return query, arrays["keys"], arrays["values"], arrays["counts"], scale
-    if case.operation == "recall_attention":
-        return query, *recalled(case), scale
-    cache, _ = filled_cache(THE_REFERENCE, case)
-    if case.operation == "ClusteredCache":
-        return query, cache.keys, cache.values, cache.counts, scale
-    return query, *cache.entries(cache.select_clusters(query)), scale
-
-
-def recalled(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries that `recall_attention` attends to."""
-    arrays, parameters = case.arrays, case.parameters
-    clusters = reference.Clusters(arrays["labels"], arrays["counts"], arrays["centroids"])
-    selection = reference.select_clusters(
-        arrays["query"],
-        clusters.centroids,
-        clusters.counts,
-        budget=parameters["budget"],
-        deviations=mean_deviations(arrays["keys"], clusters),
-        **{name: parameters[name] for name in ("spread",) if name in parameters},
-    )
-    of_values = mean_of_members(arrays["values"], clusters) if parameters.get("centroids_for_rest") else None
-    return recalled_entries(arrays["keys"], arrays["values"], clusters, selection, of_values)
+    oracle = OPERATIONS[case.operation].oracle
+    if oracle is None:
+        raise ValueError(f"case must be one of attention, got one of {case.operation}")
+    return oracle(case)
 
 
 def show(number: Any) -> str:

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["DTYPES", "KINDS", "attention_arrays", "make_array"]
+__all__ = ["DTYPES", "EXTREMES", "KINDS", "TIES", "attention_arrays", "make_array", "refused_arrays", "some_counts"]
 
 KINDS = ("normal", "signs", "duplicates", "near_ties", "zeros", "huge", "tiny", "smooth")
+EXTREMES = {"huge", "tiny"}
+TIES = {"near_ties", "signs", "duplicates", *EXTREMES}  # where the last bit decides
 DTYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 try:
     import ml_dtypes
@@ -55,6 +57,19 @@ def attention_arrays(
         name: make_array("normal" if name == "query" else kind, shape, dtype, 3 * seed + i)
         for i, (name, shape) in enumerate(shapes.items())
     }
+
+
+def some_counts(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """From 1 to 40, int64."""
+    return 1 + (np.abs(make_array("normal", (*shape, 1), "f32", seed)[..., 0]) * 10).astype(np.int64)
+
+
+def refused_arrays() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Good keys (1, 8, 4), and the same with a number that is none, one that is not finite, and a wrong dtype."""
+    keys = make_array("normal", (1, 8, 4), "f32", 1)
+    nan, infinite = keys.copy(), keys.copy()
+    nan[0, 3, 1], infinite[0, 0, 0] = np.nan, np.inf
+    return keys, {"nan": nan, "infinity": infinite, "float64": keys.astype(np.float64)}
 
 
 def bell_shaped(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -1,23 +1,20 @@
 """A mistake that implementations make: a change of the reference.
 
-It is either other code in one or two places of the reference, or the right code on other arguments.
+It is either other code in one or two places of the reference, or the right code on other arguments. What explains a
+wrong outcome is the mistake that gives it too (see `explaining`).
 """
 
-import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
 
-from kvcluster import reference
-
 from .case import Case
-from .implementation import Implementation, Outcome, run
-from .wrong_parts import Patch
 
-__all__ = ["Mistake"]
+__all__ = ["Mistake", "Patch"]
+
+Patch = tuple[str, str, Any]  # module of the reference ("" is the package), name in it, what stands there instead
 
 
 @dataclass(frozen=True)
@@ -26,18 +23,6 @@ class Mistake:
 
     cause: str
     rule: str
-    operations: tuple[str, ...]
     patches: tuple[Patch, ...] = ()
     change: Callable[[Case], Case] = lambda case: case
     restore: Callable[[np.ndarray], np.ndarray] = lambda output: output  # after a change of the heads' order
-
-    def outcome(self, case: Case) -> Outcome:
-        """What the reference gives with this mistake."""
-        with ExitStack() as stack:
-            for module, name, part in self.patches:
-                place = sys.modules[f"kvcluster.reference.{module}".rstrip(".")]
-                stack.enter_context(patch.object(place, name, part))
-            made = run(Implementation(reference), self.change(case))
-        if "output" in made.arrays:
-            made.arrays["output"] = self.restore(made.arrays["output"])
-        return made

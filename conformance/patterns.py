@@ -4,14 +4,14 @@ import numpy as np
 
 from .case import Case
 from .comparing import Difference, expected
-from .implementation import Outcome
+from .inputs import EXTREMES, TIES
+from .operations import OPERATIONS
+from .port import Outcome
 
 __all__ = ["pattern"]
 
 Failure = tuple[Case, Outcome, Difference]
 LEAST_SHARED_BITS = 18
-EXTREMES = {"huge", "tiny"}
-TIES = {"near_ties", "signs", "duplicates", *EXTREMES}
 
 
 def pattern(failed: list[Failure]) -> tuple[str | None, str | None]:
@@ -21,18 +21,23 @@ def pattern(failed: list[Failure]) -> tuple[str | None, str | None]:
         return f"every failing call raises {errors.pop()}", None
     kinds = {case.name.partition("-")[0] for case, _, _ in failed}
     names = {difference.what for _, _, difference in failed}
-    if names == {"n_returned"}:
-        return "append returns the entries after its clustering: it returns those before, the new tokens last", "9.7"
-    if failed[0][0].operation == "kmeans" and "init" not in kinds and not kinds <= TIES and "labels" in names:
-        return "only calls without init fail: the centroids begin at the tokens i * tokens // n_clusters", "10.1"
+    if (said := OPERATIONS[failed[0][0].operation].pattern(kinds, names)) is not None:
+        return said
     if names == {"labels"} and kinds <= TIES:
         return "only ties and extremes fail: decisions need float64 similarities by halving sums", "2.1"
     moderate = [failure for failure in failed if failure[0].name.partition("-")[0] not in EXTREMES]
     if any(has_nan(outcome) for _, outcome, _ in moderate):
         return "there is NaN: where a norm is 0 the similarity is 0", "4.2"
-    if names <= {"similarity", "centroids", "keys", "values"} and moderate and all(map(nearly_equal, moderate)):
+    if all(map(is_of_numbers, failed)) and moderate and all(map(nearly_equal, moderate)):
         return "nearly equal, not bit for bit: float64, the order of additions and one rounding matter", "2.1"
     return None, None
+
+
+def is_of_numbers(failure: Failure) -> bool:
+    """Whether what differs is neither a decision nor attention, which has a bound."""
+    case, _, difference = failure
+    right = expected(case).get(difference.what)
+    return right is not None and right.dtype.kind != "i" and difference.what != "output"
 
 
 def has_nan(outcome: Outcome) -> bool:

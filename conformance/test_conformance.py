@@ -4,8 +4,8 @@ import pytest
 
 from . import Case, Implementation, all_cases, load_implementation
 from .comparing import compare
+from .explaining import explain
 from .implementation import run
-from .mistakes import explain
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from .case import OPERATIONS, Case
+from .case import Case
 from .cases import all_cases
 from .comparing import expected, oracle_arguments
 from .exact import exact_attention, exact_bound
 from .inputs import DTYPES
+from .operations import OPERATIONS
 
 __all__ = ["verify_vectors", "write_vectors"]
 
@@ -130,7 +131,6 @@ def arrays_of(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 def description(case: Case, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> dict[str, Any]:
     """A case as the manifest has it."""
-    parameters = {name: list(value) if name == "pieces" else value for name, value in case.parameters.items()}
     parts = {
         part: {name: {"dtype": STORED[array.dtype.name], "shape": list(array.shape)} for name, array in arrays.items()}
         for part, arrays in (("inputs", inputs), ("outputs", outputs))
@@ -138,7 +138,7 @@ def description(case: Case, inputs: dict[str, np.ndarray], outputs: dict[str, np
     for name, output in parts["outputs"].items():
         output["compare"] = "integers" if output["dtype"] == "I64" else "bound" if name == "output" else "bits"
     parts["outputs"].pop("bound", None)  # it is there for `output`, not to be compared itself
-    return {"operation": case.operation, "name": case.name, "parameters": parameters, **parts}
+    return {"operation": case.operation, "name": case.name, "parameters": case.written_parameters, **parts}
 
 
 def serialize(arrays: dict[str, np.ndarray]) -> bytes:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -20,9 +21,10 @@ from kvcluster import fast, reference
 from kvcluster.cli import app
 from kvcluster.conformance import OPERATIONS, Case, Implementation, all_cases, check, load_implementation
 from kvcluster.conformance.comparing import compare
-from kvcluster.conformance.implementation import run, tensor_of
-from kvcluster.conformance.mistakes import MISTAKES
-from kvcluster.conformance.words import decisions
+from kvcluster.conformance.explaining import decisions
+from kvcluster.conformance.implementation import run
+from kvcluster.conformance.operations import OPERATIONS as KNOWN
+from kvcluster.conformance.port import tensor_of
 
 # What the message must say of each mutant, where the mistake is; the others' operations have a cause of their own.
 CAUSES = {
@@ -85,8 +87,11 @@ def on_backend(backend, dtypes=("f16", "bf16", "f32")):
     made.similarity = fast.similarity
     if backend == "triton" and torch.cuda.is_available():
         made.from_numpy = lambda array: tensor_of(array).cuda()
-    for name in OPERATIONS[2:]:
-        made.__dict__[name] = with_backend(getattr(fast, name), backend)
+    for name in (*OPERATIONS[2:], "BoundedCache"):
+        if hasattr(fast, name):
+            made.__dict__[name] = with_backend(getattr(fast, name), backend)
+    if hasattr(fast, "Distinctive"):
+        made.Distinctive = fast.Distinctive
     return Implementation(made, f"kvcluster.fast, {backend}")
 
 
@@ -153,8 +158,10 @@ def test_every_mutant_is_caught_and_its_cause_named(mutant, monkeypatch):
 
 def test_rules_are_paragraphs_of_the_specification():
     page = (Path(reference.__file__).parent / "SPECIFICATION.md").read_text()
-    for mistake in MISTAKES:
-        assert f"**{mistake.rule}**" in page, mistake.cause
+    for operation in KNOWN.values():
+        assert re.search(rf"(?m)^## {operation.section} `{operation.name}`$", page)
+        for mistake in operation.mistakes:
+            assert f"**{mistake.rule}**" in page, mistake.cause
 
 
 def test_a_counterexample_is_small_and_says_what_the_reference_decides(monkeypatch):

@@ -11,15 +11,21 @@ from mutants import Mutant, put, together
 
 from kvcluster import fast, reference
 from kvcluster.conformance import Implementation, all_cases, check
-from kvcluster.conformance.own_mistakes import OWN_MISTAKES
-from kvcluster.conformance.words import decisions
+from kvcluster.conformance.explaining import decisions
+from kvcluster.conformance.operations import OPERATIONS
 from kvcluster.fast.exact.mean import ordered_mean
 from kvcluster.fast.exact.similarity import canonical_similarity
 
 BOTH, CACHE = ("distinctive_matching", "ClusteredCache"), ("ClusteredCache",)
-SCORES, SPLIT = "distinctive_matching.distinctiveness", "distinctive_matching.split_by_score"
-COMPRESS = "distinctive_matching.compress_distinctive"
-MATCH, INIT = "distinctive_matching.match_ordinary", "cache.ClusteredCache.__init__"
+SCORES, SPLIT, MATCH, SPACED = (
+    f"exact/distinctiveness.{name}" for name in ("distinctiveness", "split_by_score", "match_ordinary", "evenly_spaced")
+)
+COMPRESS, LIKENESS = (
+    [f"{folder}/distinctive_matching.{name}" for folder in ("plain", "cpu")]
+    for name in ("compress", "likeness_to_mean")
+)
+
+CLUSTERED, BOUNDED = "cache.ClusteredCache", "bounded_cache.BoundedCache"
 
 
 def as_layers_of_one_head(right, *likeness):
@@ -43,7 +49,7 @@ def divided_by_window(right, *likeness):
 
 
 def without_window(monkeypatch):
-    monkeypatch.setattr(sys.modules["kvcluster.fast.distinctive_matching"], "WINDOW", 1)
+    monkeypatch.setattr(sys.modules["kvcluster.fast.exact.distinctiveness"], "WINDOW", 1)
 
 
 def last_of_tied_tokens(right, scores, heads, n_exact):
@@ -75,13 +81,13 @@ def shared_first(right, *arrays, target, n_shared, **rules):
     return replace(made, labels=(made.labels + by) % target, **entries)
 
 
-def made_with(**changes):
+def made_with(place, **changes):
     """A cache with other parameters than it was given, each a function of the given ones."""
 
     def init(right, held, **given):
         right(held, **given | {name: change(given) for name, change in changes.items()})
 
-    return put(init, INIT)
+    return put(init, f"{place}.__init__")
 
 
 def spans_by(wrong_min):
@@ -90,7 +96,7 @@ def spans_by(wrong_min):
     def patch(monkeypatch):
         module = sys.modules["kvcluster.fast.memory.spans"]
         monkeypatch.setattr(module, "min", lambda *x: wrong_min(*x) if len(x) == 1 else min(*x), raising=False)
-        put(lambda right, *of: right.__wrapped__(*of), "spans.plan_spans")(monkeypatch)
+        put(lambda right, *of: right.__wrapped__(*of), "memory/spans.plan_spans")(monkeypatch)
 
     return patch
 
@@ -132,8 +138,8 @@ MUTANTS = (
         BOTH,
         together(put(as_layers_of_one_head, SCORES), put(lambda right, x, _, n: right(x, 1, n), SPLIT)),
     ),
-    Mutant("batch rows together", BOTH, put(as_one_layer, COMPRESS)),
-    Mutant("mean in the dtype", BOTH[:1], put(likeness_to_rounded_mean, "distinctive_matching.likeness_to_mean")),
+    Mutant("batch rows together", BOTH, put(as_one_layer, *COMPRESS)),
+    Mutant("mean in the dtype", BOTH[:1], put(likeness_to_rounded_mean, *LIKENESS)),
     Mutant("no window", BOTH, without_window),
     Mutant("always by seven", BOTH, put(divided_by_window, SCORES)),
     Mutant("the least distinctive", BOTH, put(lambda right, *likeness: -right(*likeness), SCORES)),
@@ -141,21 +147,21 @@ MUTANTS = (
     Mutant(
         "first ordinary tokens",
         BOTH,
-        put(lambda _, n_shared, size, device: torch.arange(n_shared), "distinctive_matching.evenly_spaced"),
+        put(lambda _, n_shared, size, device: torch.arange(n_shared), SPACED),
     ),
     Mutant("tied destinations: the last", BOTH, match_by(last_of_tied)),
     Mutant("destinations may leave", BOTH[:1], match_by(lambda similarities, at: similarities.argmax(dim=-1))),
-    Mutant("shared entries first", BOTH, put(shared_first, COMPRESS)),
-    Mutant("n_shared ignored", CACHE, made_with(n_shared=lambda given: None)),
-    Mutant("budget ignored", CACHE, made_with(budget=lambda given: None)),
+    Mutant("shared entries first", BOTH, put(shared_first, *COMPRESS)),
+    Mutant("n_shared ignored", CACHE, made_with(CLUSTERED, method=lambda given: fast.SoftMatching())),
+    Mutant("budget ignored", CACHE, made_with(BOUNDED, budget=lambda given: 10**9)),
     Mutant(
         "sinks beside the budget",
         CACHE,
-        made_with(budget=lambda given: given.get("budget") and given["budget"] + given["n_sink"]),
+        made_with(BOUNDED, budget=lambda given: given["budget"] + given["n_sink"]),
     ),
-    Mutant("budget at the end", CACHE, put(all_new_chunks_first, "spans.plan_spans")),
+    Mutant("budget at the end", CACHE, put(all_new_chunks_first, "memory/spans.plan_spans")),
     Mutant("the oldest pair", CACHE, spans_by(lambda together: together[0])),
-    Mutant("merged without weights", CACHE, put(unweighted, "span_merging.merge_entries")),
+    Mutant("merged without weights", CACHE, put(unweighted, "plain/span_merging.merge_entries")),
 )
 
 
@@ -174,8 +180,9 @@ def test_every_mutant_is_caught_and_its_cause_named(mutant, monkeypatch):
 
 def test_every_mutant_has_a_cause_that_is_known():
     assert [mutant.name for mutant in MUTANTS] == list(CAUSES)
+    known = {mistake.cause for operation in BOTH for mistake in OPERATIONS[operation].mistakes}
     for cause in CAUSES.values():
-        assert sum(cause in mistake.cause for mistake in OWN_MISTAKES) == 1, cause
+        assert sum(cause in each for each in known) == 1, cause
 
 
 def test_a_counterexample_is_small_and_says_who_stays(monkeypatch):
@@ -206,14 +213,14 @@ def test_who_has_neither_passes_the_rest():
     wrong = types.SimpleNamespace(ClusteredCache=type("Wrong", (WithoutOurs.ClusteredCache,), {"n_stored": -1}))
     found = check(Implementation(wrong), only=CACHE).operations[0].counterexample
     assert found.difference.what == "n_stored"
-    assert not {"n_shared", "budget"} & set(found.case.parameters)
+    assert not {"method", "n_shared", "budget"} & set(found.case.parameters)
 
 
 def test_earlier_cases_are_what_they_were():
     """Made once, before there were cases of ours: files of them stay right."""
     digest = hashlib.sha256()
     for case in all_cases():
-        if case.operation != "distinctive_matching" and not case.has_option:
+        if case.operation != "distinctive_matching" and not OPERATIONS[case.operation].has_option(case):
             digest.update(repr((case.operation, case.name, sorted(case.parameters.items()), case.is_refused)).encode())
             for name, array in case.arrays.items():
                 digest.update(name.encode() + array.tobytes())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kvcluster.cli.vectors import vectors
-from kvcluster.conformance.cases import OPERATIONS, all_cases
+from kvcluster.conformance import OPERATIONS, all_cases
 from kvcluster.conformance.comparing import expected, oracle_arguments
 from kvcluster.conformance.exact import exact_attention, exact_bound
 from kvcluster.conformance.vectors import STORED, verify_vectors, write_vectors

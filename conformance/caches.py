@@ -1,0 +1,64 @@
+"""What both caches share: they are made, filled piece by piece, attended to."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .case import Case
+from .drawing import Drawing
+from .inputs import refused_arrays
+from .operation import Spelling
+from .port import Port
+
+__all__ = ["attended", "cache_spelling", "fill", "good_tokens", "held_by", "refused_tokens", "small_tokens"]
+
+
+def cache_spelling(port: Port, case: Case) -> Spelling:
+    """The class of this name, with the parameters that it is made with."""
+    given = {name: value for name, value in case.parameters.items() if name not in ("pieces", "scale")}
+    return getattr(port.namespace, case.operation), given
+
+
+def fill(port: Port, cache: Any, case: Case) -> Any:
+    """Append all tokens of a case, piece by piece; what the last append returns."""
+    start, returned = 0, None
+    for piece in case.parameters["pieces"]:
+        span = slice(start, start + piece)
+        returned = cache.append(*(port.from_numpy(case.arrays[name][..., span, :]) for name in ("keys", "values")))
+        start += piece
+    return returned
+
+
+def held_by(port: Port, cache: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays that a cache stores, as far as they can be seen."""
+    return {name: port.to_numpy(getattr(cache, name)) for name in names if getattr(cache, name, None) is not None}
+
+
+def attended(port: Port, cache: Any, case: Case) -> dict[str, np.ndarray]:
+    """What the query of a case gets."""
+    scale = {"scale": case.parameters["scale"]} if "scale" in case.parameters else {}
+    return {"output": port.to_numpy(cache.attend(port.from_numpy(case.arrays["query"]), **scale))}
+
+
+def small_tokens(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tokens of a small case, many at once, then one by one."""
+    tokens = draw.integer(1, 14)
+    cut = draw.integer(0, tokens)
+    arrays, parameters = draw.attention(tokens)
+    return arrays, {**parameters, "pieces": (tokens,) if cut == tokens else (cut, *[1] * (tokens - cut))}
+
+
+def refused_tokens(operation: str, rule: dict[str, Any], wrong: dict[str, Any]) -> Iterator[Case]:
+    """Appends that must raise in a cache of a right `rule`, and a cache that is made with `wrong` parameters."""
+    good = good_tokens()
+    for name, array in refused_arrays()[1].items():
+        arrays = {**good, "keys": array}
+        yield Case(operation, f"refused-{name}", arrays, {**rule, "pieces": (8,)}, is_refused=True)
+    yield Case(operation, "refused-parameter", good, {**wrong, "pieces": (8,)}, is_refused=True)
+
+
+def good_tokens() -> dict[str, np.ndarray]:
+    """Eight tokens that no cache refuses, and a query."""
+    keys, _ = refused_arrays()
+    return {"query": keys[:, :2], "keys": keys, "values": keys}

@@ -1,0 +1,81 @@
+"""What the suite must know of an operation: each file of `operations` says it of one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .case import Case
+from .drawing import Drawing
+from .mistake import Mistake
+from .port import Port
+
+__all__ = ["Operation", "Spelling", "call_function", "plain_spelling"]
+
+Spelling = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def plain_spelling(port: Port, case: Case) -> Spelling:
+    """The function of this name, with the parameters of the case."""
+    return getattr(port.namespace, case.operation), dict(case.parameters)
+
+
+def call_function(operation: "Operation", port: Port, case: Case) -> dict[str, np.ndarray]:
+    """Arrays by position, but for those that are given by name, and parameters by name."""
+    function, parameters = operation.spelling(port, case)
+    by_name = {name: port.from_numpy(case.arrays[name]) for name in operation.by_name if name in case.arrays}
+    return port.parts(
+        operation.results, function(*operation.positional(operation, port, case), **by_name, **parameters)
+    )
+
+
+def arrays_in_order(operation: "Operation", port: Port, case: Case) -> list[Any]:
+    """Each array as an argument."""
+    return [port.from_numpy(array) for name, array in case.arrays.items() if name not in operation.by_name]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public name of `kvcluster.reference`, its cases, and what can go wrong.
+
+    Attributes
+    ----------
+    name : a function or a class.
+    section : of SPECIFICATION.md, which its results follow.
+    results : what a function returns, by name.
+    cases : what goes in, with seeds from the given number on, which is a thousand for each seed of the suite.
+    refused : calls that must raise.
+    small : arrays and parameters of a small case, one of those among which a counterexample is looked for.
+    mistakes : what is known to go wrong; of two that explain as many failures, the first is named.
+    scaffold : how an adapter to be filled in begins.
+    by_name : arrays that are given by name; the others are by position.
+    options : parameters that not every implementation has.
+    spelling : what is called with which parameters, in the way in which a port spells them.
+    positional : the arguments by position.
+    call : the whole call, where it is not one of a function.
+    oracle : query, keys, values, counts and scale of the attention that a case amounts to, if any.
+    decisions : how the reference decides the first leading index of a case, in words.
+    pattern : a cause and its paragraph for failures of these kinds (how the names of cases begin) in these results.
+    """
+
+    name: str
+    section: int
+    cases: Callable[[int], Iterator[Case]]
+    refused: Callable[[], Iterator[Case]]
+    small: Callable[[Drawing], tuple[dict[str, np.ndarray], dict[str, Any]]]
+    mistakes: tuple[Mistake, ...]
+    scaffold: str
+    results: tuple[str, ...] = ()
+    by_name: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    spelling: Callable[[Port, Case], Spelling] = plain_spelling
+    positional: Callable[["Operation", Port, Case], list[Any]] = arrays_in_order
+    call: Callable[["Operation", Port, Case], dict[str, np.ndarray]] = call_function
+    oracle: Callable[[Case], tuple[Any, ...]] | None = None
+    decisions: Callable[[Case], Iterator[str]] = lambda case: iter(())
+    pattern: Callable[[set[str], set[str]], tuple[str, str] | None] = lambda kinds, results: None
+
+    def has_option(self, case: Case) -> bool:
+        """Whether a case asks for what not every implementation has."""
+        return bool(set(self.options) & set(case.parameters))

@@ -1,0 +1,279 @@
+"""`ClusteredCache`: also with a budget, which a `BoundedCache` keeps, and by another method."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from kvcluster import reference
+from kvcluster.reference.chunks import entries_of_chunk
+from kvcluster.reference.merging import Clustering, merge
+
+from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
+from ..case import Case
+from ..changes import given, without
+from ..drawing import Drawing
+from ..inputs import DTYPES, attention_arrays
+from ..mistake import Mistake, Patch
+from ..operation import Operation, Spelling
+from ..port import THE_REFERENCE, Port, parameters_of
+from .attention import HEADS, WEIGHTS
+from .chunked_soft_matching import MATCHING
+from .distinctive_matching import DISTINCTIVE, Distinctive
+
+__all__ = ["OPERATION"]
+
+
+def cases(base: int) -> Iterator[Case]:
+    plan = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 3, "n_recent": 20}
+    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
+        arrays = attention_arrays(kind, (2,), 3, 150, 16, dtype, base + 110 + index)
+        for name, pieces in (("prompt", (150,)), ("split", (1, 2, 60, 1, 0, 37, 49)), ("tokens", (100, *[1] * 50))):
+            yield Case("ClusteredCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
+    arrays = attention_arrays("normal", (1, 2), 2, 200, 8, "f32", base + 120)
+    changes: dict[str, dict[str, Any]] = {
+        "defaults": {"keep_ratio": 0.25},
+        "keep-all": {**plan, "keep_ratio": 1.0},
+        "no-sink": {**plan, "n_sink": 0},
+        "no-recent": {**plan, "n_recent": 0},
+        "just-due": {**plan, "n_sink": 4, "pieces": (4 + 20 + 16 * 3, 15, 1)},
+        "three-rounds": {**plan, "keep_ratio": 0.2, "chunk_size": 13},
+    }
+    for name, changed in changes.items():
+        yield Case("ClusteredCache", name, arrays, {"pieces": (120, 80), **changed})
+    short = attention_arrays("normal", (1,), 1, 5, 8, "f32", base + 121)
+    yield Case("ClusteredCache", "shorter-than-sinks", short, {**plan, "n_sink": 9, "pieces": (2, 3)})
+    yield Case("ClusteredCache", "scale", arrays, {**plan, "scale": 0.7, "pieces": (200,)})
+    yield from distinctive_cases(base)
+    yield from budget_cases(base)
+
+
+def distinctive_cases(base: int) -> Iterator[Case]:
+    plan = {"keep_ratio": 0.4, "chunk_size": 20, "n_sink": 3, "n_recent": 9, "method": Distinctive(n_shared=3)}
+    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
+        arrays = attention_arrays(kind, (2,), 3, 110, 16, dtype, base + 160 + index)
+        pieces = ((110,), (1, 2, 60, 0, 47), (70, *[1] * 40))[index % 3]
+        yield Case("ClusteredCache", f"{kind}-shared3-{dtype}", arrays, {**plan, "pieces": pieces})
+    arrays = attention_arrays("normal", (2, 2), 2, 110, 8, "f32", base + 170)  # batch rows and heads
+    yield Case("ClusteredCache", "shared-in-batch-rows", arrays, {**plan, "pieces": (100, 10)})
+
+
+def budget_cases(base: int) -> Iterator[Case]:
+    plan = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 3, "n_recent": 20}  # with 42 entries, one span
+    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
+        arrays = attention_arrays(kind, (2,), 3, 190, 16, dtype, base + 180 + index)
+        budget = (54, 46, 63)[index // 3]
+        changed = {**plan, "budget": budget, "pieces": ((190,), (90, *[1] * 40, 0, 60))[index % 2]}
+        yield Case("ClusteredCache", f"{kind}-budget{budget}-{dtype}", arrays, changed)
+    arrays = attention_arrays("normal", (1, 2), 2, 150, 8, "f32", base + 190)
+    changes: dict[str, dict[str, Any]] = {
+        "budget-least": {**plan, "budget": 42},
+        "budget-never-reached": {**plan, "budget": 150},
+        "budget-keep-all": {**plan, "keep_ratio": 1.0, "budget": 90},
+        "budget-no-sink-no-recent": {**plan, "n_sink": 0, "n_recent": 0, "budget": 30},
+    }
+    for name, changed in changes.items():
+        yield Case("ClusteredCache", name, arrays, {**changed, "pieces": (110, 40)})
+
+
+def refused() -> Iterator[Case]:
+    yield from refused_tokens("ClusteredCache", {"keep_ratio": 0.5}, {"keep_ratio": 2.0})
+    rule = {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2, "pieces": (8,)}
+    wrong: dict[str, dict[str, Any]] = {
+        "budget": {"budget": 4},  # one too few
+        "shared": {"method": Distinctive(n_shared=0)},
+        "budget-and-shared": {"budget": 20, "method": Distinctive(n_shared=1)},
+    }
+    for name, limits in wrong.items():
+        yield Case("ClusteredCache", f"refused-{name}", good_tokens(), {**rule, **limits}, is_refused=True)
+
+
+def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays, parameters = small_tokens(draw)
+    sizes = {"chunk_size": draw.integer(1, 4), "n_sink": draw.integer(0, 2), "n_recent": draw.integer(0, 3)}
+    keep_ratio = draw.ratio()
+    least = sum(sizes.values()) - 1 + entries_of_chunk(keep_ratio, sizes["chunk_size"])
+    options: tuple[dict[str, Any], ...] = ({}, {"method": Distinctive(1)}, {"budget": least}, {"budget": least + 1})
+    return arrays, {**parameters, "keep_ratio": keep_ratio, **sizes, **draw.one_of(options)}
+
+
+def spelling(port: Port, case: Case) -> Spelling:
+    """As version 0.2 spells it, `method=` and a `BoundedCache`, or as 0.1 did: `n_shared=` and `budget=`."""
+    cache, parameters = cache_spelling(port, case)
+    has_bounded = "budget" in parameters and hasattr(port.namespace, "BoundedCache")
+    if has_bounded:
+        cache = port.namespace.BoundedCache
+    if "method" in parameters:
+        known, takes_others = parameters_of(cache)
+        method = parameters["method"]
+        has_method = "method" in known or (takes_others and hasattr(port.namespace, type(method).__name__))
+        if has_bounded and not has_method:  # it can only refuse, and must
+            return (lambda **given: port.namespace.BoundedCache(**given)), parameters
+        if not has_method:
+            del parameters["method"]
+            parameters |= asdict(method)
+    return cache, parameters
+
+
+def made_cache(port: Port, case: Case) -> Any:
+    cache, parameters = spelling(port, case)
+    if "method" in parameters:
+        method = parameters["method"]
+        own = getattr(port.namespace, type(method).__name__, type(method))
+        parameters["method"] = own(**asdict(method))
+    return cache(**parameters)
+
+
+def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
+    cache = made_cache(port, case)
+    returned = fill(port, cache, case)
+    seen = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
+    if isinstance(returned, tuple) and len(returned) == 3:  # the entries before the last clustering
+        seen["n_returned"] = np.array(port.to_numpy(returned[2]).shape[-1])
+    return seen | held_by(port, cache, ("keys", "values", "counts")) | attended(port, cache, case)
+
+
+def oracle(case: Case) -> tuple[Any, ...]:
+    cache = made_cache(THE_REFERENCE, case)
+    fill(THE_REFERENCE, cache, case)
+    return case.arrays["query"], cache.keys, cache.values, cache.counts, case.parameters.get("scale")
+
+
+def pattern(kinds: set[str], results: set[str]) -> tuple[str, str] | None:
+    if results == {"n_returned"}:
+        return "append returns the entries after its clustering: it returns those before, the new tokens last", "9.7"
+    return None
+
+
+def boundaries_at_zero(case: Case) -> Case:
+    """Sinks are taken out of the first chunk, so that chunks begin at multiples of the chunk size."""
+    chunk, sinks = case.parameters.get("chunk_size", 64), case.parameters.get("n_sink", 4)
+    return given(n_sink=-(-sinks // chunk) * chunk)(case)
+
+
+def budget_beside_sinks(case: Case) -> Case:
+    budget = case.parameters.get("budget")
+    return case if budget is None else given(budget=budget + case.parameters.get("n_sink", 4))(case)
+
+
+class ByArrival(reference.ClusteredCache):
+    """Single tokens cluster nothing: chunks that are due wait for the next prompt."""
+
+    def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
+        kept, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
+        made = super().append(keys, values)
+        self.n_recent = kept
+        return made
+
+
+class Late(reference.ClusteredCache):
+    def _cluster_what_left_the_window(self) -> None:
+        self.n_recent += 1
+        super()._cluster_what_left_the_window()
+        self.n_recent -= 1
+
+
+class OneChunkAnAppend(reference.ClusteredCache):
+    def _cluster_what_left_the_window(self) -> None:
+        kept, recent = self.n_recent, self.n_seen - self.n_sink - self.n_clustered
+        if recent - self.n_recent >= self.chunk_size:
+            self.n_recent = recent - self.chunk_size
+        super()._cluster_what_left_the_window()
+        self.n_recent = kept
+
+
+class BudgetAtTheEnd(reference.BoundedCache):
+    """Spans are merged when an append is done, not after each of its tokens."""
+
+    def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
+        return reference.ClusteredCache.append(self, keys, values)
+
+
+def in_place_of_both(wrong: type) -> tuple[Patch, ...]:
+    """A wrong cache, without and with a budget."""
+    bounded = type(wrong.__name__, (wrong, reference.BoundedCache), {})
+    return ("", "ClusteredCache", wrong), ("", "BoundedCache", bounded)
+
+
+def merge_the_last_of_equal_pairs(spans: list[int]) -> int:
+    together = [spans[place] + spans[place + 1] for place in range(len(spans) - 1)]
+    return len(together) - 1 - together[::-1].index(min(together))
+
+
+def unweighted_mean(array: np.ndarray, counts: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return merge(array, Clustering(labels, np.bincount(labels)))
+
+
+WINDOW = (
+    Mistake(
+        "chunk boundaries are shifted by the sinks: the first chunk begins at token n_sink",
+        "9.3",
+        change=boundaries_at_zero,
+    ),
+    Mistake("the recent tokens are clustered too", "9.2", change=given(n_recent=0)),
+    Mistake("sinks are clustered too", "9.2", change=given(n_sink=0)),
+    Mistake(
+        "a chunk is clustered a token late: it is due as soon as n_recent tokens are younger",
+        "9.4",
+        in_place_of_both(Late),
+    ),
+    Mistake(
+        "an append clusters one chunk at most: every chunk that is due is clustered",
+        "9.4",
+        in_place_of_both(OneChunkAnAppend),
+    ),
+    Mistake(
+        "the cache depends on how the tokens arrived: chunks lie at absolute positions",
+        "9.6",
+        in_place_of_both(ByArrival),
+    ),
+)
+OPTIONS = (
+    Mistake("n_shared is ignored: chunks are clustered by distinctive matching", "9.3", change=without("method")),
+    Mistake("budget is ignored: spans are merged until it is kept", "9.11", change=without("budget")),
+    Mistake(
+        "sinks are not counted: budget is all stored entries, sinks and recent included",
+        "9.11",
+        change=budget_beside_sinks,
+    ),
+    Mistake(
+        "the budget is kept after an append only: after each of its tokens",
+        "9.11",
+        (("", "BoundedCache", BudgetAtTheEnd),),
+    ),
+    Mistake(
+        "of equal pairs of spans the youngest is merged: the oldest",
+        "9.11",
+        (("bounded_cache", "smallest_pair", merge_the_last_of_equal_pairs),),
+    ),
+    Mistake(
+        "the oldest pair of spans is merged: the pair of the fewest tokens",
+        "9.11",
+        (("bounded_cache", "smallest_pair", lambda spans: 0),),
+    ),
+    Mistake(
+        "entries of merged spans weigh the same: each weighs by its count",
+        "9.12",
+        (("span_merging", "weighted_mean", unweighted_mean),),
+    ),
+)
+OPERATION = Operation(
+    name="ClusteredCache",
+    section=9,
+    options=("budget", "method"),
+    cases=cases,
+    refused=refused,
+    small=small,
+    spelling=spelling,
+    call=call,
+    oracle=oracle,
+    pattern=pattern,
+    mistakes=(*MATCHING, *WEIGHTS, *HEADS, *WINDOW, *DISTINCTIVE, *OPTIONS),
+    scaffold="""
+# append(keys, values), attend(query), n_seen, n_stored; keep what you have of the last two
+# ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, and method with Distinctive
+# Distinctive = my_package.Distinctive  # n_shared
+# BoundedCache = my_package.BoundedCache  # budget, keep_ratio, chunk_size, n_sink, n_recent
+""",
+)

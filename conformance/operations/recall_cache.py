@@ -1,0 +1,161 @@
+"""`RecallCache`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kvcluster import reference
+
+from ..caches import attended, cache_spelling, fill, held_by, refused_tokens, small_tokens
+from ..case import Case
+from ..changes import given
+from ..drawing import Drawing
+from ..inputs import DTYPES, attention_arrays
+from ..mistake import Mistake, Patch
+from ..operation import Operation
+from ..port import THE_REFERENCE, Port
+from .attention import HEADS, WEIGHTS
+from .kmeans import CLUSTERS, lloyd_mistakes
+from .merge import MEANS
+from .select_clusters import SELECTION
+from .similarity import SIMILARITY
+
+__all__ = ["OPERATION"]
+
+
+def cases(base: int) -> Iterator[Case]:
+    plan = {"budget": 40, "n_sink": 4, "n_recent": 2, "tokens_per_cluster": 4}
+    plan |= {"segment_size": 16, "prompt_segment_size": 32}
+    for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs")):
+        arrays = attention_arrays(kind, (2,), 3, 150, 16, dtype, base + 130 + index)
+        for name, pieces in (("prompt", (150,)), ("tokens", (101, *[1] * 49)), ("pieces", (1, 60, 0, 40, 49))):
+            yield Case("RecallCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
+    arrays = attention_arrays("smooth", (1, 2), 2, 200, 8, "f32", base + 140)
+    changes: dict[str, dict[str, Any]] = {
+        "absolute-segments": {**plan, "prompt_segment_size": 0},
+        "one-segment": {**plan, "prompt_segment_size": None},
+        "no-spread": {**plan, "spread": 0.0},
+        "centred": {**plan, "is_centred": True},
+        "rest": {**plan, "centroids_for_rest": True},
+        "budget-covers-all": {**plan, "budget": 300},
+        "scale": {**plan, "scale": 0.7},
+    }
+    for name, changed in changes.items():
+        yield Case("RecallCache", name, arrays, {**changed, "pieces": (150, 1, 49)})
+
+
+def refused() -> Iterator[Case]:
+    return refused_tokens("RecallCache", {"budget": 20, "n_sink": 2}, {"budget": 0})
+
+
+def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays, parameters = small_tokens(draw)
+    sizes = {name: draw.integer(0, 2) for name in ("n_sink", "n_recent")}
+    sizes |= {"segment_size": draw.integer(1, 3), "tokens_per_cluster": draw.integer(1, 3)}
+    least = sizes["n_sink"] + sizes["n_recent"] + sizes["segment_size"]
+    sizes |= {"prompt_segment_size": draw.one_of((0, 3)), "budget": least + draw.integer(0, 4)}
+    return arrays, {**parameters, **sizes}
+
+
+def filled_cache(port: Port, case: Case) -> Any:
+    cache, parameters = cache_spelling(port, case)
+    filled = cache(**parameters)
+    fill(port, filled, case)
+    return filled
+
+
+def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
+    cache = filled_cache(port, case)
+    seen = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
+    seen |= held_by(port, cache, ("keys", "values"))
+    if getattr(cache, "clusters", None) is not None:
+        seen |= port.parts(CLUSTERS, cache.clusters)
+    if hasattr(cache, "select_clusters"):
+        selection = cache.select_clusters(port.from_numpy(case.arrays["query"]))
+        if selection is not None:
+            seen |= port.parts(("taken",), selection)
+    return seen | attended(port, cache, case)
+
+
+def oracle(case: Case) -> tuple[Any, ...]:
+    cache, query = filled_cache(THE_REFERENCE, case), case.arrays["query"]
+    return query, *cache.entries(cache.select_clusters(query)), case.parameters.get("scale")
+
+
+def budget_beside_sinks(case: Case) -> Case:
+    return given(budget=case.parameters["budget"] + case.parameters.get("n_sink", 16))(case)
+
+
+def zero_is_none(case: Case) -> Case:
+    return given(prompt_segment_size=case.parameters.get("prompt_segment_size", 512) or None)(case)
+
+
+class WithCountsChanged(reference.RecallCache):
+    """Entries whose counts are other ones: `n_sink` sinks come first, then recent tokens, then what is recalled."""
+
+    def entries(self, selection: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        keys, values, counts = super().entries(selection)
+        counts = counts.copy()
+        if self.clusters is not None:
+            self.change(counts, self.plan.n_sink, self.n_seen - self.n_clustered)
+        return keys, values, counts
+
+    def change(self, counts: np.ndarray, n_sink: int, n_exact: int) -> None:
+        raise NotImplementedError
+
+
+class WithoutSinks(WithCountsChanged):
+    def change(self, counts: np.ndarray, n_sink: int, n_exact: int) -> None:
+        counts[..., :n_sink] = 0
+
+
+class WithoutRecent(WithCountsChanged):
+    def change(self, counts: np.ndarray, n_sink: int, n_exact: int) -> None:
+        counts[..., n_sink:n_exact] = 0
+
+
+class WithOneTwice(WithCountsChanged):
+    def change(self, counts: np.ndarray, n_sink: int, n_exact: int) -> None:
+        counts[..., n_sink] = 2
+
+
+def in_place_of_it(wrong: type) -> tuple[Patch, ...]:
+    return (("", "RecallCache", wrong),)
+
+
+ATTENDED = (
+    Mistake("sinks are not attended to: they always are", "13.11", in_place_of_it(WithoutSinks)),
+    Mistake("recent tokens are not attended to: they always are", "13.11", in_place_of_it(WithoutRecent)),
+    Mistake("the token before a segment boundary is attended to twice", "13.11", in_place_of_it(WithOneTwice)),
+    Mistake(
+        "sinks are not counted: budget is all tokens attended to, sinks and recent included",
+        "13.10",
+        change=budget_beside_sinks,
+    ),
+    Mistake(
+        "prompt_segment_size 0 is taken for None: the first append gets no segments of its own",
+        "13.5",
+        change=zero_is_none,
+    ),
+    Mistake(
+        "centroids and deviations are not rounded to bfloat16",
+        "13.7",
+        (("recall_cache", "round_to_bfloat16", lambda array: array),),
+    ),
+)
+OPERATION = Operation(
+    name="RecallCache",
+    section=13,
+    cases=cases,
+    refused=refused,
+    small=small,
+    spelling=cache_spelling,
+    call=call,
+    oracle=oracle,
+    mistakes=(*SIMILARITY, *MEANS, *WEIGHTS, *HEADS, *lloyd_mistakes(max_iter=4), *SELECTION, *ATTENDED),
+    scaffold="""
+# append(keys, values), attend(query), n_seen, n_stored
+# RecallCache = my_package.RecallCache
+""",
+)

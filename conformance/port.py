@@ -1,0 +1,91 @@
+"""Anybody's names on their kind of arrays: what goes in is made of NumPy arrays, what comes out becomes some."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvcluster import reference
+
+from .inputs import DTYPES
+
+__all__ = ["THE_REFERENCE", "Outcome", "Port", "parameters_of", "tensor_of"]
+
+
+class Outcome(NamedTuple):
+    """What a call gave: arrays by name, or the exception that it raised."""
+
+    arrays: dict[str, np.ndarray]
+    error: Exception | None = None
+
+
+class Port:
+    """An object with some of the public names, called with NumPy arrays.
+
+    Parameters
+    ----------
+    namespace : a module, or any object. It may also have `from_numpy`, which makes its kind of array of a NumPy array
+        (bfloat16 is `ml_dtypes.bfloat16` there), and `to_numpy`, the way back; or `ARRAYS = "torch"`. By default it
+        gets NumPy arrays, and what it returns is read through DLPack or `__array__`. `DTYPES`, a tuple of "f16",
+        "bf16", "f32", says which it takes; all by default.
+    """
+
+    def __init__(self, namespace: Any, name: str | None = None) -> None:
+        self.namespace = namespace
+        self.name = str(name or getattr(namespace, "__name__", type(namespace).__name__))
+        self.dtypes = tuple(getattr(namespace, "DTYPES", ("f16", "bf16", "f32")))
+        is_torch = getattr(namespace, "ARRAYS", "numpy") == "torch"
+        self.from_numpy: Callable[[np.ndarray], Any] = getattr(
+            namespace, "from_numpy", tensor_of if is_torch else np.array
+        )
+        self.to_numpy: Callable[[Any], np.ndarray] = getattr(namespace, "to_numpy", array_of)
+
+    def parts(self, names: tuple[str, ...], result: Any) -> dict[str, np.ndarray]:
+        """The named arrays of a result: its attributes, the elements of a tuple, or itself."""
+        if all(hasattr(result, name) for name in names):
+            found = [getattr(result, name) for name in names]
+        elif isinstance(result, tuple | list):
+            if len(result) != len(names):
+                raise TypeError(f"the result must be {', '.join(names)}, got {len(result)} values")
+            found = list(result)
+        elif len(names) == 1:
+            found = [result]
+        else:
+            raise TypeError(f"the result must have {', '.join(names)}, got {type(result).__name__}")
+        return {name: self.to_numpy(array) for name, array in zip(names, found, strict=True)}
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[set[str], bool]:
+    """Names of a function's or class's parameters, and whether it takes others too, or does not say."""
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return set(), True
+    return set(known), any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
+
+
+def tensor_of(array: np.ndarray) -> Any:
+    """A torch tensor with the bits of a NumPy array."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def array_of(result: Any) -> np.ndarray:
+    """A NumPy array of whatever it is, with the same bits."""
+    if isinstance(result, np.ndarray | list | int):
+        return np.asarray(result)
+    if hasattr(result, "detach"):  # a torch tensor, which may lie on a GPU and may be bfloat16
+        import torch
+
+        tensor = result.detach().cpu().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(DTYPES["bf16"])
+        return tensor.numpy()
+    return np.from_dlpack(result) if hasattr(result, "__dlpack__") else np.asarray(result)
+
+
+THE_REFERENCE = Port(reference, "kvcluster.reference")
