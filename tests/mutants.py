@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor
 
 from kvcluster import fast
+from kvcluster.fast.backends import TABLE, cell
 from kvcluster.fast.exact.chunks import CompressedChunks, count_members
 from kvcluster.fast.exact.mean import ordered_mean
 from kvcluster.fast.exact.similarity import canonical_similarity, certified_matches, certified_top, halving_sum
 
 Patch = Callable[[pytest.MonkeyPatch], None]
+
+for operation, backend in itertools.product(TABLE, ("torch", "cpp")):
+    cell(operation, backend)  # imported now: what is imported while a mistake is in place keeps it
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,8 @@ def on_backend(backend, dtypes=("f16", "bf16", "f32")):
     if backend == "triton" and torch.cuda.is_available():
         made.from_numpy = lambda array: tensor_of(array).cuda()
     for name in (*OPERATIONS[2:], "BoundedCache"):
-        if hasattr(fast, name):
-            made.__dict__[name] = with_backend(getattr(fast, name), backend)
-    if hasattr(fast, "Distinctive"):
-        made.Distinctive = fast.Distinctive
+        made.__dict__[name] = with_backend(getattr(fast, name), backend)
+    made.Distinctive = fast.Distinctive
     return Implementation(made, f"kvcluster.fast, {backend}")
 
 

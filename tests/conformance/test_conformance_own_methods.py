@@ -20,11 +20,8 @@ BOTH, CACHE = ("distinctive_matching", "ClusteredCache"), ("ClusteredCache",)
 SCORES, SPLIT, MATCH, SPACED = (
     f"exact/distinctiveness.{name}" for name in ("distinctiveness", "split_by_score", "match_ordinary", "evenly_spaced")
 )
-COMPRESS, LIKENESS = (
-    [f"{folder}/distinctive_matching.{name}" for folder in ("plain", "cpu")]
-    for name in ("compress", "likeness_to_mean")
-)
-
+COMPRESS = "plain/distinctive_matching.compress", "cpu/distinctive_matching.compress"
+LIKENESS = "plain/distinctive_matching.likeness_to_mean", "cpu/distinctive_matching.likeness_to_mean"
 CLUSTERED, BOUNDED = "cache.ClusteredCache", "bounded_cache.BoundedCache"
 
 
