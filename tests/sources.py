@@ -19,18 +19,25 @@ class Module:
     is_package: bool = False
 
 
+def installed_files():
+    """Every file of the packages, of folders that pyproject.toml maps: its place here, and once it is installed."""
+    places = {}
+    for package, folder in sorted(FOLDERS.items(), key=lambda item: len(item[1].parts)):  # inner folders come last
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                places[path] = f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"
+    return places
+
+
+def import_name(place):
+    """The name under which the file kvcluster/fast/cache.py is imported."""
+    return place.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def package_modules():
-    """Every module of kvcluster, of the folders that pyproject.toml maps."""
-    modules = []
-    for package, folder in FOLDERS.items():
-        inner = [other for other in FOLDERS.values() if other != folder and other.is_relative_to(folder)]
-        for path in sorted(folder.rglob("*.py")):
-            if not any(path.is_relative_to(other) for other in inner):
-                parts = path.relative_to(folder).with_suffix("").parts
-                is_package = parts[-1] == "__init__"
-                name = ".".join((package, *(parts[:-1] if is_package else parts)))
-                modules.append(Module(name, path.read_text(), is_package))
-    return modules
+    """Every module of kvcluster."""
+    sources = {place: path.read_text() for path, place in installed_files().items() if place.endswith(".py")}
+    return [Module(import_name(place), text, place.endswith("/__init__.py")) for place, text in sources.items()]
 
 
 def files(ending):

@@ -7,20 +7,11 @@ import types
 
 import numpy as np
 import pytest
-from sources import FOLDERS, ROOT, files
+from sources import ROOT, files, import_name, installed_files
 
 PROMPT = re.compile(r"(?m)^\s*>>> ")
 PYTHON = {name: text for name, text in files(".py").items() if PROMPT.search(text) and not name.startswith("tests/")}
 PAGES = {name: text for name, text in files(".md").items() if PROMPT.search(text)}
-
-
-def import_name(file):
-    """The name under which a Python file of the repository is imported."""
-    path = ROOT / file
-    mapped = {package: folder for package, folder in FOLDERS.items() if path.is_relative_to(folder)}
-    package = max(mapped, key=lambda name: len(mapped[name].parts), default="")
-    parts = path.relative_to(mapped.get(package, ROOT)).with_suffix("").parts
-    return ".".join(filter(None, [package, *(parts[:-1] if parts[-1] == "__init__" else parts)]))
 
 
 def faults(module, text):
@@ -31,7 +22,8 @@ def faults(module, text):
 
 @pytest.mark.parametrize("file", PYTHON)
 def test_examples_in_docstrings_are_true(file):
-    assert faults(importlib.import_module(import_name(file)), PYTHON[file]) == (0, 0)
+    module = importlib.import_module(import_name(installed_files().get(ROOT / file, file)))
+    assert faults(module, PYTHON[file]) == (0, 0)
 
 
 def test_examples_on_pages_are_true():

@@ -68,3 +68,7 @@ def test_lines_of_examples_are_not_counted():
 @pytest.mark.parametrize(("n_lines", "is_too_long"), [(300, False), (301, True)])
 def test_a_long_file_is_found(n_lines, is_too_long):
     assert bool(too_long({"fast/cache.py": "x = 1\n" * n_lines}, MOST)) == is_too_long
+
+
+def test_a_long_reference_is_found():
+    assert total([EXAMPLE] * 140) == 700
