@@ -4,6 +4,9 @@ import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
@@ -13,7 +16,8 @@ project = "kvcluster"
 author = "The kvcluster authors"
 version = release = version_of("kvcluster")
 root_doc = "README"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "plain_math"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc"]
+myst_enable_extensions = ["dollarmath"]
 default_role = "literal"
 myst_heading_anchors = 4
 nb_execution_mode = "off"
@@ -21,7 +25,7 @@ autodoc_typehints = "none"
 numpydoc_show_class_members = False
 autodoc_member_order = "bysource"
 nitpick_ignore = [("py:class", "kvcluster.fast.body_clusters.BodyClusters")]  # the type of a property, no page
-html_math_renderer = "mathml"
+html_math_renderer = "mathml"  # below
 html_theme = "furo"
 html_title = "kvcluster"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
@@ -29,6 +33,7 @@ html_static_path = [str(HERE / "static")]
 html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
+LONG_FORMULA = 40  # characters of TeX: what may be wider than a telephone
 MEASURED = ["demo", "kept", "speed", "recall"]
 USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - set(MEASURED))
 
@@ -58,5 +63,19 @@ def add_contents(app, docname, source):
             source[0] += "\n".join(["", "```{toctree}", *lines, "```", ""])
 
 
+def visit_formula(translator, node):
+    formula = tex2mathml(node.astext(), as_block=False)
+    is_long = len(node.astext()) > LONG_FORMULA
+    translator.body.append(f'<span class="long formula">{formula}</span>' if is_long else formula)
+    raise nodes.SkipNode
+
+
+def visit_displayed_formula(translator, node):
+    translator.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app):
     app.connect("source-read", add_contents)
+    # MathML, which browsers show without any script
+    app.add_html_math_renderer("mathml", (visit_formula, None), (visit_displayed_formula, None))
