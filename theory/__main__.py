@@ -82,7 +82,7 @@ def attempt(claim: Claim) -> list[Check | str]:
 
 def table_of(found: dict[Claim, list[Check | str]]) -> Table:
     """A row for each claim, one for each of its checks, and what these noted."""
-    table = Table(title="The claims of theory/*.md, and the attempts to break them", box=box.SIMPLE_HEAD)
+    table = Table(title="The claims of theory/*/README.md, and the attempts to break them", box=box.SIMPLE_HEAD)
     table.add_column("claim", style="bold")
     table.add_column("what it says, what was measured, what was found")
     for name in ("cases", "worst", "bound"):

@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 THEORY, TESTS = ROOT / "theory", ROOT / "tests"
 OPENING = """# Claims
 
-Every numbered claim with its proof (P7 and P8 are measurements), the code that looks for a counterexample, and the tests
-that hand this code something false and see it fail; the names are those of functions in the files behind the links.
+Every numbered claim with its proof (P7 and P8 are measurements), the code that looks for a counterexample, and the
+tests that hand this code something false and see it fail; a link with the name of a function leads to its file.
 `python -m kvcluster.theory` runs all checks, with `--claim M5` those of one claim. [notation.md](notation.md) says what
-the signs mean and how rounding is bounded.
+the signs mean and how rounding is bounded. The proofs stand on the pages [complexity](complexity/README.md),
+[partition](partition/README.md), [merging](merging/README.md), [exactness](exactness/README.md) and
+[recall](recall/README.md).
 
 This page is written by `python docs/site/claims.py`.
 

@@ -1,4 +1,4 @@
-"""Checks of the claims C1 to C5 of complexity.md: what every algorithm costs, counted and timed while it runs."""
+"""Checks of the claims C1 to C5 of README.md: what every algorithm costs, counted and timed while it runs."""
 
 import contextlib
 import math

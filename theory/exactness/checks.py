@@ -1,4 +1,4 @@
-"""Attacks on the claims E1 to E7 of exactness.md: each check looks for a counterexample and says how near it came.
+"""Attacks on the claims E1 to E7 of README.md: each check looks for a counterexample and says how near it came.
 
 A check takes as its argument the thing that the claim is about, so that the tests can hand in a false one and see
 the check fail.

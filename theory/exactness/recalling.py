@@ -1,4 +1,4 @@
-"""Attacks on the claims E8 and E9 of exactness.md: recall's clusters and selections have the reference's bits."""
+"""Attacks on the claims E8 and E9 of README.md: recall's clusters and selections have the reference's bits."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""A bound on the error of clustered attention from four numbers per entry: merging.md, claim M5."""
+"""A bound on the error of clustered attention from four numbers per entry: README.md, claim M5."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Checks of the claims P1 to P3 of partition.md: every partition of up to 16 tokens, every non-increasing similarity.
+"""Checks of the claims P1 to P3 of README.md: every partition of up to 16 tokens, every non-increasing similarity.
 
 A partition is a row of booleans, True where a token is a source. Its value is the sum, over its sources, of the
 similarity to the most similar destination.

@@ -1,4 +1,4 @@
-"""Checks of the claims P6 to P8 of partition.md: soft matching beside optimal matchings and clusterings; real keys."""
+"""Checks of the claims P6 to P8 of README.md: soft matching beside optimal matchings and clusterings; real keys."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Checks of the claims P4 and P5 of partition.md: keys from a stationary process."""
+"""Checks of the claims P4 and P5 of README.md: keys from a stationary process."""
 
 import itertools
 import math

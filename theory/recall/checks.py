@@ -1,4 +1,4 @@
-"""Checks of the claims R1 to R4 of recall.md: what a budget of recalled tokens guarantees."""
+"""Checks of the claims R1 to R4 of README.md: what a budget of recalled tokens guarantees."""
 
 import functools
 import itertools
