@@ -36,14 +36,17 @@ html_theme_options = {"navigation_with_keys": True}
 
 FUNCTION = r"\\(?:log|exp|cosh|sinh|tanh|dim|operatorname\{\w+\})"
 LONG_FORMULA = 40  # characters of TeX: what may be wider than a telephone
+ROOT = HERE.parents[1]
 MEASURED = ["demo", "kept", "speed", "recall"]
-USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - set(MEASURED))
+USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - {*MEASURED, "reading", "papers"})
+BENCHMARKS = sorted(str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.glob("benchmarks/*/*.md"))
 
 CONTENTS = {
-    "Learn": ["notebooks/0*"],
+    "Learn": ["docs/reading", "notebooks/0*"],
     "The method": [
         *(f"{name}.py <reference/{name}.py>" for name in reading_order()),
         "reference/SPECIFICATION",
+        "docs/papers",
     ],
     "Theory": [
         "theory/README",
@@ -51,9 +54,9 @@ CONTENTS = {
         *(f"theory/{page}/README" for page in ("complexity", "partition", "merging", "recall", "exactness")),
     ],
     "Use": [*(f"docs/{name}" for name in USE), "docs/vectors/README"],
-    "Measured": [*(f"docs/{name}" for name in MEASURED), "benchmarks/quality/QUALITY"],
+    "Measured": [*(f"docs/{name}" for name in MEASURED), *BENCHMARKS],
     "API": ["docs/api/*"],
-    "Take part": ["CONTRIBUTING"],
+    "Take part": ["CONTRIBUTING", "CHANGELOG"],
 }
 
 
