@@ -1,8 +1,8 @@
 """The sources of the site: copies of this repository's pages, and a page for each file that they link to.
 
 A link to a file of the repository becomes a link to a page with its source, one section for each function or class; if
-its words are the name of one of these, as in [`draw`](figures.py), it goes to that section. A link to a folder goes
-to a list of what is in it.
+its words are the name of one of these, in backticks, it goes to that section. A link to a folder goes to a list of
+what is in it.
 """
 
 import ast
