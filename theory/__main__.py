@@ -32,16 +32,16 @@ def main(
     if figures is not None and not figures.is_dir():
         raise typer.BadParameter(f"figures must be an existing folder, got {figures}")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    found = {}
+    verdicts_of = {}
     for one in track(chosen, description="Check", console=Console(stderr=True), transient=True):
-        found[one] = attempt(one)
-    console.print(table_of(found))
+        verdicts_of[one] = attempt(one)
+    console.print(table_of(verdicts_of))
     if figures is not None:
         from .figures import draw_all
 
         for path in draw_all(figures):
             console.print(f"Drawn: {path}", highlight=False)
-    verdicts = [verdict for checks in found.values() for verdict in checks]
+    verdicts = [verdict for checks in verdicts_of.values() for verdict in checks]
     n_broken = sum(isinstance(verdict, Check) and not verdict.holds for verdict in verdicts)
     n_missing = sum(isinstance(verdict, str) for verdict in verdicts)
     console.print(
@@ -82,7 +82,7 @@ def attempt(claim: Claim) -> list[Check | str]:
 
 def table_of(found: dict[Claim, list[Check | str]]) -> Table:
     """A row for each claim, one for each of its checks, and what these noted."""
-    table = Table(title="The claims of theory/*.md, and the attempts to break them", box=box.SIMPLE_HEAD)
+    table = Table(title="The claims of theory/*/README.md, and the attempts to break them", box=box.SIMPLE_HEAD)
     table.add_column("claim", style="bold")
     table.add_column("what it says, what was measured, what was found")
     for name in ("cases", "worst", "bound"):

@@ -1,4 +1,4 @@
-"""All claims, in the order of the pages. What each says in one line is shortened; the pages have the assumptions."""
+"""All claims, in the order of the pages, each in one sentence; the pages state the assumptions in full."""
 
 from .claims import Claim
 
@@ -8,39 +8,54 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "C1",
         "complexity",
-        "Matching makes exactly so many operations, chunked or not, for any number of rounds",
+        "Chunked soft matching takes exactly as many operations as its closed form says, for any chunk size "
+        "and number of rounds",
         ("complexity.checks.check_matching_counts",),
     ),
-    Claim("C2", "complexity", "So does k-means", ("complexity.checks.check_kmeans_counts",)),
+    Claim(
+        "C2",
+        "complexity",
+        "k-means takes exactly as many operations as its closed form says, for any number of rounds",
+        ("complexity.checks.check_kmeans_counts",),
+    ),
     Claim(
         "C3",
         "complexity",
-        "So do attention, clustered attention, and means",
+        "Attention, clustered attention and the averaging of clusters take exactly as many operations as "
+        "their closed forms say",
         ("complexity.checks.check_attention_counts",),
     ),
     Claim(
         "C4",
         "complexity",
-        "Chunked matching is linear in the tokens, un-chunked quadratic",
+        "Matching in chunks of a fixed size is linear in the tokens, matching in one chunk of all tokens is quadratic",
         ("complexity.checks.check_count_exponents", "complexity.checks.check_time_exponents"),
     ),
     Claim(
         "C5",
         "complexity",
-        "Compression has paid for itself after about chunk_size / (6 group) generated tokens, by count",
+        "By count, clustering a prompt has paid for itself after about chunk_size / (6 group) generated tokens",
         ("complexity.checks.check_break_even", "complexity.checks.check_break_even_in_time"),
     ),
     Claim(
         "P1",
         "partition",
-        "If similarity falls with distance, no partition with as many sources beats the alternating one",
+        "If similarity falls with distance, no partition of a chunk with as many sources beats the alternating one",
         ("partition.checks.check_alternating",),
     ),
-    Claim("P2", "partition", "Exactly these partitions are as good", ("partition.checks.check_optimal_set",)),
+    Claim(
+        "P2",
+        "partition",
+        "If similarity falls strictly with distance, the optimal partitions are exactly those whose "
+        "half-gaps, the runs of sources to each side of a destination, differ by at most 1",
+        ("partition.checks.check_optimal_set",),
+    ),
     Claim(
         "P3",
         "partition",
-        "Each source's nearest neighbours suffice; 3 tokens break it if similarity rises with distance, 4 if it varies",
+        "The alternating partition serves its sources best if every token is most similar to a neighbour; "
+        "where similarity rises with distance 3 tokens suffice to make it lose, where it differs from place "
+        "to place 4",
         ("partition.checks.check_nearest_neighbours", "partition.checks.check_counterexamples"),
     ),
     Claim(
@@ -52,90 +67,145 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "P5",
         "partition",
-        "In expectation the alternating partition beats those that tie with it in P2: two neighbours to choose from",
+        "If on average a source matches better between two destinations than beside one, only the alternating "
+        "partition and its mirror image have the largest expected value",
         ("partition.stationary.check_expected_partition",),
     ),
     Claim(
         "P6",
         "partition",
-        "One round is the best of all many-to-one matchings of its halves; no clustering is below the least spread",
+        "One round of soft matching is the best of all ways to send as many sources to one destination each; "
+        "the spread that it leaves is at least that of the best clustering",
         ("partition.optimal.check_optimal_matching", "partition.optimal.check_optimal_clustering"),
     ),
     Claim(
         "P7",
         "partition",
-        "SmolLM2: alternating beats random partitions in every head, though similarity does not fall all the way",
+        "In every head of SmolLM2 alternating sources match better than random ones, though similarity does "
+        "not fall with distance all the way",
         ("partition.optimal.check_real_keys",),
     ),
     Claim(
         "P8",
         "partition",
-        "SmolLM2: larger chunks leave less spread, many small rounds more than few large ones",
+        "In SmolLM2 larger chunks leave less spread inside clusters, and rounds of two merges leave more than "
+        "rounds that merge all they can",
         ("partition.optimal.check_chunks_and_rounds",),
     ),
-    Claim("M1", "merging", "With log counts, merging equal keys changes nothing", ("merging.checks.check_equal_keys",)),
-    Claim("M2", "merging", "A centroid never weighs more than its tokens", ("merging.checks.check_jensen",)),
+    Claim(
+        "M1",
+        "merging",
+        "With log counts, merging tokens with equal keys does not change the output of attention",
+        ("merging.checks.check_equal_keys",),
+    ),
+    Claim(
+        "M2",
+        "merging",
+        "A centroid with its log count never weighs more in attention than its tokens did",
+        ("merging.checks.check_jensen",),
+    ),
     Claim(
         "M3",
         "merging",
-        "What it weighs less is half the variance of the logits, to second order",
+        "The logarithm of the weight that a centroid lacks beside its tokens is half the variance of their "
+        "logits, to second order",
         ("merging.checks.check_gap",),
     ),
     Claim(
         "M4",
         "merging",
-        "A merged pair's error has a closed form: to first order, key difference times value difference",
+        "The error of a merged pair has a closed form: to first order, the difference of the keys along the "
+        "query times the difference of the values",
         ("merging.checks.check_pair",),
     ),
     Claim(
         "M5",
         "merging",
-        "Radii of keys and values certify the error of the output, for every query",
+        "The radii of clusters of keys and values give a bound on the error of clustered attention that holds "
+        "for every query",
         ("merging.certified.check_certificate", "merging.certified.check_certificate_on_real_keys"),
     ),
-    Claim("E1", "exactness", "Products of inputs are exact in float64", ("exactness.checks.check_products",)),
+    Claim(
+        "E1",
+        "exactness",
+        "The product of two float16, bfloat16 or float32 numbers is exact in float64",
+        ("exactness.checks.check_products",),
+    ),
     Claim(
         "E2",
         "exactness",
-        "The halving sum is one expression",
+        "A sum by halves has the same bits on every machine, and its error has a bound that grows with the "
+        "logarithm of the number of terms",
         ("exactness.checks.check_halving_sum", "exactness.checks.check_torch_halving_sum"),
     ),
     Claim(
         "E3",
         "exactness",
-        "The similarity is the same everywhere, and orders as the cosine does",
+        "The canonical similarity has the same bits on every machine, and orders pairs of keys as their cosine does",
         ("exactness.checks.check_bits_of_similarity", "exactness.checks.check_order_of_similarity"),
     ),
     Claim(
         "E4",
         "exactness",
-        "The filter's lead proves a match",
+        "A destination that leads in the float32 filter by more than the margin is the canonical match",
         ("exactness.checks.check_filter", "exactness.checks.check_margin", "exactness.checks.check_matches"),
     ),
-    Claim("E5", "exactness", "The filter's cut takes the right sources", ("exactness.checks.check_cut",)),
-    Claim("E6", "exactness", "Narrow sums do not depend on their order", ("exactness.checks.check_sums",)),
-    Claim("E7", "exactness", "Every backend ends with the reference's bits", ("exactness.checks.check_decisions",)),
-    Claim("E8", "exactness", "k-means ends with the reference's bits", ("exactness.recalling.check_kmeans",)),
+    Claim(
+        "E5",
+        "exactness",
+        "The cut by the float32 filter, with doubtful sources ordered by canonical similarity, takes the "
+        "sources that the definition takes",
+        ("exactness.checks.check_cut",),
+    ),
+    Claim(
+        "E6",
+        "exactness",
+        "If the sizes of a chunk's numbers are not too far apart, the sums over its clusters have the same "
+        "bits in any order",
+        ("exactness.checks.check_sums",),
+    ),
+    Claim(
+        "E7",
+        "exactness",
+        "Every backend computes labels, counts and centroids of soft matching with the reference's bits",
+        ("exactness.checks.check_decisions",),
+    ),
+    Claim(
+        "E8",
+        "exactness",
+        "Every backend computes labels, counts and centroids of k-means with the reference's bits",
+        ("exactness.recalling.check_kmeans",),
+    ),
     Claim(
         "E9",
         "exactness",
-        "The filter's lead settles a selection",
+        "Clusters that lead in the float32 filter by more than a proven bound are selected, those that trail "
+        "by as much are not, as canonical scores decide",
         ("exactness.recalling.check_lead", "exactness.recalling.check_selection"),
     ),
     Claim(
         "R1",
         "recall",
-        "The error is at most the attention left out times the distance of the values",
+        "Attention to recalled tokens is wrong by at most the attention left out times the largest distance "
+        "from a recalled value to one left out",
         ("recall.checks.check_left_out",),
     ),
-    Claim("R2", "recall", "Centroids and radii bound the attention left out", ("recall.checks.check_mass",)),
     Claim(
-        "R3", "recall", "With centroids for the rest, the certificate of M5 holds", ("recall.checks.check_stand_ins",)
+        "R2",
+        "recall",
+        "Centroids, counts and radii bound the attention left out, without reading what was left out",
+        ("recall.checks.check_mass",),
+    ),
+    Claim(
+        "R3",
+        "recall",
+        "If centroids stand in for what is not recalled, the certificate of M5 bounds the error",
+        ("recall.checks.check_stand_ins",),
     ),
     Claim(
         "R4",
         "recall",
-        "Ranking by score without log counts spends a budget of tokens best, as far as centroids tell",
+        "Ranking clusters by score without log counts spends a budget of tokens best, as far as centroids tell",
         ("recall.checks.check_greedy",),
     ),
 )

@@ -50,5 +50,5 @@ class Claim:
         ModuleNotFoundError : its module needs a package that is not there.
         """
         module, function = name.rsplit(".", 1)
-        found: Callable[[], Check] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
-        return found
+        check: Callable[[], Check] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        return check

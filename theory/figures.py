@@ -126,7 +126,7 @@ def draw_partition() -> Figure:
     left.legend(loc="upper center", ncols=2, frameon=False)
     left.spines[["left", "right", "top"]].set_visible(False)
 
-    means = {name: found.mean() for name, found in mean_best_of_real_keys().items()}
+    means = {name: cosines.mean() for name, cosines in mean_best_of_real_keys().items()}
     names = {
         "alternating": "alternating (ours)",
         "abba": "source, two dest., source",

@@ -1,4 +1,4 @@
-"""Write theory/README.md: every claim with links to its proof, its checks and its tests, each at its line."""
+"""Write theory/README.md: every claim with links to its proof, and to the files of its checks and its tests."""
 
 import ast
 import re
@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 THEORY, TESTS = ROOT / "theory", ROOT / "tests"
 OPENING = """# Claims
 
-Every numbered claim of these pages with its proof (P7 and P8 are measurements), the code that looks for a
-counterexample, and the tests that hand this code something false and see it fail. `python -m kvcluster.theory` runs all
-checks, with `--claim M5` those of one claim. What the signs mean, and how rounding is bounded, says
-[notation.md](notation.md).
+Every numbered claim with its proof (P7 and P8 are measurements), the code that looks for a counterexample, and the
+tests that hand this code something false and see it fail; a link with the name of a function leads to its file.
+`python -m kvcluster.theory` runs all checks, with `--claim M5` those of one claim. [notation.md](notation.md) says what
+the signs mean and how rounding is bounded. The proofs stand on the pages [complexity](complexity/README.md),
+[partition](partition/README.md), [merging](merging/README.md), [exactness](exactness/README.md) and
+[recall](recall/README.md).
 
 This page is written by `python docs/site/claims.py`.
 
@@ -28,29 +30,28 @@ This page is written by `python docs/site/claims.py`.
 
 def page() -> str:
     """The text of theory/README.md."""
-    tests = [(path, *found) for path in sorted(TESTS.glob("test_*.py")) for found in functions(path)]
+    tests = [(path, name) for path in sorted(TESTS.rglob("test_*.py")) for name in functions(path)]
     return OPENING + "".join(f"{row(claim, tests)}\n" for claim in CLAIMS)
 
 
-def row(claim: Claim, tests: list[tuple[Path, str, int]]) -> str:
-    statement = re.search(rf"(?m)^## ({claim.number}\. .+)$", (THEORY / claim.page / "README.md").read_text())
-    proof = f"[{claim.number}]({claim.page}/README.md#{slug(statement[1])})"
+def row(claim: Claim, tests: list[tuple[Path, str]]) -> str:
+    title = re.search(rf"(?m)^## ({claim.number}\. .+)$", (THEORY / claim.page / "README.md").read_text())
+    proof = f"[{claim.number}]({claim.page}/README.md#{slug(title[1])})"
     checks = []
     for name in claim.checks:
         module, function = name.rsplit(".", 1)
-        line = dict(functions(THEORY / f"{module.replace('.', '/')}.py"))[function]
-        checks.append(f"[`{function}`]({module}.py#L{line})")
+        checks.append(f"[`{function}`]({module.replace('.', '/')}.py)")
     named = [
-        f"[`{name}`](../tests/{path.name}#L{line})"
-        for path, name, line in tests
+        f"[`{name}`](../{path.relative_to(ROOT)})"
+        for path, name in tests
         if re.match(rf"test_(\w+_and_)?{claim.number.lower()}_", name)
     ]
     return f"| {claim.statement} | {proof} | {', '.join(checks)} | {', '.join(named)} |"
 
 
-def functions(path: Path) -> list[tuple[str, int]]:
-    """Names of a file's functions, and the lines where they begin."""
-    return [(node.name, node.lineno) for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+def functions(path: Path) -> list[str]:
+    """Names of the functions that a file defines."""
+    return [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
 
 
 def slug(title: str) -> str:

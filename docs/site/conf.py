@@ -1,8 +1,12 @@
 """Sphinx configuration of the site; `make site` builds it from pages that build_site.py has put together."""
 
+import re
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -13,15 +17,16 @@ project = "kvcluster"
 author = "The kvcluster authors"
 version = release = version_of("kvcluster")
 root_doc = "README"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "plain_math"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc"]
+myst_enable_extensions = ["dollarmath"]
 default_role = "literal"
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
 autodoc_member_order = "bysource"
-nitpick_ignore = [("py:class", "kvcluster.fast.memory.body_clusters.BodyClusters")]  # the type of a property, no page
-html_math_renderer = "mathml"
+nitpick_ignore_regex = [("py:class", r"kvcluster\.fast\..*BodyClusters")]  # the type of a property, no page
+html_math_renderer = "mathml"  # below
 html_theme = "furo"
 html_title = "kvcluster"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
@@ -29,14 +34,19 @@ html_static_path = [str(HERE / "static")]
 html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
+FUNCTION = r"\\(?:log|exp|cosh|sinh|tanh|dim|operatorname\{\w+\})"
+LONG_FORMULA = 40  # characters of TeX: what may be wider than a telephone
+ROOT = HERE.parents[1]
 MEASURED = ["demo", "kept", "speed", "recall"]
-USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - set(MEASURED))
+USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - {*MEASURED, "reading", "papers"})
+BENCHMARKS = sorted(str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.glob("benchmarks/*/*.md"))
 
 CONTENTS = {
-    "Learn": ["notebooks/0*"],
+    "Learn": ["docs/reading", "notebooks/0*"],
     "The method": [
         *(f"{name}.py <reference/{name}.py>" for name in reading_order()),
         "reference/SPECIFICATION",
+        "docs/papers",
     ],
     "Theory": [
         "theory/README",
@@ -44,9 +54,9 @@ CONTENTS = {
         *(f"theory/{page}/README" for page in ("complexity", "partition", "merging", "recall", "exactness")),
     ],
     "Use": [*(f"docs/{name}" for name in USE), "docs/vectors/README"],
-    "Measured": [*(f"docs/{name}" for name in MEASURED), "benchmarks/quality/QUALITY"],
+    "Measured": [*(f"docs/{name}" for name in MEASURED), *BENCHMARKS],
     "API": ["docs/api/*"],
-    "Take part": ["CONTRIBUTING"],
+    "Take part": ["CONTRIBUTING", "CHANGELOG"],
 }
 
 
@@ -58,5 +68,25 @@ def add_contents(app, docname, source):
             source[0] += "\n".join(["", "```{toctree}", *lines, "```", ""])
 
 
+def as_mathml(tex, as_block):
+    """A formula that browsers show without any script; docutils, unlike TeX, sets `n log n` and `|x|` badly."""
+    tex = re.sub(rf"(?<=[\w)}}]) (?={FUNCTION})", r"\\thinspace ", tex)
+    tex = re.sub(rf"({FUNCTION}(?:_\w)?) (?=[\w\\])", r"\1\\thinspace ", tex)
+    return tex2mathml(tex.replace(r"\lvert", r"\left|").replace(r"\rvert", r"\right|"), as_block=as_block)
+
+
+def visit_formula(translator, node):
+    formula = as_mathml(node.astext(), as_block=False)
+    is_long = len(node.astext()) > LONG_FORMULA
+    translator.body.append(f'<span class="long formula">{formula}</span>' if is_long else formula)
+    raise nodes.SkipNode
+
+
+def visit_displayed_formula(translator, node):
+    translator.body.append(f'<div class="formula">{as_mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app):
     app.connect("source-read", add_contents)
+    app.add_html_math_renderer("mathml", (visit_formula, None), (visit_displayed_formula, None))

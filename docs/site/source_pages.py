@@ -1,7 +1,8 @@
 """The sources of the site: copies of this repository's pages, and a page for each file that they link to.
 
-A link to a file of the repository becomes a link to a page with its source, one section for each function or class; a
-link to a line of it goes to the section that holds the line; a link to a folder goes to a list of what is in it.
+A link to a file of the repository becomes a link to a page with its source, one section for each function or class; if
+its words are the name of one of these, in backticks, it goes to that section. A link to a folder goes to a list of
+what is in it.
 """
 
 import ast
@@ -26,7 +27,7 @@ PAGES = (
 )
 NOTEBOOKS = "notebooks/*.ipynb"
 FIGURES = ("docs/figures/*.png", "docs/figures/theory/*.png")
-LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#L\d+)?(?=[)#])")
+LINK = re.compile(r"(?:`(\w+)`)?\]\(([^)\s#]+)(?=[)#])")  # the code that ends its words, and where it leads
 CONTROL = "application/vnd.jupyter.widget-view+json"
 LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cff": "yaml", ".toml": "toml", "": "make"}
 LISTED = {".py", ".cpp", ".h", ".md", ".ipynb"}
@@ -84,7 +85,7 @@ def reading_order() -> list[str]:
 
 def targets(page: Path, text: str) -> Iterator[Path]:
     """Files and folders of the repository that a page links to; of what does not exist Sphinx tells."""
-    for name, _ in LINK.findall(text):
+    for _, name in LINK.findall(text):
         target = Path(os.path.normpath(page.parent / name))
         if not re.match(r"[a-z]+:", name) and target.exists():
             yield target
@@ -103,23 +104,21 @@ def listing(folder: Path) -> list[Path]:
 
 def rewritten(page: Path, link: re.Match) -> str:
     """The same link on the site."""
-    name, line = link[1], link[2] or ""
+    words, name = link.groups()
     target = Path(os.path.normpath(page.parent / name))
-    if re.match(r"[a-z]+:", name) or not target.exists():
+    if re.match(r"[a-z]+:", name) or not target.exists() or target.suffix in {".md", ".ipynb", ".png"}:
         return link[0]
     if target.is_dir():
-        return f"{name.rstrip('/')}/{'README' if (target / 'README.md').exists() else 'index'}.md"
-    if target.suffix in {".md", ".ipynb", ".png"}:
-        return link[0]
-    return f"{name}.md{anchor(target, int(line[2:])) if line else ''}"
+        place = f"{name.rstrip('/')}/{'README' if (target / 'README.md').exists() else 'index'}.md"
+    else:
+        place = f"{name}.md{section(target, words)}"
+    return link[0].removesuffix(name) + place
 
 
-def anchor(path: Path, line: int) -> str:
-    """The section of a file's page that holds this line."""
-    for node in definitions(path.read_text()):
-        if first_line(node) <= line <= node.end_lineno:
-            return f"#{node.name.lower()}"
-    return ""
+def section(path: Path, name: str | None) -> str:
+    """The anchor of the function or class of that name on a file's page; nothing if the file has none."""
+    is_there = path.suffix == ".py" and name in [node.name for node in definitions(path.read_text())]
+    return f"#{name.lower()}" if is_there else ""
 
 
 def definitions(source: str) -> list[ast.FunctionDef | ast.ClassDef]:

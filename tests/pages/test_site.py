@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from browsers import needs_browser, open_browser
 from bs4 import BeautifulSoup
-from test_two_clicks import script
+from scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = "import sys; sys.path.insert(0, 'docs/site'); from build_site import build; from pathlib import Path; "
@@ -18,10 +18,12 @@ LOADING = re.compile(r"<(?:script|link|img|iframe|source|object|embed|video|audi
 STYLE = re.compile(r"(?s)<style[^>]*>.*?</style>|\sstyle=\"[^\"]*\"")
 ADDRESS = re.compile(r"\s(?:src|href|data|srcset)=[\"']([^\"']*)")
 IN_STYLE = re.compile(r"(?:url\(|@import)\s*[\"']?\s*((?:https?:)?//[^)\"']+)")
+CODE = re.compile(r"[A-Za-z_][\w./*]*(\(True\))?|python .+|--?[a-z][\w -]+ \w+|-[a-z-]+|[+-]?0")
 PHONE, DESKTOP = 390, 1280  # pixels
+PAGES = ("*.html", "theory/*.html", "theory/*/README.html", "notebooks/*.html", "docs/*.html", "docs/[!f]*/*.html")
 LOOKED_AT = {
-    PHONE: ("*.html", "theory/*.html", "notebooks/*.html", "reference/*.html", "docs/**/*.html", "benchmarks/*.html"),
-    DESKTOP: ("*.html", "theory/[!.]*[!y].html", "notebooks/*.html", "docs/**/*.html", "benchmarks/QUALITY.html"),
+    PHONE: (*PAGES, "reference/*.html", "benchmarks/*/*.html"),
+    DESKTOP: (*PAGES, "benchmarks/quality/QUALITY.html"),
 }
 WIDER = """
 const scrolls = element => element.tagName !== 'ARTICLE'
@@ -31,8 +33,7 @@ return [...document.querySelectorAll('article *')].filter(element => isOut(eleme
     .map(element => element.tagName + ' ' + element.textContent.slice(0, 60)).slice(0, 3)
 """
 
-plain_math = script("plain_math")
-sys.modules.setdefault("source_pages", source_pages := script("source_pages"))
+sys.modules.setdefault("source_pages", source_pages := script("site/source_pages"))
 site_tests = [pytest.mark.slow, pytest.mark.xdist_group("site")]
 
 
@@ -74,16 +75,19 @@ class TestBuilt:
         start = (site / "index.html").read_text()
         for page in (
             *(f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb")),
-            *(f"theory/{path.stem}" for path in (ROOT / "theory").glob("*.md")),
+            *(str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "theory").rglob("*.md")),
+            *(str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "benchmarks").glob("*/*.md")),
             *(f"reference/{name}.py" for name in source_pages.reading_order()),
-            *(f"docs/api/{name}" for name in ("reference", "fast", "fast-huggingface", "fast-evaluation")),
-            *("reference/SPECIFICATION", "benchmarks/QUALITY", "docs/modes", "CONTRIBUTING"),
+            *(f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")),
+            *(f"docs/api/{name}" for name in ("reference", "conformance", "fast", "fast-huggingface", "evaluation")),
+            *("reference/SPECIFICATION", "benchmarks/quality/QUALITY", "docs/vectors/README"),
+            *("CONTRIBUTING", "CHANGELOG"),
         ):
             assert (site / f"{page}.html").exists(), page
             assert f'href="{page}.html' in start, page
 
     def test_formulas_are_set(self, site):
-        page = (site / "theory" / "merging.html").read_text()
+        page = (site / "theory" / "merging" / "README.html").read_text()
         assert page.count("<math") > 150
         assert '<div class="formula"><math' in page
         assert "<msub>" in page
@@ -129,7 +133,8 @@ def test_dead_links_are_faults(tmp_path):
         page = tmp_path / "pages" / name
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(text)
-    command = [sys.executable, "-m", "sphinx", "-q", "-n", "-c", ROOT / "docs", tmp_path / "pages", tmp_path / "site"]
+    options = ["-q", "-n", "-c", ROOT / "docs" / "site"]
+    command = [sys.executable, "-m", "sphinx", *options, tmp_path / "pages", tmp_path / "site"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stderr.count("[myst.xref_missing]") == len(dead)
 
@@ -142,47 +147,37 @@ def test_a_page_of_a_file_has_all_of_its_lines(path):
     assert numbered == {i: line for i, line in enumerate((ROOT / path).read_text().split("\n"), 1) if line}
 
 
-def test_links_to_files_lines_and_folders_become_links_to_pages():
-    text = "[a](theory/merging/checks.py#L33) [b](fast) [c](docs/vectors) [d](docs/modes.md#x) [e](Makefile) [f](https://x.org)"
-    page = source_pages.LINK.sub(lambda link: source_pages.rewritten(ROOT / "README.md", link), text)
+def test_links_to_files_functions_and_folders_become_links_to_pages():
+    links = (
+        "[a](theory/merging/checks.py) [`check_gap`](theory/merging/checks.py) [`other`](theory/merging/checks.py) "
+        "[b](fast) [c](docs/vectors) [d](docs/modes.md#x) [e](Makefile) [f](https://x.org)"
+    )
+    page = source_pages.LINK.sub(lambda link: source_pages.rewritten(ROOT / "README.md", link), links)
     assert page == (
-        "[a](theory/merging/checks.py.md#check_equal_keys) [b](fast/index.md) [c](docs/vectors/README.md) "
-        "[d](docs/modes.md#x) [e](Makefile.md) [f](https://x.org)"
+        "[a](theory/merging/checks.py.md) [`check_gap`](theory/merging/checks.py.md#check_gap) "
+        "[`other`](theory/merging/checks.py.md) "
+        "[b](fast/index.md) [c](docs/vectors/README.md) [d](docs/modes.md#x) [e](Makefile.md) [f](https://x.org)"
     )
 
 
-@pytest.mark.parametrize(
-    ("plain", "tex"),
-    [
-        ("|s - c| <= eps = (2 k + 2) u64", r"\left|s - c\right| \le  \varepsilon  = (2\,k + 2)\,u_{64}"),
-        ("ceil(log2 n) <= 2^-24", r"\lceil \log_{2} \,n\rceil  \le  2^{-24}"),
-        ("s q.mu + log n_c", r"s\,q\cdot \mu  + \log \,n_{c}"),
-        ("F_(1) >= z_(j+1)", r"F_{(1)} \ge  z_{j+1}"),
-        ("sum_(j<r) t^j_i", r"\sum _{j<r}\,t^{j}_{i}"),
-        ("f* - f > margin", r"f^* - f > \mathrm{margin}"),
-        ("-149 <= e", r"-149 \le  e"),
-        ("<u_N, v_N>", r"\langle u_{N},\,v_{N}\rangle"),
-    ],
-)
-def test_formulas_keep_their_meaning(plain, tex):
-    assert plain_math.is_math(plain)
-    assert plain_math.to_tex(plain) == tex
+@pytest.mark.parametrize("page", sorted((ROOT / "theory").rglob("*.md")), ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_on_a_page_of_theory_is_code_and_formulas_are_formulas(page):
+    text = re.sub(r"(?m)^ {4}.*$", "", page.read_text())
+    assert [span for span in re.findall(r"`([^`]+)`", text) if not CODE.fullmatch(span)] == []
+    assert text.count("$$") % 2 == 0
+    assert text.replace("$$", "").count("$") % 2 == 0
 
 
-@pytest.mark.parametrize(
-    "span", ["check_pair", "keep_ratio", "fast/cache.py", "python -m kvcluster.theory", "*", "zeros"]
-)
-def test_code_stays_code(span):
-    assert not plain_math.is_math(span)
+def test_formulas_in_code_are_noticed():
+    assert all(CODE.fullmatch(span) for span in ("check_pair", "fast/cache.py", "python -m kvcluster.theory", "-0"))
+    assert not any(CODE.fullmatch(span) for span in ("n d", "2^-24", "log n_c", "|x|", "f(1)"))
 
 
-def test_what_is_no_formula_is_refused():
-    with pytest.raises(ValueError, match="a formula cannot have '@', got a @ b"):
-        plain_math.to_tex("a @ b")
-    with pytest.raises(ValueError, match="a bracket of a formula must be closed"):
-        plain_math.to_tex("sqrt(a")
-    with pytest.raises(ValueError, match="bars of a formula must be pairs"):
-        plain_math.to_tex("|a| < |b")
+def test_functions_and_bars_are_set_as_tex_does():
+    conf = script("site/conf")
+    assert conf.as_mathml(r"8 u \log N", as_block=False).count("<mspace") == 2
+    assert conf.as_mathml(r"\log(x)", as_block=False).count("<mspace") == 0
+    assert conf.as_mathml(r"\lvert x \rvert", as_block=False) == conf.as_mathml(r"\left| x \right|", as_block=False)
 
 
 def test_notebooks_lose_their_sliders_only():
@@ -193,6 +188,6 @@ def test_notebooks_lose_their_sliders_only():
 
 
 def test_the_picture_of_the_idea_is_drawn(tmp_path):
-    script("idea").draw(tmp_path / "idea.png")
+    script("figures/idea").draw(tmp_path / "idea.png")
     assert (tmp_path / "idea.png").read_bytes().startswith(b"\x89PNG")
-    assert (ROOT / "docs" / "idea.png").stat().st_size < 300_000
+    assert (ROOT / "docs" / "figures" / "idea.png").stat().st_size < 300_000

@@ -60,7 +60,7 @@ def test_one_claim_is_checked_alone():
     result = run("--claim", "c1")
     assert result.exit_code == 0
     assert "1 claims, 1 checks ran: 0 broken, 0 not run" in result.output
-    assert "Matching makes exactly so many operations" in result.output
+    assert "Chunked soft matching takes exactly as many operations" in result.output
 
 
 def test_a_broken_claim_ends_with_1(monkeypatch):

@@ -1,4 +1,4 @@
-"""Checks of the claims C1 to C5 of complexity.md: what every algorithm costs, counted and timed while it runs."""
+"""Checks of the claims C1 to C5 of README.md: what every algorithm costs, counted and timed while it runs."""
 
 import contextlib
 import math
@@ -194,13 +194,13 @@ def one_thread() -> Iterator[None]:
 
 def check_break_even(break_even: Callable = closed_forms.break_even) -> Check:
     """C5, counts: compress, then decode token by token with both caches, until the clustered one has spent less."""
-    wrong, found = 0, []
+    wrong, generated_tokens = 0, []
     for tokens, dim, group, keep_ratio, chunk_size in BREAK_EVEN_SHAPES:
         spent, saved = balance(tokens, dim, group, keep_ratio=keep_ratio, chunk_size=chunk_size)
         generated = next(n for n, total in enumerate(saved, start=1) if total >= spent)
         wrong += generated != break_even(tokens, dim, group=group, keep_ratio=keep_ratio, chunk_size=chunk_size)
-        found.append(generated)
-    note = f"after {min(found)} to {max(found)} generated tokens"
+        generated_tokens.append(generated)
+    note = f"after {min(generated_tokens)} to {max(generated_tokens)} generated tokens"
     return Check("C5", "break-even elsewhere than counted", len(BREAK_EVEN_SHAPES), wrong, 0, note)
 
 
@@ -235,9 +235,9 @@ def check_break_even_in_time(tokens: int = 8192) -> Check:
     centroids = fast.merge(keys, clustering)
 
     def compress() -> None:
-        found = fast.chunked_soft_matching(keys, keep_ratio=0.25)
+        clustering = fast.chunked_soft_matching(keys, keep_ratio=0.25)
         for array in (keys, keys):  # the second time in place of values
-            fast.merge(array, found)
+            fast.merge(array, clustering)
 
     compressing, full, clustered = least_seconds(
         [

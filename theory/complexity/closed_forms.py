@@ -1,4 +1,4 @@
-"""Closed forms of what every algorithm of the reference costs: complexity.md, claims C1 to C5."""
+"""Closed forms of what every algorithm of the reference costs: README.md, claims C1 to C5."""
 
 from kvcluster.reference.chunks import entries_of_chunk
 

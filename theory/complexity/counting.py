@@ -141,8 +141,8 @@ class CountingNumPy:
     """NumPy, but arrays that it makes are counted."""
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(np, name)
-        return (lambda *args, **kwargs: counted(found(*args, **kwargs))) if name in BIRTHS else found
+        function = getattr(np, name)
+        return (lambda *args, **kwargs: counted(function(*args, **kwargs))) if name in BIRTHS else function
 
 
 def counted(result: Any) -> Any:

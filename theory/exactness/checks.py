@@ -1,4 +1,4 @@
-"""Attacks on the claims E1 to E7 of exactness.md: each check looks for a counterexample and says how near it came.
+"""Attacks on the claims E1 to E7 of README.md: each check looks for a counterexample and says how near it came.
 
 A check takes as its argument the thing that the claim is about, so that the tests can hand in a false one and see
 the check fail.
@@ -195,9 +195,9 @@ def check_filter(bound: Callable[[int], float] = delta) -> Check:
             cosine = np.sign(score) * np.sqrt(np.abs(score))  # with an error of less than 30 units of float64
             for one in (filter_as_coded, filter_in_order, filter_products_first):
                 for order in (np.arange(dim), rng.permutation(dim)):
-                    found = one(np.ascontiguousarray(a[:, order]), np.ascontiguousarray(b[:, order]))
-                    worst = max(worst, float(np.abs(found - cosine).max()) / bound(dim))
-                    cases += found.size
+                    filtered = one(np.ascontiguousarray(a[:, order]), np.ascontiguousarray(b[:, order]))
+                    worst = max(worst, float(np.abs(filtered - cosine).max()) / bound(dim))
+                    cases += filtered.size
     return Check("E4", "|filter - cosine| / bound", cases, worst, 1)
 
 
@@ -227,8 +227,8 @@ def near_ties(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def check_matches(find: Callable = exact_similarity.certified_matches) -> Check:
     """E4, decisions: each source's best destination, of ties the first."""
     sources, destinations = near_ties(seed=40)
-    found = find(torch.from_numpy(sources), torch.from_numpy(destinations)).destination.numpy()
-    wrong = found != reference.similarity(sources, destinations).argmax(axis=-1)
+    destination = find(torch.from_numpy(sources), torch.from_numpy(destinations)).destination.numpy()
+    wrong = destination != reference.similarity(sources, destinations).argmax(axis=-1)
     return Check("E4", "wrong matches", wrong.size, int(wrong.sum()), 0)
 
 
@@ -241,8 +241,8 @@ def check_cut(top: Callable = exact_similarity.certified_top) -> Check:
     expected = np.argsort(-best, axis=-1, kind="stable")
     wrong = cases = 0
     for n_top in range(1, sources.shape[1] + 1):
-        found = top(exact_similarity.certified_matches(*tensors), *tensors, n_top).numpy()
-        differs = np.sort(found, axis=-1) != np.sort(expected[:, :n_top], axis=-1)
+        taken = top(exact_similarity.certified_matches(*tensors), *tensors, n_top).numpy()
+        differs = np.sort(taken, axis=-1) != np.sort(expected[:, :n_top], axis=-1)
         wrong, cases = wrong + int(differs.any(axis=-1).sum()), cases + len(sources)
     return Check("E5", "wrong cuts", cases, wrong, 0)
 

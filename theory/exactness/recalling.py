@@ -1,4 +1,4 @@
-"""Attacks on the claims E8 and E9 of exactness.md: recall's clusters and selections have the reference's bits."""
+"""Attacks on the claims E8 and E9 of README.md: recall's clusters and selections have the reference's bits."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,8 +25,8 @@ def check_kmeans() -> Check:
         for kind in keys_of_kinds(90, dim, seed=80 + dim):
             for keys, n_clusters in ((kind, 9), (kind.astype(np.float16), 90), (kind * np.float32(1e-38), 4)):
                 expected = reference.kmeans(keys, n_clusters=n_clusters, max_iter=4)
-                made = fast.kmeans(torch.from_numpy(keys), n_clusters=n_clusters, max_iter=4)
-                pairs = [(getattr(made, name).numpy(), getattr(expected, name)) for name in ("labels", "centroids")]
+                clusters = fast.kmeans(torch.from_numpy(keys), n_clusters=n_clusters, max_iter=4)
+                pairs = [(getattr(clusters, name).numpy(), getattr(expected, name)) for name in ("labels", "centroids")]
                 wrong += any(a.tobytes() != b.tobytes() for a, b in pairs)
                 cases += 1
     return Check("E8", "clusterings that differ", cases, wrong, 0)
@@ -59,9 +59,9 @@ def check_lead(scores: Scores = approximate_scores) -> Check:
     for query, centroids, deviations, counts in scored():
         exact = cluster_scores(query, centroids, counts, deviations, SPREAD)[0]
         features = torch.from_numpy(np.concatenate([centroids, deviations], axis=-1))
-        made = score_clusters(features, torch.from_numpy(counts))
-        found, lead = scores(make_probe(torch.from_numpy(query), SPREAD), made)
-        errors = found[0].double().numpy() - exact
+        cluster_features = score_clusters(features, torch.from_numpy(counts))
+        filtered, lead = scores(make_probe(torch.from_numpy(query), SPREAD), cluster_features)
+        errors = filtered[0].double().numpy() - exact
         worst = max(worst, float((errors.max() - errors.min()) / max(float(lead[0, 0]), 1e-300)))
         cases += len(errors) ** 2
     return Check("E9", "error of a comparison / lead", cases, worst, 1)
@@ -74,7 +74,7 @@ def check_selection() -> Check:
         tensors = [torch.from_numpy(x) for x in (query, centroids, counts, deviations)]
         for budget in (0, 1, 17, 60, 100, 400):
             right = reference.select_clusters(query, centroids, counts, budget=budget, deviations=deviations)
-            made = fast.select_clusters(*tensors[:3], budget=budget, deviations=tensors[3])
-            wrong += not np.array_equal(made.taken.numpy(), right.taken)
+            selection = fast.select_clusters(*tensors[:3], budget=budget, deviations=tensors[3])
+            wrong += not np.array_equal(selection.taken.numpy(), right.taken)
             cases += 1
     return Check("E9", "selections that differ", cases, wrong, 0)

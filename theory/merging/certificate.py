@@ -1,4 +1,4 @@
-"""A bound on the error of clustered attention from four numbers per entry: merging.md, claim M5."""
+"""A bound on the error of clustered attention from four numbers per entry: README.md, claim M5."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ def radii(
 
     Entries without tokens have radii 0. Labels of -1 belong to no entry.
     """
-    found = []
+    radii_and_shifts = []
     for tokens, entries in ((keys, key_entries), (values, value_entries)):
         largest, shift = np.zeros(entries.shape[:-1]), np.zeros(entries.shape[:-1])
         for problem in np.ndindex(*entries.shape[:-2]):
@@ -53,8 +53,9 @@ def radii(
             sums = np.zeros(entries[problem].shape)
             np.add.at(sums, labels, offsets)
             shift[problem] = lengths(sums) / np.maximum(np.bincount(labels, minlength=len(sums)), 1)
-        found += [largest * ROUNDED_UP, shift * ROUNDED_UP]
-    return Radii(keys=found[0], values=found[2], key_shifts=found[1], value_shifts=found[3])
+        radii_and_shifts.append((largest * ROUNDED_UP, shift * ROUNDED_UP))
+    (key_radii, key_shifts), (value_radii, value_shifts) = radii_and_shifts
+    return Radii(keys=key_radii, values=value_radii, key_shifts=key_shifts, value_shifts=value_shifts)
 
 
 def certificate(
@@ -98,10 +99,10 @@ def largest_quotient(
         gain_high = np.abs(high - 1) * away + high * (within - best[..., None])
         mass = np.where(gain_high > gain_low, high, low)
         numerator = (weights * (np.abs(mass - 1) * away + mass * within)).sum(axis=-1)
-        found = numerator / (weights * mass).sum(axis=-1)
-        if (found <= best * (1 + 2.0**-50)).all():
-            return np.maximum(found, best)
-        best = np.maximum(found, best)
+        quotient = numerator / (weights * mass).sum(axis=-1)
+        if (quotient <= best * (1 + 2.0**-50)).all():
+            return np.maximum(quotient, best)
+        best = np.maximum(quotient, best)
     raise AssertionError("the iteration did not end")
 
 

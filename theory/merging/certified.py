@@ -1,4 +1,4 @@
-"""Checks of the claim M5 of merging.md: the certificate beside the true error, at random and in SmolLM2."""
+"""Checks of the claim M5 of README.md: the certificate beside the true error, at random and in SmolLM2."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Checks of the claims M1 to M4 of merging.md: what attention loses when tokens share an entry."""
+"""Checks of the claims M1 to M4 of README.md: what attention loses when tokens share an entry."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -120,7 +120,7 @@ def check_gap(bounds: Callable = gap_bounds) -> Check:
     for logits in logits_of_clusters():
         gap = log_sum_exp(logits) - math.log(logits.shape[-1]) - logits.mean(axis=-1)
         lower, upper = bounds(logits)
-        allowed = rounding_of_logits(logits) + 2.0**-30 * upper  # the bounds are rounded too, see merging.md
+        allowed = rounding_of_logits(logits) + 2.0**-30 * upper  # the bounds are rounded too, see README.md
         worst = max(worst, float((np.maximum(gap - upper, lower - gap) - allowed).max()))
         cases += len(gap)
     return Check("M3", "gap outside of its bounds, less rounding", cases, worst, 0)
@@ -202,7 +202,7 @@ def merged_cluster(
     )[:, 0]
     highest = np.abs(logits[:, :members] - mean[:, None]).max(axis=1)
     given = share, logits[:, :members], values[:, :members].astype(np.float64)
-    return given, output, error, 16 * np.exp(highest) * rounding  # see merging.md
+    return given, output, error, 16 * np.exp(highest) * rounding  # see README.md
 
 
 def symmetric(rng: np.random.Generator, shape: tuple[int, int, int], size: float) -> np.ndarray:

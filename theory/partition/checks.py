@@ -1,4 +1,4 @@
-"""Checks of the claims P1 to P3 of partition.md: every partition of up to 16 tokens, every non-increasing similarity.
+"""Checks of the claims P1 to P3 of README.md: every partition of up to 16 tokens, every non-increasing similarity.
 
 A partition is a row of booleans, True where a token is a source. Its value is the sum, over its sources, of the
 similarity to the most similar destination.
@@ -111,9 +111,9 @@ def check_optimal_set(is_optimal: Callable = is_optimal_partition, n_optimal: Ca
             values = np.where(is_source, np.array(similarity)[distance], 0).sum(axis=1)
             best = np.zeros(tokens, dtype=int)
             np.maximum.at(best, n_sources, values)
-            found = values == best[n_sources]
-            wrong, cases = wrong + int((found != is_optimal(smallest, largest, drops)).sum()), cases + len(values)
-        counted = np.bincount(n_sources[found], minlength=tokens)  # of the last one, which drops everywhere
+            is_best = values == best[n_sources]
+            wrong, cases = wrong + int((is_best != is_optimal(smallest, largest, drops)).sum()), cases + len(values)
+        counted = np.bincount(n_sources[is_best], minlength=tokens)  # of the last one, which drops everywhere
         wrong += sum(int(counted[m]) != n_optimal(m, tokens - m) for m in range(tokens))
         noted = counted[-(-tokens // 2)]
     n_halves = int((n_sources == LARGEST // 2).sum())

@@ -1,4 +1,4 @@
-"""Checks of the claims P6 to P8 of partition.md: soft matching beside optimal matchings and clusterings; real keys."""
+"""Checks of the claims P6 to P8 of README.md: soft matching beside optimal matchings and clusterings; real keys."""
 
 import itertools
 from collections.abc import Callable
@@ -115,12 +115,17 @@ def check_optimal_clustering(find: Callable[[np.ndarray, int], np.ndarray] = sof
                 labels = find(keys, clusters)
                 ratio = spread(keys, labels) / least_spread(keys, clusterings) if labels.max() == clusters - 1 else 0.0
                 ratios.setdefault((kind, clusters), []).append(ratio)
-    medians = (f"{kind}, 8 to {clusters}: {np.median(found):.2f}" for (kind, clusters), found in ratios.items())
-    found = [ratio for one in ratios.values() for ratio in one]
+    medians = (f"{kind}, 8 to {clusters}: {np.median(of_kind):.2f}" for (kind, clusters), of_kind in ratios.items())
+    all_ratios = [ratio for one in ratios.values() for ratio in one]
     # both spreads are sums of 8 x 16 squares of differences that are wrong by less than 2**-49 of the largest key
     allowed = 1 + 2.0**-40
     return Check(
-        "P6", "least spread / ours", len(found), 1 / min(found) if min(found) else 99, allowed, "; ".join(medians)
+        "P6",
+        "least spread / ours",
+        len(all_ratios),
+        1 / min(all_ratios) if min(all_ratios) else 99,
+        allowed,
+        "; ".join(medians),
     )
 
 
@@ -193,9 +198,9 @@ def spread_left(heads: list[np.ndarray], chunk_size: int, most: int) -> tuple[fl
     """Share of the spread of keys (tokens, dim) that is left inside the clusters, and tokens of a chunk's largest."""
     shares, largest = [], []
     for keys in heads:
-        found = chunks_in_rounds(keys, chunk_size, most)
-        shares.append(sum(spread(*one) for one in found) / spread(keys, np.zeros(len(keys), dtype=int)))
-        largest.append(np.mean([np.bincount(labels).max() for _, labels in found]))
+        clustered = chunks_in_rounds(keys, chunk_size, most)
+        shares.append(sum(spread(*one) for one in clustered) / spread(keys, np.zeros(len(keys), dtype=int)))
+        largest.append(np.mean([np.bincount(labels).max() for _, labels in clustered]))
     return float(np.mean(shares)), float(np.mean(largest))
 
 

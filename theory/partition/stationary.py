@@ -1,4 +1,4 @@
-"""Checks of the claims P4 and P5 of partition.md: keys from a stationary process."""
+"""Checks of the claims P4 and P5 of README.md: keys from a stationary process."""
 
 import itertools
 import math
@@ -56,10 +56,10 @@ def check_expected_cosine(expected: Callable[[float, int], float] = expected_cos
     gaps = (1, 2, 5)
     worst, rises = 0.0, 0
     for correlation, dim in settings:
-        found = cosines(autoregressive_keys(rng, (20_000, max(gaps) + 1, dim), correlation))[:, 0, gaps]
+        similarities = cosines(autoregressive_keys(rng, (20_000, max(gaps) + 1, dim), correlation))[:, 0, gaps]
         expectations = np.array([expected(correlation**gap, dim) for gap in gaps])
-        allowed = deviation(found, 2, len(settings) * len(gaps))
-        worst = max(worst, float((np.abs(found.mean(axis=0) - expectations) / allowed).max()))
+        allowed = deviation(similarities, 2, len(settings) * len(gaps))
+        worst = max(worst, float((np.abs(similarities.mean(axis=0) - expectations) / allowed).max()))
         rises += int((np.diff([expected(correlation**gap, dim) for gap in range(1, 64)]) > 0).sum())
     example = expected(0.8, 64)
     note = f"neighbours of correlation 0.8 with dim 64 have an expected cosine of {example:.4f}"

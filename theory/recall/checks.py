@@ -1,4 +1,4 @@
-"""Checks of the claims R1 to R4 of recall.md: what a budget of recalled tokens guarantees."""
+"""Checks of the claims R1 to R4 of README.md: what a budget of recalled tokens guarantees."""
 
 import functools
 import itertools
@@ -54,7 +54,7 @@ class Recalled:
 @functools.cache
 def recalls() -> tuple[Recalled, ...]:
     """Random keys in and around clusters, then SmolLM2's of every fifth layer; several budgets."""
-    made = []
+    caches = []
     rng = np.random.default_rng(8)
     for problems, group, tokens, dim, spread in ((20, 1, 40, 8, 0.3), (20, 3, 60, 16, 1.0), (10, 2, 33, 2, 0.05)):
         centres = 2 * rng.standard_normal((problems, 5, dim))
@@ -64,15 +64,15 @@ def recalls() -> tuple[Recalled, ...]:
         keys = keys.astype(np.float32)
         clusters = kmeans(keys, n_clusters=6)
         for budget in (1, 7, tokens // 2, tokens):
-            made.append(Recalled(query, keys, values, clusters, budget))
+            caches.append(Recalled(query, keys, values, clusters, budget))
     cache = real_cache()
     for layer in range(0, len(cache.keys), 5):
         keys, values = cache.keys[layer], cache.values[layer]
         clusters = kmeans(keys, n_clusters=keys.shape[-2] // 20, max_iter=3)
         query = np.ascontiguousarray(cache.queries[layer][:, ::N_QUERIES])  # the group's heads, for the next token
         for budget in (64, 128):
-            made.append(Recalled(query, keys, values, clusters, budget))
-    return tuple(made)
+            caches.append(Recalled(query, keys, values, clusters, budget))
+    return tuple(caches)
 
 
 def left_out(weights: np.ndarray, taken: np.ndarray) -> np.ndarray:
