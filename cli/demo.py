@@ -25,7 +25,7 @@ def demo(
         from kvcluster.evaluation.demo.run import run_demo
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed; the demo needs: pip install 'kvcluster[hf]'")
-    from kvcluster.evaluation.demo.inputs import UnusableInputError
+    from kvcluster.evaluation.errors import UnusableInputError
 
     try:
         agrees = run_demo(

@@ -43,7 +43,7 @@ def evaluate(
     A context is read once for each method; questions come after it and are answered from copies of the cache.
     """
     try:
-        from kvcluster.evaluation.demo.inputs import UnusableInputError
+        from kvcluster.evaluation.errors import UnusableInputError
         from kvcluster.evaluation.quality.evaluate import Settings, run_eval
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: pip install 'kvcluster[hf]'")

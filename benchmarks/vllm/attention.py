@@ -24,7 +24,7 @@ from rich.table import Table
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from kvcluster.evaluation.timing import ratios
+from kvcluster.evaluation.statistics import ratios
 from kvcluster.fast.cpu.paged import attend_pages
 
 PAGE, HEADS, KV_HEADS, DIM, LAYERS = 32, 9, 3, 64, 30
