@@ -43,7 +43,7 @@ class Runs:
         self.all.append(stored)
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(stored, allow_nan=False) + "\n")
+                file.write(json.dumps(stored, allow_nan=False, separators=(",", ":")) + "\n")
         return stored
 
     def found(self, key: dict[str, Any]) -> Run | None:

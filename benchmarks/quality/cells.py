@@ -1,10 +1,10 @@
-"""What sections of the page of quality share: which methods there are, who is best, numbers as text."""
+"""What tables of the page of quality share: which methods there are, who is best, numbers as text."""
 
 from typing import Any
 
 from benchmarks.quality.results import MEASURES, Comparison, Results, compare
 
-__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "table", "value", "with_interval"]
+__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "value", "with_interval"]
 
 PEER = "kvpress "  # what names of presses begin with
 
@@ -35,11 +35,6 @@ def value(results: Results, name: str, keep: float, measure: str) -> float:
 
 def beside(results: Results, first: str, second: str, keep: float, measure: str) -> Comparison:
     return compare(MEASURES[measure], results.runs[first, keep], results.runs[second, keep])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def short(peer: str) -> str:
