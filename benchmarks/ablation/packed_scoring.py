@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcluster.evaluation.quality.llama import Attend, forward, logits_of, read_layers
 from kvcluster.evaluation.quality import Case, needle_cases
+from kvcluster.evaluation.quality.llama import Attend, forward, logits_of, read_layers
 from kvcluster.evaluation.quality.scoring import NeedleScore, judged
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast.huggingface.saving import fingerprint

@@ -1,8 +1,9 @@
 """kvpress on the contexts, needles and texts of `kvcluster eval`, at the same stored entries: `make peers`.
 
-Runs beside the torch of .venv with the packages of requirements.txt, which has the last transformers that kvpress
+Runs beside the torch of .venv with the packages of requirements/peers.txt, which has the last transformers that kvpress
 works with. Scored by the functions that score our own methods; results have their format. Every run is kept in the
-file of results as sums of its context, and only what is missing there runs. A context is read once for all presses and ratios.
+file of results as sums of its context, and only what is missing there runs. A context is read once for all presses and
+ratios.
 """
 
 import argparse
@@ -42,7 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
     parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=PRESSES, metavar="NAME")
     add_case_arguments(parser)
-    parser.add_argument("--json", type=Path, default=RESULTS / "runs.jsonl", metavar="FILE", help="kept from run to run")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "runs.jsonl", metavar="FILE", help="kept from run to run"
+    )
     parser.add_argument("--made", type=Path, default=RESULTS / "presses.json", metavar="FILE", help="presses as code")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

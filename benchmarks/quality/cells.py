@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.quality.results import MEASURES, Comparison, Results, compare
 
-__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "value", "with_interval"]
+__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "value"]
 
 PEER = "kvpress "  # what names of presses begin with
 
@@ -47,9 +47,3 @@ def shown(name: str, ours: list[str]) -> str:
 
 def number(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.3f}"
-
-
-def with_interval(estimate: dict[str, Any]) -> str:
-    if estimate["low"] is None:
-        return number(estimate)
-    return f"{estimate['value']:.3f} ({estimate['low']:.3f}-{estimate['high']:.3f})"

@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.quality.cells import best, number, peers, present, value, with_interval
+from benchmarks.quality.cells import best, number, peers, present, value
 from benchmarks.quality.results import Results, Run
 from benchmarks.quality.verdicts import (
     beside_table,
@@ -16,6 +16,7 @@ from benchmarks.quality.verdicts import (
     win_table,
 )
 from kvcluster.evaluation.pages import table
+from kvcluster.evaluation.report import with_interval
 
 __all__ = ["Facts", "make_tables"]
 
@@ -68,8 +69,8 @@ def setting_table(results: Results) -> str:
     lengths = " and ".join(f"{x:,}" for x in sorted({run["n_tokens"] for run in results.full}))
     head = ["contexts", "tokens of each", "needles in all", "needle token accuracy", "exact needles"]
     head += ["nats a needle token", "perplexity", "tokens that follow"]
-    cells = [f"{full['n_contexts']}", lengths, f"{needles['n']}", with_interval(needles["token_accuracy"])]
-    cells += [with_interval(needles["exact_by_context"]), number(needles["nll"])]
+    cells = [f"{full['n_contexts']}", lengths, f"{needles['n']}", with_interval(needles["token_accuracy"], to="-")]
+    cells += [with_interval(needles["exact_by_context"], to="-"), number(needles["nll"])]
     cells += [number(perplexity["value"]), f"{perplexity['n_tokens']:,}"]
     return table(head, [cells])
 
@@ -111,11 +112,11 @@ def method_table(results: Results, ours: list[str], keep: float) -> str:
         rows.append(
             [
                 f"`{name}`" if name in ("full", *ours) else name,
-                with_interval(needles["of_full"]),
-                with_interval(needles["token_accuracy"]),
-                with_interval(needles["exact_by_context"]),
-                with_interval(needles["nll"]),
-                with_interval(perplexity["of_full"]),
+                with_interval(needles["of_full"], to="-"),
+                with_interval(needles["token_accuracy"], to="-"),
+                with_interval(needles["exact_by_context"], to="-"),
+                with_interval(needles["nll"], to="-"),
+                with_interval(perplexity["of_full"], to="-"),
                 entries,
                 f"{each['bytes']:.3f}",
             ]

@@ -28,7 +28,6 @@ CASES = ((150, 6, 256, 1), (230, 9, 256, 2), (310, 12, 256, 1), (230, 9, 1024, 1
 LEAST = {"at_once": 3.0, "decode": 2.0}  # keep 0.25 / stock, in the pool that holds three stock requests
 RESULTS = Path(__file__).resolve().parent / "results" / "pools.json"
 FIGURE = ROOT / "docs" / "figures" / "serving-pools.png"
-COLOURS = {"stock": "#D55E00", "keep 0.5": "#56B4E9", "keep 0.25": "#0072B2"}
 
 
 ROOT = Path(__file__).resolve().parents[2]

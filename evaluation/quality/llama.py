@@ -45,9 +45,7 @@ def forward(
 
 
 @torch.inference_mode()
-def logits_of(
-    model: Any, hidden: Float[Tensor, "... features"]
-) -> Float[Tensor, "... vocabulary"]:
+def logits_of(model: Any, hidden: Float[Tensor, "... features"]) -> Float[Tensor, "... vocabulary"]:
     """What hidden states after all layers predict."""
     logits: Tensor = model.lm_head(model.model.norm(hidden))
     return logits
