@@ -75,6 +75,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    arguments.runs.parent.mkdir(exist_ok=True)
     runs, configured = Runs(arguments.runs), configuration(arguments)
     with Progress(console=console, transient=True) as progress:
         measure(arguments, runs, configured, progress)
