@@ -43,8 +43,13 @@ def main() -> int:
     import torch
 
     if not arguments.interpret and not torch.cuda.is_available():
-        print("benchmarks/gpu/run.py: no CUDA device: torch.cuda.is_available() is False, so nothing was checked.", file=sys.stderr)
-        print("A dry run on the CPU, which proves nothing about a GPU: benchmarks/gpu/run.py --interpret", file=sys.stderr)
+        print(
+            "benchmarks/gpu/run.py: no CUDA device: torch.cuda.is_available() is False, so nothing was checked.",
+            file=sys.stderr,
+        )
+        print(
+            "A dry run on the CPU, which proves nothing about a GPU: benchmarks/gpu/run.py --interpret", file=sys.stderr
+        )
         return 1
     return run(arguments.interpret, arguments.json)
 

@@ -182,9 +182,7 @@ def test_results_are_of_all_contexts_and_differences_of_the_same_ones(tmp_path):
             if case == 0:
                 runs.append({"key": key | {"part": "times"}, "seconds": 2.0 if name == "window=3" else 1.0})
             if name != "n_shared=1":
-                runs.append(
-                    {"key": key | {"part": "following"}, "following": {"n": 10, "nll": 5.0 + (name != "full")}}
-                )
+                runs.append({"key": key | {"part": "following"}, "following": {"n": 10, "nll": 5.0 + (name != "full")}})
     runs = [each for each in runs if each["key"]["variant"] != "n_recent=64" or each["key"]["case"] != "3"]
     results = collect(runs, "digits")
     assert ("n_recent=64", 0.2) not in results
