@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .refusing import check_places, fail
+
 __all__ = ["bench"]
 
 
@@ -22,16 +24,11 @@ def bench(
     try:
         from kvcluster.evaluation.speed.run import run_bench
     except ModuleNotFoundError as error:
-        typer.echo(f"kvcluster bench: {error.name} is not installed: pip install 'kvcluster[hf]'", err=True)
-        raise typer.Exit(2) from error
+        fail("bench", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
-    for path, wanted in ((json, "file in an existing folder"), (figures, "folder that exists")):
-        if path is not None and not (path if path is figures else path.absolute().parent).is_dir():
-            typer.echo(f"kvcluster bench: {path} must be a {wanted}", err=True)
-            raise typer.Exit(2)
+    check_places("bench", json, figures)
     chosen = {part.strip() for part in only.split(",")}
     if not chosen <= set("12345"):
-        typer.echo(f"kvcluster bench: only must be numbers from 1 to 5, got {only}", err=True)
-        raise typer.Exit(2)
+        fail("bench", f"only must be numbers from 1 to 5, got {only}")
     is_met = run_bench(quick=quick, json_path=json, figures=figures, sections=chosen)
     raise typer.Exit(1 if check and not is_met else 0)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .refusing import fail
+
 __all__ = ["demo"]
 
 
@@ -24,19 +26,13 @@ def demo(
     try:
         from kvcluster.evaluation.demo.run import run_demo
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed; the demo needs: pip install 'kvcluster[hf]'")
-    from kvcluster.evaluation.demo.inputs import UnusableInputError
+        fail("demo", f"{error.name} is not installed; the demo needs: pip install 'kvcluster[hf]'")
+    from kvcluster.evaluation.errors import UnusableInputError
 
     try:
         agrees = run_demo(
             model, text, keep_ratio=keep_ratio, chunk_size=chunk_size, n_context=tokens, figure_path=figure
         )
     except UnusableInputError as error:
-        fail(str(error))
+        fail("demo", str(error))
     raise typer.Exit(0 if agrees else 1)
-
-
-def fail(message: str) -> None:
-    """One line on standard error, exit code 2."""
-    typer.echo(f"kvcluster demo: {message}", err=True)
-    raise typer.Exit(2)

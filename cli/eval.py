@@ -1,9 +1,11 @@
 """`kvcluster eval`: what a model still knows of a context when its cache was compressed before anything was asked."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
+
+from .refusing import check_places, fail
 
 __all__ = ["evaluate"]
 
@@ -43,17 +45,15 @@ def evaluate(
     A context is read once for each method; questions come after it and are answered from copies of the cache.
     """
     try:
-        from kvcluster.evaluation.demo.inputs import UnusableInputError
+        from kvcluster.evaluation.errors import UnusableInputError
         from kvcluster.evaluation.quality.evaluate import Settings, run_eval
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install 'kvcluster[hf]'")
+        fail("eval", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
-    for path, wanted in ((json, "file in an existing folder"), (figures, "folder that exists")):
-        if path is not None and not (path if path is figures else path.absolute().parent).is_dir():
-            fail(f"{path} must be a {wanted}")
+    check_places("eval", json, figures)
     for path in (longbench, ruler_files):
         if path is not None and not path.is_dir():
-            fail(f"{path} must be a folder that exists")
+            fail("eval", f"{path} must be a folder that exists")
     settings = Settings(
         model=model,
         text=text,
@@ -73,7 +73,7 @@ def evaluate(
     try:
         run_eval(settings, json_path=json, figures=figures, threads=threads)
     except (UnusableInputError, ValueError, ModuleNotFoundError) as error:
-        fail(str(error))
+        fail("eval", str(error))
 
 
 def parts(given: str) -> list[str]:
@@ -85,10 +85,4 @@ def number(name: str, given: str, kind: type[Number]) -> Number:
     try:
         return kind(given)
     except ValueError:
-        fail(f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {given!r}")
-
-
-def fail(message: str) -> NoReturn:
-    """One line on standard error, exit code 2."""
-    typer.echo(f"kvcluster eval: {message}", err=True)
-    raise typer.Exit(2)
+        fail("eval", f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {given!r}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .refusing import fail
+
 __all__ = ["serve_demo"]
 
 
@@ -21,17 +23,11 @@ def serve_demo(
     """
     for name in ("vllm", "openai"):
         if importlib.util.find_spec(name) is None:
-            fail(f"{name} is not installed; run it as make serve-demo")
+            fail("serve-demo", f"{name} is not installed; run it as make serve-demo")
     from kvcluster.evaluation.serving.run import run_demo
     from kvcluster.evaluation.serving.server import ServerFailedError
 
     try:
         run_demo(keep_ratio=keep_ratio, n_conversations=conversations, n_text=tokens, n_new=answer, n_blocks=blocks)
     except (ServerFailedError, FileNotFoundError, ValueError) as error:
-        fail(str(error))
-
-
-def fail(message: str) -> None:
-    """One line on standard error, exit code 2."""
-    typer.echo(f"kvcluster serve-demo: {message}", err=True)
-    raise typer.Exit(2)
+        fail("serve-demo", str(error))

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
-__all__ = ["READING_LAYERS", "load_llama", "smollm2_folder"]
+from .errors import UnusableInputError
+
+__all__ = ["READING_LAYERS", "load_llama", "load_model", "smollm2_folder"]
 
 # In which answers find what they ask for, the most important first. From a search by the rule that is written down in
 # benchmarks/ablation/reading_layers.py, on other texts; alone that finds layer 15 instead of 14, and answers as good.
@@ -73,3 +75,18 @@ def load_llama(folder: str | Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval(), tokenizer
+
+
+def load_model(folder: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer, from `folder` or SmolLM2; what is wrong with them is said in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        return load_llama(smollm2_folder() if folder is None else folder)
+    except (OSError, ValueError) as error:
+        raise UnusableInputError(" ".join(str(error).split())) from error
+    except (RuntimeError, SafetensorError) as error:  # other shapes than those of config.json; a damaged file
+        message = " ".join(str(error).split())
+        raise UnusableInputError(
+            f"model must have the weights that its config.json asks for, got {folder}: {message}"
+        ) from error

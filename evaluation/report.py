@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Claim", "Line", "Section", "print_sections"]
+__all__ = ["Claim", "Line", "Section", "print_sections", "with_interval"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,19 @@ def verdict(line: Line) -> tuple[str, str]:
     return ("at least " if line.claim.is_least else "at most ") + line.show.format(
         line.claim.target
     ), "yes" if line.claim.is_met else "[bold]NO[/bold]"
+
+
+def with_interval(estimate: dict[str, Any] | None, *, digits: int = 3, sign: str = "", to: str = " to ") -> str:
+    """An estimate of `evaluation.statistics` as text; nothing if there is none.
+
+    >>> with_interval({"value": 0.75, "low": 0.5, "high": 1.0}, digits=2)
+    '0.75 (0.50 to 1.00)'
+    >>> with_interval({"value": 0.75, "low": None, "high": None}, sign="+")
+    '+0.750'
+    """
+    if not estimate or estimate["value"] is None:
+        return ""
+    value, *ends = (
+        "" if estimate[name] is None else f"{estimate[name]:{sign}.{digits}f}" for name in ("value", "low", "high")
+    )
+    return f"{value} ({to.join(ends)})" if all(ends) else value

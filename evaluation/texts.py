@@ -3,10 +3,15 @@
 Settings are tuned on the first half of a text and results are reported on the second, so that no token is in both.
 """
 
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-__all__ = ["SETS", "built_in_text", "encode", "opening", "span"]
+import torch
+
+from .errors import UnusableInputError
+
+__all__ = ["SETS", "built_in_text", "encode", "load_tokens", "opening", "read_text", "span"]
 
 SETS = ("tuning", "reporting")
 
@@ -14,6 +19,22 @@ SETS = ("tuning", "reporting")
 def built_in_text() -> str:
     """The Python language reference as pydoc has it: about 465,000 characters of English, other ones in each Python."""
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnusableInputError(f"text must be a readable UTF-8 file, got {path}: {error}") from error
+
+
+def load_tokens(text: str | None, tokenizer: Any, wanted: int) -> torch.Tensor:
+    """The first `wanted` tokens, (1, wanted), of `text` or, without one, of the built-in one, as a text of its own."""
+    tokens = tokenizer(built_in_text() if text is None else text, return_tensors="pt").input_ids[:, :wanted]
+    if tokens.shape[1] < wanted:
+        raise UnusableInputError(f"text must have at least {wanted} tokens, got {tokens.shape[1]}")
+    return tokens
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

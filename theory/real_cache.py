@@ -42,7 +42,9 @@ def real_cache() -> RealCache:
         import torch
         from torch.overrides import TorchFunctionMode
 
-        from kvcluster.evaluation.demo.inputs import UnusableInputError, load_model, load_tokens
+        from kvcluster.evaluation.errors import UnusableInputError
+        from kvcluster.evaluation.models import load_model
+        from kvcluster.evaluation.texts import load_tokens
     except ModuleNotFoundError as error:
         raise NotInstalledError(f"{error.name} is not installed") from error
     try:

@@ -10,10 +10,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.ablation.variants import PANELS, Settings, describe
+from kvcluster.evaluation.colours import BLACK, BLUE, GREEN, VERMILION
+from kvcluster.evaluation.quality.figures import bar_lengths, save
 
 __all__ = ["draw"]
 
-COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), "oDs"
+COLOURS, MARKERS = (BLUE, VERMILION, GREEN), "oDs"
 N_COLUMNS = 2
 Results = dict[tuple[str, float], dict[str, Any]]  # by variant and share kept
 
@@ -29,7 +31,7 @@ def draw(path: Path, results: Results, keeps: list[float]) -> None:
         axes = column.subplots(len(part), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
         for axis, panel in zip(axes, part, strict=True):
             draw_panel(axis, panel, results, keeps)
-            axis.axvline(full, color="black", linestyle=":", linewidth=1)
+            axis.axvline(full, color=BLACK, linestyle=":", linewidth=1)
         left = max(0, math.floor(10 * axes[0].get_xlim()[0]) / 10)
         axes[0].set_xlim(left, 1.0)
         axes[0].text(1.01, -0.7, "perplexity", transform=axes[0].get_yaxis_transform(), fontsize=9)
@@ -44,8 +46,7 @@ def draw(path: Path, results: Results, keeps: list[float]) -> None:
         "contexts.\nPerplexity of the text that follows, over the full cache's. The columns' axes differ.",
         fontsize=11,
     )
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path, dpi=100)
 
 
 def split(panels: list[str], n_columns: int) -> list[list[str]]:
@@ -66,9 +67,9 @@ def draw_panel(axis: plt.Axes, panel: str, results: Results, keeps: list[float])
             if each is None:
                 continue
             made, height = each["accuracy"], row + 0.26 * (place - (len(keeps) - 1) / 2)
-            low = made["value"] if made["low"] is None else made["low"]
-            high = made["value"] if made["high"] is None else made["high"]
-            axis.plot([low, high], [height, height], color=COLOURS[place], linewidth=1.6)
+            below, above = bar_lengths(made)
+            ends = [made["value"] - below, made["value"] + above]
+            axis.plot(ends, [height, height], color=COLOURS[place], linewidth=1.6)
             axis.plot(made["value"], height, MARKERS[place], color=COLOURS[place], markersize=5)
             if each["perplexity"]:
                 look = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvcluster.evaluation.quality import Case, needle_cases
-from kvcluster.evaluation.quality.scoring import NeedleScore, prefill
+from kvcluster.evaluation.quality.llama import Attend, forward, logits_of, read_layers
+from kvcluster.evaluation.quality.scoring import NeedleScore, judged
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast.huggingface.saving import fingerprint
 
@@ -62,10 +62,7 @@ def read_contexts(model: Any, tokenizer: Any, which: str, kind: str, **sizes: An
     for case in cases:
         path = CACHED / f"{weights}-{case.fingerprint}.pt"
         if not path.exists():
-            read = [
-                (layer.keys[0], layer.values[0]) for layer in prefill(model, lambda model: None, case.tokens).layers
-            ]
-            torch.save(read, path.with_suffix(".part"))
+            torch.save(read_layers(model, case.tokens), path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
         contexts.append(Context(case, torch.load(path)))
     return contexts
@@ -126,43 +123,31 @@ def predict(
     positions = torch.tensor([n_context + place for text in read for place in range(len(text))])
     is_seen = (owner[:, None] == owner) & (positions[:, None] >= positions)  # (rows, rows)
     mask = torch.zeros(is_seen.shape).masked_fill(~is_seen, -math.inf)
-    hidden = forward(model, tokens, positions, mask, held, watch)
+    hidden = forward(model, tokens[None], positions[None], attention_to(model, held, mask, watch))[0]
     ends = [sum(map(len, read[: number + 1])) for number in range(len(read))]
     rows = [row for end, (_, n) in zip(ends, asked, strict=True) for row in range(end - n, end)]
     right = torch.tensor([token for text, n in asked for token in text[-n:]])
-    logits = model.lm_head(model.model.norm(hidden[torch.tensor(rows)]))
-    nll = torch.nn.functional.cross_entropy(logits, right, reduction="none")
     numbers = [n for _, n in asked]
-    return list(zip((logits.argmax(dim=-1) == right).split(numbers), nll.split(numbers), strict=True))
+    is_right, nll = judged(logits_of(model, hidden[torch.tensor(rows)]), right)
+    return list(zip(is_right.split(numbers), nll.split(numbers), strict=True))
 
 
-def forward(
-    model: Any,
-    tokens: Tensor,
-    positions: Tensor,
-    mask: Tensor,
-    held: list[Held],
-    watch: Callable[[int, Tensor], object] | None,
-) -> Float[Tensor, "rows features"]:
-    """Hidden states after all layers: tokens attend to what is stored, and to each other as `mask` allows."""
-    n_rows, config = len(tokens), model.config
-    hidden = model.model.embed_tokens(tokens)
-    cos, sin = model.model.rotary_emb(hidden[None], positions[None])
-    for number, (layer, stored) in enumerate(zip(model.model.layers, held, strict=True)):
-        module, normed = layer.self_attn, layer.input_layernorm(hidden)
-        projected = [part(normed) for part in (module.q_proj, module.k_proj, module.v_proj)]
-        query, keys, values = (x.view(1, n_rows, -1, module.head_dim).transpose(1, 2) for x in projected)
-        query, keys = apply_rotary_pos_emb(query, keys, cos, sin)
+def attention_to(
+    model: Any, held: list[Held], mask: Float[Tensor, "rows rows"], watch: Callable[[int, Tensor], object] | None
+) -> Attend:
+    """Attention of tokens to what each layer stores, and to each other as `mask` allows."""
+
+    def attend(number: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        stored, scaling = held[number], model.model.layers[number].self_attn.scaling
         outputs = []
-        for head, rows in enumerate(query[0].chunk(config.num_key_value_heads)):  # (group, rows, dim)
-            on_stored = rows @ stored.keys[head].T * module.scaling + stored.counts[head].float().log()
-            on_new = rows @ keys[0, head].T * module.scaling + mask
+        for head, rows in enumerate(query[0].chunk(keys.shape[1])):  # (group, rows, dim)
+            on_stored = rows @ stored.keys[head].T * scaling + stored.counts[head].float().log()
+            on_new = rows @ keys[0, head].T * scaling + mask
             weights = torch.cat([on_stored, on_new], dim=-1).softmax(dim=-1)
             n_stored = on_stored.shape[-1]
             if watch is not None:
                 watch(number, weights[..., :n_stored])
             outputs.append(weights[..., :n_stored] @ stored.values[head] + weights[..., n_stored:] @ values[0, head])
-        output = torch.cat(outputs).transpose(0, 1).reshape(n_rows, -1)  # (rows, heads * dim)
-        hidden = hidden + module.o_proj(output)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return hidden
+        return torch.cat(outputs)[None]  # (1, heads, rows, dim)
+
+    return attend

@@ -33,6 +33,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.ablation.packed_scoring import Context, Held, answer_spans, exact, needle_spans, read_contexts, score
+from kvcluster.evaluation.colours import BLACK, BLUE, GREY
 from kvcluster.evaluation.models import READING_LAYERS, load_llama, smollm2_folder
 
 __all__ = ["choose_reading_layers", "main"]
@@ -157,8 +158,10 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from kvcluster.evaluation.quality.figures import save
+
     reading, mass, without = found["reading_layers"], found["mass"], found["without"]
-    colour = ["#0072B2" if layer in reading else "#999999" for layer in range(len(mass))]
+    colour = [BLUE if layer in reading else GREY for layer in range(len(mass))]
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 6.5), sharex=True, layout="constrained")
     above.bar(range(len(mass)), mass, color=colour)
     above.set(
@@ -167,7 +170,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     )
     candidates = sorted(without)
     below.bar(candidates, [without[layer] for layer in candidates], color=[colour[layer] for layer in candidates])
-    below.axhline(found["with_all"], color="black", linestyle="--", linewidth=1)
+    below.axhline(found["with_all"], color=BLACK, linestyle="--", linewidth=1)
     below.text(
         0,
         1.03 * found["with_all"],
@@ -191,14 +194,13 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     figure.legend(
-        handles=[plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#0072B2", "#999999")],
+        handles=[plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, GREY)],
         labels=[f"the {len(reading)} reading layers; numbers: their order", "other layers"],
         loc="outside lower center",
         ncols=2,
         frameon=False,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What each ingredient of distinctive matching is worth: `python benchmarks/ablation/run.py`, on the tuning set alone.
 
 The same budget throughout, one ingredient changed at a time. The row of what is shipped is the package's own cache; all
-other rows are of `ablation_variants`, plain torch, whose default decides the same. Every run is kept in a file, and
-only what is missing there runs: after a change of a method remove its lines. Twenty minutes; `--kind words` asks for
-words instead of numbers, of what is shipped alone.
+other rows are of `variants.py`, plain torch, whose default decides the same. Every run is kept in a file as sums of its
+context, and only what is missing there runs: after a change of a method remove its lines. Twenty minutes; `--kind
+words` asks for words instead of numbers, of what is shipped alone.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.ablation.packed_scoring import Context, Held, exact, following_nll, read_contexts, score
 from benchmarks.ablation.variants import PANELS, Settings, compress_layers, describe
 from kvcluster.evaluation.models import load_llama, smollm2_folder
-from kvcluster.evaluation.quality import METHODS, Runs
+from kvcluster.evaluation.quality import METHODS
 from kvcluster.evaluation.quality.scoring import fill
-from kvcluster.evaluation.quality.summary import estimate, exp_ratio_of_sums
+from kvcluster.evaluation.report import with_interval
+from kvcluster.evaluation.runs import Runs, needle_sums, stored_sums, total
+from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
 
 __all__ = ["main"]
 
@@ -134,14 +136,10 @@ def run(model: Any, context: Context, part: str, name: str, keep: float) -> dict
         raise RuntimeError(f"{name} must keep {keep} of all tokens, got {sum(n_stored):,} entries")
     if part == "following":
         nll = following_nll(model, context.case, held)
-        return {"n": len(nll), "nll": round(sum(nll), 5)}
+        return {"following": {"n": len(nll), "nll": round(sum(nll), 6)}}
     scores = score(model, context.case, held)
-    return {
-        "n_stored": n_stored,
-        "right": [sum(each.is_right) for each in scores],
-        "n": [len(each.nll) for each in scores],
-        "nll": [round(sum(each.nll), 5) for each in scores],
-    }
+    sums = needle_sums([each.is_right for each in scores], [each.nll for each in scores])
+    return {"stored": stored_sums(n_stored), "needles": sums}
 
 
 @torch.inference_mode()
@@ -183,9 +181,9 @@ def collect(runs: list[dict[str, Any]], kind: str) -> dict[Row, dict[str, Any]]:
         made[name, keep]["perplexity"] = None
         scored = SAME.get(name, name), keep
         if scored in following and ("full", 1.0) in following:
-            text, full = following[scored], following["full", 1.0]
+            text, full = ([run["following"] for run in following[row]] for row in (scored, ("full", 1.0)))
             more = [a["nll"] - b["nll"] for a, b in zip(text, full, strict=True)]
-            made[name, keep]["perplexity"] = estimate(more, [float(each["n"]) for each in text], exp_ratio_of_sums)
+            made[name, keep]["perplexity"] = estimate(more, [each["n"] for each in text], exp_ratio_of_sums)
         plain = describe(Settings()), keep
         has_times = {(name, keep), plain} <= set(seconds)
         made[name, keep]["time"] = seconds[name, keep] / seconds[plain] if has_times else None
@@ -193,18 +191,21 @@ def collect(runs: list[dict[str, Any]], kind: str) -> dict[Row, dict[str, Any]]:
 
 
 def needle_summary(found: list[Run], shipped: list[Run] | None, full: list[Run]) -> dict[str, Any]:
-    right, of_shipped, of_full = ([float(sum(each["right"])) for each in runs or []] for runs in (found, shipped, full))
-    n = [float(sum(each["n"])) for each in found]
-    pairs = [pair for each in found for pair in zip(each["right"], each["n"], strict=True)]
+    right, of_shipped = ([each["needles"]["right"] for each in runs or []] for runs in (found, shipped))
+    tokens, whole = [each["needles"]["tokens"] for each in found], total(each["needles"] for each in found)
     less = [a - b for a, b in zip(right, of_shipped, strict=True)] if shipped else None
     return {
-        "entries": sum(sum(each["n_stored"]) for each in found) / sum(sum(each["n_stored"]) for each in full),
-        "accuracy": estimate(right, n),
-        "of_full": sum(right) / sum(of_full),
-        "difference": estimate(less, n) if less else None,
-        "exact": sum(a == b for a, b in pairs) / len(pairs),
-        "nll": sum(sum(each["nll"]) for each in found) / sum(n),
+        "entries": n_entries(found) / n_entries(full),
+        "accuracy": estimate(right, tokens),
+        "of_full": whole["right"] / total(each["needles"] for each in full)["right"],
+        "difference": estimate(less, tokens) if less else None,
+        "exact": whole["exact"] / whole["n"],
+        "nll": whole["nll"] / whole["tokens"],
     }
+
+
+def n_entries(runs: list[Run]) -> int:
+    return sum(each["stored"]["entries"] for each in runs)
 
 
 def table_of(results: dict[Row, dict[str, Any]], keeps: list[float]) -> Table:
@@ -228,22 +229,15 @@ def table_of(results: dict[Row, dict[str, Any]], keeps: list[float]) -> Table:
 
 
 def cells(each: dict[str, Any]) -> list[str]:
-    difference = each["difference"]
     return [
         f"{each['entries']:.4f}",
-        interval(each["accuracy"]),
-        "" if difference is None else interval(difference, sign="+"),
+        with_interval(each["accuracy"]),
+        with_interval(each["difference"], sign="+"),
         f"{each['exact']:.2f}",
         f"{each['nll']:.3f}",
-        "" if each["perplexity"] is None else interval(each["perplexity"]),
+        with_interval(each["perplexity"]),
         "" if each["time"] is None else f"{each['time']:.2f}",
     ]
-
-
-def interval(made: dict[str, Any], sign: str = "") -> str:
-    if made["low"] is None:
-        return f"{made['value']:{sign}.3f}"
-    return f"{made['value']:{sign}.3f} ({made['low']:{sign}.3f} to {made['high']:{sign}.3f})"
 
 
 if __name__ == "__main__":

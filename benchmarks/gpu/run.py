@@ -43,8 +43,13 @@ def main() -> int:
     import torch
 
     if not arguments.interpret and not torch.cuda.is_available():
-        print("gpu.py: no CUDA device: torch.cuda.is_available() is False, so nothing was checked.", file=sys.stderr)
-        print("A dry run on the CPU, which proves nothing about a GPU: gpu.py --interpret", file=sys.stderr)
+        print(
+            "benchmarks/gpu/run.py: no CUDA device: torch.cuda.is_available() is False, so nothing was checked.",
+            file=sys.stderr,
+        )
+        print(
+            "A dry run on the CPU, which proves nothing about a GPU: benchmarks/gpu/run.py --interpret", file=sys.stderr
+        )
         return 1
     return run(arguments.interpret, arguments.json)
 
@@ -101,6 +106,7 @@ def run(interpret: bool, file: Path) -> int:
         print_distinctive_timings(made["distinctive_timings"])
         print_attention_timings(made["attention_timings"])
     made["seconds"] = round(time.perf_counter() - start, 1)
+    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(made, indent=1) + "\n")
     differing = sum(row["differing"] for row in made["agreement"])
     checks = sum(row["checks"] for row in made["agreement"])

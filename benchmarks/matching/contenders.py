@@ -1,4 +1,4 @@
-"""What `matching.py` compares, by name: each takes keys (heads, tokens, dim) and a problem's chunk size and target."""
+"""What `run.py` compares, by name: each takes keys (heads, tokens, dim) and a problem's chunk size and target."""
 
 import torch
 from torch import Tensor

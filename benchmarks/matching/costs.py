@@ -6,7 +6,8 @@ from collections.abc import Callable
 from benchmarks.matching.contenders import CHUNK_SIZE, CONTENDERS, DIM, HEADS, KEEP_RATIO, TARGET, random_keys
 from benchmarks.matching.memory import peak_bytes
 from kvcluster.evaluation.report import Claim, Line, Section
-from kvcluster.evaluation.timing import fitted_exponent, ratios, seconds_in_turn
+from kvcluster.evaluation.statistics import fitted_exponent, ratios
+from kvcluster.evaluation.timing import seconds_in_turn
 from kvcluster.fast.plain.soft_matching import compress
 
 __all__ = ["canonical_share", "growth", "peak_memory", "time_in_turn"]

@@ -2,7 +2,7 @@
 
 Cosines are products of normalised keys in float32, so near ties fall as rounding has it, and a sum may be added in
 any order. On random keys it decides as `kvcluster` does; on ties, on huge and on tiny keys it need not.
-Imports torch alone, so that `gpu.py` can use it anywhere.
+Imports torch alone, so that `benchmarks/gpu` can use it anywhere.
 """
 
 import torch

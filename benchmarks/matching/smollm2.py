@@ -12,9 +12,11 @@ from transformers import DynamicCache
 
 from benchmarks.matching.contenders import CHUNK_SIZE, KEEP_RATIO, TARGET
 from benchmarks.matching.costs import share_line
-from kvcluster.evaluation.demo.inputs import load_model, load_tokens
+from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.report import Claim, Line, Section
-from kvcluster.evaluation.timing import ratios, seconds_in_turn
+from kvcluster.evaluation.statistics import ratios
+from kvcluster.evaluation.texts import load_tokens
+from kvcluster.evaluation.timing import seconds_in_turn
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.plain.soft_matching import compress

@@ -1,11 +1,13 @@
 """kvpress on the contexts, needles and texts of `kvcluster eval`, at the same stored entries: `make peers`.
 
-Runs beside the torch of .venv with the packages of requirements.txt, which has the last transformers that kvpress
+Runs beside the torch of .venv with the packages of requirements/peers.txt, which has the last transformers that kvpress
 works with. Scored by the functions that score our own methods; results have their format. Every run is kept in the
-file of results, and only what is missing there runs. A context is read once for all presses and ratios.
+file of results as sums of its context, and only what is missing there runs. A context is read once for all presses and
+ratios.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -25,13 +27,14 @@ from benchmarks.peers.compressing import compress, read_context
 from benchmarks.peers.presses import PRESSES
 from benchmarks.quality.cases import add_case_arguments, cases_of
 from kvcluster.evaluation.models import load_llama, smollm2_folder
-from kvcluster.evaluation.quality import Case, Runs
+from kvcluster.evaluation.quality import Case
 from kvcluster.evaluation.quality.scoring import following_nll, score_needles
+from kvcluster.evaluation.runs import Runs, condense
 from kvcluster.fast.huggingface.saving import fingerprint
 
 __all__ = ["main"]
 
-RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results"
 FULL = "full (in kvpress's environment)"
 
 
@@ -40,13 +43,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
     parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=PRESSES, metavar="NAME")
     add_case_arguments(parser)
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, kept from run to run")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "runs.jsonl", metavar="FILE", help="kept from run to run"
+    )
+    parser.add_argument("--made", type=Path, default=RESULTS / "presses.json", metavar="FILE", help="presses as code")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     model, tokenizer = load_llama(smollm2_folder())
     cases = cases_of(arguments, tokenizer)
-    runs = Runs(arguments.json)
+    made = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
+    arguments.made.write_text(json.dumps(made, indent=1) + "\n")
+    runs = Runs(arguments.json, condense)
     with Progress() as progress:
         task = progress.add_task("kvpress", total=len(cases) * (1 + len(arguments.presses)))
         for case in cases:
@@ -73,8 +81,8 @@ def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[f
             made = [PRESSES[name].make(1 - key["keep"]) for key in missing]
             caches = compress(model, made, context, needs_weights=PRESSES[name].needs_weights)
             seconds = (time.perf_counter() - begun) / len(missing)
-            for key, press, cache in zip(missing, made, caches, strict=True):
-                runs.add(measure(model, cache, case, key, seconds=seconds) | {"press": described(press)})
+            for key, cache in zip(missing, caches, strict=True):
+                runs.add(measure(model, cache, case, key, seconds=seconds))
         yield
 
 
@@ -91,7 +99,6 @@ def measure(model: Any, cache: Any, case: Case, key: dict[str, Any], *, seconds:
     return {
         "key": key,
         "task": case.task,
-        "name": case.name,
         "n_tokens": len(case.tokens),
         "n_stored": n_stored,
         "nbytes": nbytes,

@@ -1,10 +1,10 @@
-"""What sections of the page of quality share: which methods there are, who is best, numbers as text."""
+"""What tables of the page of quality share: which methods there are, who is best, numbers as text."""
 
 from typing import Any
 
 from benchmarks.quality.results import MEASURES, Comparison, Results, compare
 
-__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "table", "value", "with_interval"]
+__all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "value"]
 
 PEER = "kvpress "  # what names of presses begin with
 
@@ -37,11 +37,6 @@ def beside(results: Results, first: str, second: str, keep: float, measure: str)
     return compare(MEASURES[measure], results.runs[first, keep], results.runs[second, keep])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def short(peer: str) -> str:
     return peer.removeprefix(PEER)
 
@@ -52,9 +47,3 @@ def shown(name: str, ours: list[str]) -> str:
 
 def number(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.3f}"
-
-
-def with_interval(estimate: dict[str, Any]) -> str:
-    if estimate["low"] is None:
-        return number(estimate)
-    return f"{estimate['value']:.3f} ({estimate['low']:.3f}-{estimate['high']:.3f})"

@@ -10,13 +10,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.quality.results import Results, by_depth
+from kvcluster.evaluation.colours import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from kvcluster.evaluation.quality.figures import save
 
 __all__ = ["draw_depths", "draw_frontier"]
 
-# Okabe and Ito: told apart with any colour vision; and by marker. 5 colours and 9 markers: no two alike of 45 presses.
-OUR_COLOURS, OUR_MARKERS = ("#0072B2", "#D55E00", "#000000"), "oDs"
+OUR_COLOURS, OUR_MARKERS = (BLUE, VERMILION, BLACK), "oDs"
 MOST_PERPLEXITY = 1.25  # drawn, over the full cache's
-COLOURS, MARKERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"), "^vP*X<>dp"
+COLOURS, MARKERS = (GREEN, PURPLE, ORANGE, SKY, GREY), "^vP*X<>dp"  # no two alike of 45 presses
 
 
 def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> None:
@@ -25,7 +26,7 @@ def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> 
     methods.sort(key=lambda name: (name not in ours, -highest_accuracy(results, name)))
     figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
     beyond = []  # marks of points that lie off the figure
-    axis.plot([1], [1], marker="*", markersize=16, color="black", linestyle="none", label="full cache")
+    axis.plot([1], [1], marker="*", markersize=16, color=BLACK, linestyle="none", label="full cache")
     for name in methods:
         found = [results.summaries[name, keep] for keep in results.keeps if (name, keep) in results.summaries]
         x = [each["perplexity"]["of_full"]["value"] for each in found]
@@ -62,7 +63,7 @@ def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> 
         title = "beyond the left border, where arrows point:\nperplexity, needles"
         figure.legend(handles=beyond, loc="outside right lower", fontsize=8, title=title)
         figure.set_figheight(max(6.5, 0.18 * len(lines + beyond) + 1.6))  # what the legends need
-    save(figure, path)
+    save(figure, path, dpi=100)
 
 
 def highest_accuracy(results: Results, name: str) -> float:
@@ -108,9 +109,4 @@ def draw_depths(path: Path, results: Results, ours: list[str], title: str) -> No
         axis.set(xlabel="depth of the needle (% of the context)", title=f"{keep:g} kept")
     figure.colorbar(image, ax=axes[0].tolist(), label="token accuracy")
     figure.suptitle(title)
-    save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path, dpi=100)

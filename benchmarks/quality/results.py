@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcluster.evaluation.quality import summarize
-from kvcluster.evaluation.quality.summary import estimate, exp_ratio_of_sums
+from kvcluster.evaluation.runs import condense, total
+from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
 
 __all__ = ["MEASURES", "Measure", "Results", "by_depth", "collect", "compare"]
 
-Run = dict[str, Any]
-N_DEPTHS = 6
+Run = dict[str, Any]  # condensed
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class Results:
 
     Attributes
     ----------
-    summaries : of `kvcluster.evaluation.quality.summarize`, by method and share kept, where `needles` also has
-        `exact_by_context`, the share of exact needles with an interval from resampling contexts.
+    summaries : of `kvcluster.evaluation.quality.summarize`, by method and share kept.
     runs : by method and share kept, in the order of contexts.
     unfinished : methods and shares that did not run on all contexts; they are in none of the others.
     """
@@ -50,6 +49,7 @@ def collect(runs: list[Run], ours: Sequence[str] = ()) -> Results:
     ------
     ValueError : no such context.
     """
+    runs = [condense(run) for run in runs]
     full = {run["key"]["case"]: run["key"] for run in runs if run["key"]["method"] == "full"}
     wanted = {(run["key"]["method"], run["key"]["keep"]) for run in runs if run["key"]["method"] in ours}
     done = {(run["key"]["method"], run["key"]["keep"], run["key"]["case"]) for run in runs}
@@ -66,22 +66,17 @@ def collect(runs: list[Run], ours: Sequence[str] = ()) -> Results:
         (each["method"], each["keep"]): each
         for each in summarize([run for group in complete.values() for run in group])
     }
-    for pair, group in complete.items():
-        exact = [float(n_exact(run)) for run in group]
-        summaries[pair]["needles"]["exact_by_context"] = estimate(exact, [len(run["needles"]) for run in group])
     return Results(summaries, complete, [pair for pair in grouped if pair not in complete])
 
 
-def n_right(run: Run) -> int:
-    return sum(sum(needle["is_right"]) for needle in run["needles"])
+def of_needles(above: str, below: str) -> Callable[[Run], tuple[float, float]]:
+    """Two of the sums over all needles of a context."""
 
+    def pair(run: Run) -> tuple[float, float]:
+        sums = total(run["needles"]["kinds"].values())
+        return sums[above], sums[below]
 
-def n_answer(run: Run) -> int:
-    return sum(len(needle["nll"]) for needle in run["needles"])
-
-
-def n_exact(run: Run) -> int:
-    return sum(all(needle["is_right"]) for needle in run["needles"])
+    return pair
 
 
 @dataclass(frozen=True)
@@ -102,13 +97,11 @@ class Measure:
 
 
 MEASURES = {
-    "accuracy": Measure("needle token accuracy", lambda run: (n_right(run), n_answer(run)), True),
-    "exact": Measure("exact needles", lambda run: (n_exact(run), len(run["needles"])), True),
-    "nll": Measure(
-        "nats a needle token", lambda run: (sum(sum(x["nll"]) for x in run["needles"]), n_answer(run)), False
-    ),
+    "accuracy": Measure("needle token accuracy", of_needles("right", "tokens"), True),
+    "exact": Measure("exact needles", of_needles("exact", "n"), True),
+    "nll": Measure("nats a needle token", of_needles("nll", "tokens"), False),
     "perplexity": Measure(
-        "perplexity", lambda run: (sum(run["following_nll"]), len(run["following_nll"])), False, is_ratio=True
+        "perplexity", lambda run: (run["following"]["nll"], run["following"]["n"]), False, is_ratio=True
     ),
 }
 
@@ -147,11 +140,8 @@ def compare(measure: Measure, first: list[Run], second: list[Run]) -> Comparison
     return Comparison(found["value"], found["low"], found["high"], verdict, side)
 
 
-def by_depth(runs: list[Run], n_depths: int = N_DEPTHS) -> list[float | None]:
+def by_depth(runs: list[Run]) -> list[float | None]:
     """Token accuracy of needles in each part of the context; None where there is none."""
-    right, total = [0] * n_depths, [0] * n_depths
-    for needle in (needle for run in runs for needle in run["needles"]):
-        place = min(int(needle["depth"] * n_depths), n_depths - 1)
-        right[place] += sum(needle["is_right"])
-        total[place] += len(needle["is_right"])
-    return [a / b if b else None for a, b in zip(right, total, strict=True)]
+    parts = zip(*(run["needles"]["depths"] for run in runs), strict=True)  # each (right, tokens) of all contexts
+    sums = [tuple(map(sum, zip(*part, strict=True))) for part in parts]
+    return [right / tokens if tokens else None for right, tokens in sums]

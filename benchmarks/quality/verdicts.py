@@ -1,19 +1,21 @@
-"""The sections of the page of quality that judge: ours beside the presses, targets, what wins and what fails."""
+"""The tables of the page of quality that judge: ours beside the presses, targets, what wins and what fails."""
 
 import statistics
 from typing import Any
 
-from benchmarks.quality.cells import beside, best, peers, present, short, shown, table, value
+from benchmarks.quality.cells import beside, best, peers, present, short, shown, value
 from benchmarks.quality.results import MEASURES, Comparison, Results, by_depth
+from kvcluster.evaluation.pages import table
 
 __all__ = [
     "TARGETS",
-    "beside_section",
+    "beside_table",
     "cost_ratios",
-    "fails_section",
-    "frontier_section",
-    "target_section",
-    "wins_section",
+    "failed_table",
+    "frontier_table",
+    "target_table",
+    "weakest_table",
+    "win_table",
 ]
 
 TARGETS = {0.5: (0.97, 1.03), 0.25: (0.90, 1.06), 0.2: (0.85, None)}
@@ -22,7 +24,7 @@ MOST_COST = 0.05  # of prefill, for compression
 FAILED = 0.5  # of the full cache's token accuracy: below it a method is listed among what fails
 
 
-def beside_section(results: Results, ours: list[str]) -> str:
+def beside_table(results: Results, ours: list[str]) -> str:
     rows = []
     for keep in results.keeps:
         names = peers(results, keep)
@@ -32,17 +34,7 @@ def beside_section(results: Results, ours: list[str]) -> str:
                 peer = best(results, names, keep, measure)
                 cells.append(f"{short(peer)}: {verdict(beside(results, name, peer, keep, measure))}")
             rows.append(cells)
-    if not rows:
-        return ""
-    head = ["kept", "ours", "needle token accuracy", "exact needles", "perplexity"]
-    n = len(peers(results, results.keeps[0]))
-    intro = (
-        f"Each of ours beside the best of {n} presses of kvpress, which may be another one in each column, at the same "
-        "entries. In brackets the difference of needles (ours - theirs) or the ratio of perplexities (ours / theirs; "
-        "less is better), with its interval on the same contexts. *Above* is better and *below* is worse with the "
-        "whole interval; *level* is what the interval leaves open."
-    )
-    return f"## Beside the best press\n\n{intro}\n\n{table(head, rows)}"
+    return table(["kept", "ours", "needle token accuracy", "exact needles", "perplexity"], rows)
 
 
 def verdict(found: Comparison) -> str:
@@ -52,9 +44,9 @@ def verdict(found: Comparison) -> str:
     return f"{words[found.verdict]} ({found.value:.3f}{interval})"
 
 
-def frontier_section(results: Results, ours: list[str]) -> str:
-    lines = ["## The frontier of needles and perplexity\n\n![frontier](../../docs/figures/quality-frontier.png)"]
-    bullets = []
+def frontier_table(results: Results, ours: list[str]) -> str:
+    """Each point of ours beside each press at the same entries, by the values alone."""
+    rows = []
     for keep in results.keeps:
         names = peers(results, keep)
         for name in present(results, ours, keep) if names else []:
@@ -62,23 +54,17 @@ def frontier_section(results: Results, ours: list[str]) -> str:
                 peer: tuple(beside(results, name, peer, keep, m).side == "ahead" for m in ("accuracy", "perplexity"))
                 for peer in names
             }
-            groups = {
-                pair: ", ".join(short(peer) for peer, found in leads.items() if found == pair) or "none"
+            groups = [
+                ", ".join(short(peer) for peer, found in leads.items() if found == pair) or "none"
                 for pair in ((False, False), (True, False), (False, True))
-            }
+            ]
             n_behind = sum(found == (True, True) for found in leads.values())
-            bullets.append(
-                f"- {keep:g}, `{name}`: ahead of {n_behind} of {len(names)} presses in both, ahead in neither of: "
-                f"{groups[False, False]}. More needles than, at a higher perplexity: {groups[True, False]}. Fewer "
-                f"needles than, at a lower perplexity: {groups[False, True]}."
-            )
-    if bullets:
-        lines.append("Each point of ours beside each press at the same entries, by the values alone:")
-        lines.append("\n".join(bullets))
-    return "\n\n".join(lines)
+            rows.append([f"{keep:g}", f"`{name}`", f"{n_behind} of {len(names)}", *groups])
+    head = ["kept", "ours", "ahead in both of", "ahead in neither of", "more needles, higher perplexity than"]
+    return table([*head, "fewer needles, lower perplexity than"], rows)
 
 
-def target_section(results: Results, new: list[str], times: dict[str, Any] | None) -> str:
+def target_table(results: Results, new: list[str], times: dict[str, Any] | None) -> str:
     names = [name for name in new if any(name == found for found, _ in results.runs)]
     rows = []
     for keep, (least, most) in TARGETS.items():
@@ -109,10 +95,7 @@ def target_section(results: Results, new: list[str], times: dict[str, Any] | Non
             found = [statistics.median(x) for label, x in ratios.items() if label.rsplit(" ", 1)[0] == name]
             cells.append(judged(max(found), MOST_COST, is_least=False) if found else "not measured")
         rows.append([f"compression / prefill at most {MOST_COST:g}", *cells])
-    if not rows:
-        return ""
-    text = "Set before measuring (by value, not by interval):"
-    return f"## Targets\n\n{text}\n\n{table(['target', *(f'`{name}`' for name in names)], rows)}"
+    return table(["target", *(f"`{name}`" for name in names)], rows)
 
 
 def judged(found: float, bound: float, *, is_least: bool) -> str:
@@ -129,7 +112,7 @@ def above_all(results: Results, name: str, keep: float) -> str:
     return f"**missed**: {', '.join(short(peer) for peer in behind)}, by up to {gap:.3f}"
 
 
-def wins_section(results: Results, ours: list[str]) -> str:
+def win_table(results: Results, ours: list[str]) -> str:
     rows = []
     for keep in results.keeps:
         names = [*present(results, ours, keep), *peers(results, keep)]
@@ -140,35 +123,31 @@ def wins_section(results: Results, ours: list[str]) -> str:
             ]
             found = f"{shown(first, ours)}, {value(results, first, keep, key):.3f}"
             rows.append([f"{keep:g}", measure.name, found, ", ".join(shown(each, ours) for each in level) or "none"])
-    head = ["kept", "measure", "best", "level with it (the interval leaves open which is better)"]
-    return f"## What wins where\n\n{table(head, rows)}"
+    return table(["kept", "measure", "best", "level with it (the interval leaves open which is better)"], rows)
 
 
-def fails_section(results: Results, ours: list[str]) -> str:
-    bullets = []
+def failed_table(results: Results, ours: list[str]) -> str:
+    """Who keeps less than half of the full cache's needle accuracy, with that share."""
+    rows = []
     for keep in results.keeps:
         names = [*present(results, ours, keep), *peers(results, keep)]
         of_full = {name: results.summaries[name, keep]["needles"]["of_full"]["value"] for name in names}
         failed = [f"{shown(name, ours)} {found:.2f}" for name, found in of_full.items() if found < FAILED]
-        if failed:
-            bullets.append(
-                f"- Keep {keep:g}: less than {FAILED:g} of the full cache's needle accuracy: {', '.join(failed)}."
-            )
+        rows.append([f"{keep:g}", ", ".join(failed) or "none"])
+    return table(["kept", f"less than {FAILED:g} of the full cache's needle accuracy"], rows)
+
+
+def weakest_table(results: Results, ours: list[str]) -> str:
+    rows = []
     for keep in results.keeps:
         for name in present(results, ours, keep):
-            depths = [
-                (share, place) for place, share in enumerate(by_depth(results.runs[name, keep])) if share is not None
-            ]
-            lowest, place = min(depths)
-            n = len(by_depth(results.runs[name, keep]))
+            shares = by_depth(results.runs[name, keep])
+            lowest, place = min((share, place) for place, share in enumerate(shares) if share is not None)
+            depths = f"{100 * place / len(shares):.0f} to {100 * (place + 1) / len(shares):.0f} %: {lowest:.2f}"
             kinds = results.summaries[name, keep]["needles"]["by_kind"]
             kind = min(kinds, key=lambda kind: kinds[kind]["token_accuracy"])
-            bullets.append(
-                f"- Keep {keep:g}, `{name}`: weakest at depths from {100 * place / n:.0f} to "
-                f"{100 * (place + 1) / n:.0f} % (token accuracy {lowest:.2f}) and for needles of {kind} "
-                f"({kinds[kind]['token_accuracy']:.2f})."
-            )
-    return "## What fails\n\n" + "\n".join(bullets)
+            rows.append([f"{keep:g}", f"`{name}`", depths, f"{kind}: {kinds[kind]['token_accuracy']:.2f}"])
+    return table(["kept", "ours", "weakest depths: token accuracy", "weakest kind: token accuracy"], rows)
 
 
 def cost_ratios(times: dict[str, Any]) -> dict[str, list[float]]:

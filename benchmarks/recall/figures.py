@@ -11,15 +11,16 @@ from matplotlib.axes import Axes
 
 from benchmarks.recall.settings import BUDGETS, FULL, OURS, PAGES, PAPER, TOP
 from benchmarks.recall.tables import Result
+from kvcluster.evaluation.colours import BLACK, BLUE, DARK_GREY, GREEN, GREY, SKY, VERMILION
+from kvcluster.evaluation.quality.figures import bar_lengths, save
 
 __all__ = ["draw_attention", "draw_needles", "draw_options"]
 
-# Okabe and Ito: told apart with any colour vision; and by marker.
 LOOKS = {
-    TOP: {"color": "#999999", "marker": "^", "linestyle": "--"},
-    OURS: {"color": "#0072B2", "marker": "o", "linewidth": 2.5},
-    PAPER: {"color": "#009E73", "marker": "s"},
-    PAGES: {"color": "#D55E00", "marker": "D"},
+    TOP: {"color": GREY, "marker": "^", "linestyle": "--"},
+    OURS: {"color": BLUE, "marker": "o", "linewidth": 2.5},
+    PAPER: {"color": GREEN, "marker": "s"},
+    PAGES: {"color": VERMILION, "marker": "D"},
 }
 Results = dict[tuple[str, int], Result]
 
@@ -28,12 +29,12 @@ def draw_needles(path: Path, results: Results) -> None:
     """Accuracy and negative log-likelihood against the budget."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     full = results[FULL, 0]
-    draw_curves(axes[0], results, lambda r: r.accuracy, lambda r: (r.low, r.high))
-    axes[0].axhline(full.accuracy, color="black", linestyle=":", label=FULL)
-    axes[0].axhline(0.95 * full.accuracy, color="black", linestyle=":", alpha=0.4, label="95 % of it")
+    draw_curves(axes[0], results, lambda r: r.accuracy["value"], lambda r: bar_lengths(r.accuracy))
+    axes[0].axhline(full.accuracy["value"], color=BLACK, linestyle=":", label=FULL)
+    axes[0].axhline(0.95 * full.accuracy["value"], color=BLACK, linestyle=":", alpha=0.4, label="95 % of it")
     axes[0].set(ylim=(0, 1.02), ylabel="token accuracy", title="Digits of the needle that are right")
     draw_curves(axes[1], results, lambda r: r.nll, None)
-    axes[1].axhline(full.nll, color="black", linestyle=":", label=FULL)
+    axes[1].axhline(full.nll, color=BLACK, linestyle=":", label=FULL)
     axes[1].set(ylim=(0, None), ylabel="nats per token", title="Negative log-likelihood of the needle")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
@@ -60,15 +61,15 @@ def draw_attention(path: Path, results: Results) -> None:
     save(figure, path)
 
 
-def draw_curves(ax: Axes, results: Results, of: object, bounds: object | None) -> None:
-    """One line a method, `of(result)` against the budget, with bars from low to high where `bounds` gives them."""
+def draw_curves(ax: Axes, results: Results, of: object, lengths: object | None) -> None:
+    """One line a method, `of(result)` against the budget, with bars of the `lengths` below and above it."""
     for name, look in LOOKS.items():
         budgets = [budget for budget in BUDGETS if (name, budget) in results]
         found = [results[name, budget] for budget in budgets]
         heights = np.array([of(each) for each in found])
         if not budgets:
             continue
-        errors = None if bounds is None else np.abs(np.array([bounds(each) for each in found]).T - heights)
+        errors = None if lengths is None else np.array([lengths(each) for each in found]).T
         ax.errorbar(budgets, heights, yerr=errors, label=name, capsize=3, **look)
     ax.set_xscale("log", base=2)
     ax.set_xticks(BUDGETS, [f"{budget:,}" for budget in BUDGETS])
@@ -87,17 +88,12 @@ def draw_options(path: Path, results: Results) -> None:
         names = [name for name, size in results if size == budget and name.startswith(prefix) and name != base]
         shown = [base, *names] if (base, budget) in results else names
         found = [results[name, budget] for name in shown]
-        heights = np.array([each.accuracy for each in found])
-        errors = np.abs(np.array([(each.low, each.high) for each in found]).reshape(-1, 2).T - heights)
-        colors = [LOOKS[base]["color"], *["#56B4E9"] * len(names)][: len(shown)]
-        ax.barh(shown, heights, xerr=errors, color=colors, error_kw={"ecolor": "#555555", "capsize": 2})
-        ax.axvline(results[FULL, 0].accuracy, color="black", linestyle=":")
+        heights = [each.accuracy["value"] for each in found]
+        errors = np.array([bar_lengths(each.accuracy) for each in found]).reshape(-1, 2).T
+        colors = [LOOKS[base]["color"], *[SKY] * len(names)][: len(shown)]
+        ax.barh(shown, heights, xerr=errors, color=colors, error_kw={"ecolor": DARK_GREY, "capsize": 2})
+        ax.axvline(results[FULL, 0].accuracy["value"], color=BLACK, linestyle=":")
         ax.invert_yaxis()
         ax.set(xlim=(0, 1.02), xlabel="token accuracy", title=title)
     figure.suptitle("Options; bars: 95 % intervals; dotted: the full cache")
     save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

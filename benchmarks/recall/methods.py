@@ -137,22 +137,32 @@ class Recall(Full):
 
 
 class Ruled(Recall):
-    """The clusters of a `RecallCache`, ranked by another rule for the scores of a group."""
+    """The clusters of a `RecallCache`, ranked by another rule for the scores of a group.
 
-    def __init__(self, exact: Exact, cache: RecallCache, combine: Callable[[Tensor], Tensor]) -> None:
+    With a `mass` below 1 no more clusters are taken once those before have that share of the group's attention, as if
+    every token had its centroid as key.
+    """
+
+    def __init__(
+        self, exact: Exact, cache: RecallCache, combine: Callable[[Tensor], Tensor], mass: float = 1.0
+    ) -> None:
         super().__init__(exact, cache)
-        self.combine = combine
+        self.combine, self.mass = combine, mass
 
     def attend(self, query: Tensor) -> Tensor:
         return self.exact.output(self.exact.weights(query, self.attended(query)))
 
     def selection(self, query: Tensor) -> Selection:
         clusters, reach = self.cache.clusters, self.cache.body.spread * query.abs()
-        rank = ranks(self.combine(query @ clusters.centroids.mT + reach @ self.cache.deviations.mT))
-        ranked = torch.zeros_like(rank).scatter_(-1, rank, clusters.counts)
-        before = (ranked.cumsum(dim=-1) - ranked).gather(-1, rank)
+        products = query @ clusters.centroids.mT
+        rank = ranks(self.combine(products + reach @ self.cache.deviations.mT))
         budget = self.cache.plan.budget - (self.cache.n_seen - self.cache.n_clustered)
-        return Selection((budget - before).clamp(min=0).minimum(clusters.counts))
+        taken = (budget - sum_before(clusters.counts, rank)).clamp(min=0).minimum(clusters.counts)
+        if self.mass < 1:
+            logits = products.double() * query.shape[-1] ** -0.5 + clusters.counts.double().log().unsqueeze(-2)
+            shares = logits.softmax(dim=-1).mean(dim=-2)  # (batch, kv_heads, clusters)
+            taken = torch.where(sum_before(shares, rank) < self.mass, taken, 0)
+        return Selection(taken)
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -160,6 +170,12 @@ def ranks(scores: Tensor) -> Tensor:
     ranking = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1]).expand_as(ranking)
     return torch.empty_like(ranking).scatter_(-1, ranking, places)
+
+
+def sum_before(numbers: Tensor, rank: Tensor) -> Tensor:
+    """Of each number the sum of those that rank before it."""
+    ranked = torch.zeros_like(numbers).scatter_(-1, rank, numbers)
+    return (ranked.cumsum(dim=-1) - ranked).gather(-1, rank)
 
 
 def with_new(mask: Tensor, n_new: int) -> Tensor:

@@ -2,12 +2,15 @@
 
 Needles in 4,096 tokens of SmolLM2-135M, asked for after the cache was built, against the budget: recall of clusters,
 pages as Quest chooses them, exact top tokens; then times. The code that is scored is the code that is timed. Settings
-were chosen on other text and other needles. Every part that was measured is kept in the JSON file, and only what is
-missing there runs: remove the file to start afresh. About eight minutes; `--parts options` takes another eight.
+were chosen on other text and other needles. Every part that was measured is kept in a file, needles as sums of each
+context, and only what is missing there runs: remove the file to start afresh. About eight minutes; `--parts options`
+takes another eight.
 """
 
 import argparse
+import hashlib
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -26,18 +29,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.recall.needles import plant
-from benchmarks.recall.scoring import prefill, score
-from benchmarks.recall.settings import BUDGETS, FULL, OURS, PAGES, PAPER, SETTINGS, TOP, Setting
+from benchmarks.recall.scoring import score
+from benchmarks.recall.settings import BUDGETS, FULL, OURS, PAGES, PAPER, SETTINGS, TOP
 from benchmarks.recall.tables import attention_table, collect, needle_table, option_table
 from benchmarks.recall.tiers import time_tiers
 from benchmarks.recall.timing import time_index, time_step
 from kvcluster.evaluation.models import load_llama, smollm2_folder
+from kvcluster.evaluation.quality.llama import read_layers
 from kvcluster.evaluation.report import Claim, Line, Section, print_sections
+from kvcluster.evaluation.runs import Runs, needle_sums
 from kvcluster.fast import RecallCache
 
 __all__ = ["main"]
 
-RESULTS = Path(__file__).resolve().parent / "results" / "measured.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 FIGURES = ROOT / "docs" / "figures"
 MAIN = (FULL, TOP, OURS, PAPER, PAGES)
 PARTS = ("step", "index", "tiers", "needles", "options")
@@ -54,7 +59,7 @@ def main() -> int:
         metavar="PART",
         help=f"of {', '.join(PARTS)}; not the last",
     )
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results, kept from run to run")
+    parser.add_argument("--runs", type=Path, default=RESULTS, metavar="FILE", help="kept from run to run")
     parser.add_argument("--figures", type=Path, default=FIGURES, metavar="FOLDER", help="where figures go")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
@@ -70,19 +75,23 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    results = load_results(arguments, console)
+    arguments.runs.parent.mkdir(exist_ok=True)
+    runs, configured = Runs(arguments.runs), configuration(arguments)
     with Progress(console=console, transient=True) as progress:
-        measure(arguments, results, progress)
-    sections = make_sections(results)
+        measure(arguments, runs, configured, progress)
+    runs_of_this = [run for run in runs.all if run["key"]["configuration"] == configured]
+    if len(runs_of_this) < len(runs.all):
+        console.print(f"{arguments.runs} also holds runs of other configurations; they are not shown")
+    sections = make_sections(runs_of_this)
     print_sections(console, sections)
-    draw(arguments.figures, results["runs"])
+    draw(arguments.figures, runs_of_this)
     is_missed = any(not claim.is_met for section in sections for claim in section.claims)
     return 1 if arguments.check and is_missed else 0
 
 
-def load_results(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """What the JSON file holds, if it was measured with the same needles and the same defaults of the cache."""
-    configuration = {
+def configuration(arguments: argparse.Namespace) -> str:
+    """A digest of what runs must share to be compared: needles, sizes, torch, and the defaults of the cache."""
+    shared = {
         "needles": arguments.needles,
         "tokens": arguments.tokens,
         "per_context": arguments.per_context,
@@ -91,69 +100,54 @@ def load_results(arguments: argparse.Namespace, console: Console) -> dict[str, A
         "threads": arguments.threads,
         "recall_cache": str(inspect.signature(RecallCache)),
     }
-    if arguments.json.exists():
-        results = json.loads(arguments.json.read_text())
-        if results["configuration"] == configuration:
-            return results
-        console.print(f"{arguments.json} holds results of another configuration: all is measured afresh")
-    return {"configuration": configuration, "runs": [], "times": {}}
+    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:16]
 
 
-def measure(arguments: argparse.Namespace, results: dict[str, Any], progress: Progress) -> None:
-    """Fill in what is missing, and write the JSON file after each piece."""
+def measure(arguments: argparse.Namespace, runs: Runs, configured: str, progress: Progress) -> None:
+    """Add what is missing to the runs, each as it ends."""
 
     def bar(name: str, steps: int) -> Callable[[], object]:
         task = progress.add_task(name, total=steps)
         return lambda: progress.advance(task)
 
-    def write() -> None:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    def key(part: str, **more: Any) -> dict[str, Any]:
+        return {"part": part, "configuration": configured, **more}
 
     begun = time.monotonic()
-    budget, rounds = 1_024, 15
-    if "step" in arguments.parts and "step" not in results["times"]:
-        budget = min(budget, arguments.step_tokens // 2)
+    missing = [part for part in ("step", "index", "tiers") if part in arguments.parts and runs.found(key(part)) is None]
+    if "step" in missing:
+        budget, rounds = min(1_024, arguments.step_tokens // 2), 15
         section = time_step(arguments.step_tokens, budget, rounds, bar("attention step", 4 * (rounds + 1)))
-        results["times"]["step"] = pack(section)
-        write()
-    wanted = [setting for setting in SETTINGS if ("needles" if setting.name in MAIN else "options") in arguments.parts]
+        runs.add({"key": key("step"), "section": pack(section)})
     budgets = {0, *arguments.budgets}  # 0: the full cache's
-    todo = {number: missing(results["runs"], wanted, budgets, number) for number in range(arguments.contexts)}
-    parts = [part for part in ("index", "tiers") if part in arguments.parts and part not in results["times"]]
-    if not parts and not any(todo.values()):
+    wanted = [setting for setting in SETTINGS if ("needles" if setting.name in MAIN else "options") in arguments.parts]
+    todo = [
+        (setting, budget, key("needles", setting=setting.name, budget=budget, context=context))
+        for context in range(arguments.contexts)
+        for setting in wanted
+        for budget in setting.budgets
+        if budget in budgets
+    ]
+    todo = [each for each in todo if runs.found(each[-1]) is None]
+    if not todo and not {"index", "tiers"} & set(missing):
         return
     model, tokenizer = load_llama(smollm2_folder())
     size = {"n_tokens": arguments.tokens, "n_needles": arguments.per_context}
-    for part in parts:
-        context = plant(tokenizer, arguments.needles, 0, **size)
-        if part == "index":
-            section = time_index(model, context, 512, 3, bar("index", 8))
-        else:
-            section = time_tiers(model, context, 512, 48, bar("tiers", 5 * 49))
-        results["times"][part] = pack(section)
-        write()
-    advance = bar("needles", sum(map(len, todo.values())))
-    for number, pairs in todo.items():
-        read = None
-        for setting, tokens in pairs:
+    first = plant(tokenizer, arguments.needles, 0, **size)
+    if "index" in missing:
+        runs.add({"key": key("index"), "section": pack(time_index(model, first, 512, 3, bar("index", 8)))})
+    if "tiers" in missing:
+        runs.add({"key": key("tiers"), "section": pack(time_tiers(model, first, 512, 48, bar("tiers", 5 * 49)))})
+    advance = bar("needles", len(todo))
+    for number, of_context in itertools.groupby(todo, key=lambda each: each[-1]["context"]):
+        context = plant(tokenizer, arguments.needles, number, **size)
+        read = read_layers(model, context.tokens)
+        for setting, budget, of_run in of_context:
             if time.monotonic() - begun > 60 * arguments.minutes:
                 return
-            if read is None:
-                context = plant(tokenizer, arguments.needles, number, **size)
-                read = prefill(model, context)
-            made = score(model, context, read, lambda exact, layer: setting.of_layer(exact, layer, tokens))  # noqa: B023
-            results["runs"].append({"context": number, "setting": setting.name, "budget": tokens, **vars(made)})
-            write()
+            made = score(model, context, read, lambda exact, layer: setting.of_layer(exact, layer, budget))  # noqa: B023
+            runs.add({"key": of_run, "needles": needle_sums(made.is_right, made.nll), "attention": made.attention})
             advance()
-
-
-def missing(
-    runs: list[dict[str, Any]], settings: list[Setting], budgets: set[int], context: int
-) -> list[tuple[Setting, int]]:
-    """Settings and budgets that did not run on this context yet."""
-    done = {(run["setting"], run["budget"]) for run in runs if run["context"] == context}
-    pairs = [(setting, budget) for setting in settings for budget in setting.budgets if budget in budgets]
-    return [(setting, budget) for setting, budget in pairs if (setting.name, budget) not in done]
 
 
 def pack(section: Section) -> dict[str, Any]:
@@ -171,10 +165,10 @@ def unpack(packed: dict[str, Any]) -> Section:
     return Section(**{**packed, "lines": lines})
 
 
-def make_sections(results: dict[str, Any]) -> list[Section]:
-    found = collect(results["runs"])
+def make_sections(runs: list[dict[str, Any]]) -> list[Section]:
+    found = collect(runs)
     sections = [needle_table(found), attention_table(found), option_table(found)] if found else []
-    return [section for section in sections if section.lines] + [unpack(each) for each in results["times"].values()]
+    return [each for each in sections if each.lines] + [unpack(run["section"]) for run in runs if "section" in run]
 
 
 def draw(folder: Path, runs: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Question and answer, token by token, on top of a context that was read before: how well a method answers.
 
-The model's own layers, with attention by a method of `recall_methods`. The answer is teacher-forced: each token is
+The model's own layers, with attention by a method of `methods.py`. The answer is teacher-forced: each token is
 predicted after the true ones before it. All questions of a context run as one batch.
 """
 
@@ -10,24 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.recall.methods import Exact, Full
 from benchmarks.recall.needles import Context
+from kvcluster.evaluation.quality.llama import Attend, forward, logits_of
+from kvcluster.evaluation.quality.scoring import judged
 
-__all__ = ["Attention", "Score", "prefill", "score"]
+__all__ = ["Attention", "Score", "score"]
 
 N_TOP = 64  # true top tokens of which the recall rate is the share
 N_LEFT_OUT = 2  # first layers, not measured: some settings attend to all tokens there
-
-
-@torch.inference_mode()
-def prefill(model: Any, context: Context) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (kv_heads, tokens, dim) of each layer, after one full forward pass."""
-    cache = DynamicCache(config=model.config)
-    model(torch.tensor([context.tokens]), past_key_values=cache, logits_to_keep=1)
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
 @dataclass
@@ -92,39 +84,27 @@ def score(
     hidden = []
     for place in range(longest - 1):
         is_measured = bool(((first <= place) & (place < first + n_answer)).any())
-        step = tokens[:, place : place + 1]
-        hidden.append(forward(model, step, exacts, methods, attention if is_measured else None))
+        attend = attention_by(exacts, methods, attention if is_measured else None)
+        position = torch.tensor([[exacts[0].n_context + place]])
+        hidden.append(forward(model, tokens[:, place : place + 1], position, attend))
     predicting = first[:, None] + torch.arange(n_answer)  # (batch, n_answer)
     chosen = torch.cat(hidden, dim=1).gather(1, predicting.unsqueeze(-1).expand(-1, -1, hidden[0].shape[-1]))
-    log_probabilities = model.lm_head(model.model.norm(chosen)).log_softmax(dim=-1)
     answers = torch.tensor(context.answers)
-    nll = -log_probabilities.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
-    is_right = log_probabilities.argmax(dim=-1) == answers
-    return Score(is_right.tolist(), nll.tolist(), attention.means())
+    is_right, nll = judged(logits_of(model, chosen).flatten(0, 1), answers.flatten())
+    return Score(is_right.view_as(answers).tolist(), nll.view_as(answers).tolist(), attention.means())
 
 
-def forward(
-    model: Any, tokens: Tensor, exacts: list[Exact], methods: list[Full], attention: Attention | None
-) -> Tensor:
-    """Hidden states (batch, 1, features) after all layers, for one new token a row."""
-    config = model.config
-    heads, kv_heads, batch = config.num_attention_heads, config.num_key_value_heads, len(tokens)
-    hidden = model.model.embed_tokens(tokens)
-    place = torch.tensor([[exacts[0].n_context + exacts[0].n_new]])
-    cos, sin = model.model.rotary_emb(hidden, place)
-    for number, (layer, exact, method) in enumerate(zip(model.model.layers, exacts, methods, strict=True)):
-        normed, own = layer.input_layernorm(hidden), layer.self_attn
-        query, keys, values = (
-            project(normed).view(batch, 1, -1, own.head_dim).transpose(1, 2)
-            for project in (own.q_proj, own.k_proj, own.v_proj)
-        )  # (batch, heads or kv_heads, 1, dim)
-        query, keys = apply_rotary_pos_emb(query, keys, cos, sin)
-        query = query.reshape(batch, kv_heads, heads // kv_heads, own.head_dim)
+def attention_by(exacts: list[Exact], methods: list[Full], attention: Attention | None) -> Attend:
+    """Attention by the method of each layer, for one new token a row."""
+
+    def attend(number: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        exact, method = exacts[number], methods[number]
+        grouped = query.squeeze(-2).unflatten(1, (keys.shape[1], -1))  # (batch, kv_heads, group, dim)
         exact.append(keys, values)
         method.append(keys, values)
-        output = method.attend(query)  # (batch, kv_heads, group, dim)
+        output = method.attend(grouped)
         if attention is not None and number >= N_LEFT_OUT:
-            attention.add(exact, query, output, method.attended(query))
-        hidden = hidden + own.o_proj(output.reshape(batch, 1, -1))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return hidden
+            attention.add(exact, grouped, output, method.attended(grouped))
+        return output.flatten(1, 2).unsqueeze(-2)  # (batch, heads, 1, dim)
+
+    return attend

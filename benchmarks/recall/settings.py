@@ -43,9 +43,21 @@ def recall(name: str, *, budgets: tuple[int, ...] = BUDGETS, n_dense: int = 0, *
     )
 
 
-def ruled(name: str, combine: Callable[[Tensor], Tensor]) -> Setting:
-    """Our clusters, with another rule for a group."""
-    return Setting(name, lambda exact, budget: Ruled(exact, RecallCache(budget=budget), combine), SMALL)
+def ruled(
+    name: str,
+    *,
+    combine: Callable[[Tensor], Tensor] = best_above_mean,
+    mass: float = 1.0,
+    budgets: tuple[int, ...] = SMALL,
+    **parameters: Any,
+) -> Setting:
+    """Clusters of `RecallCache`, taken by another rule."""
+    return Setting(
+        name,
+        lambda exact, budget: Ruled(exact, RecallCache(budget=budget, **parameters), combine, mass),
+        budgets,
+        parameters=parameters,
+    )
 
 
 SETTINGS = [
@@ -61,7 +73,7 @@ SETTINGS = [
     recall("paper + centred keys", budgets=MIDDLE, **AS_PUBLISHED, is_centred=True),
     recall("paper + spread", budgets=MIDDLE, **AS_PUBLISHED | {"spread": 0.5}),
     recall("paper + centroids for the rest", budgets=MIDDLE, **AS_PUBLISHED, centroids_for_rest=True),
-    recall("paper + mass 0.95", budgets=MIDDLE, **AS_PUBLISHED, mass=0.95),
+    ruled("paper + mass 0.95", budgets=MIDDLE, **AS_PUBLISHED, mass=0.95),
     recall("ours, first two layers dense", budgets=SMALL, n_dense=2),
     recall("ours without spread", budgets=SMALL, spread=0.0),
     recall("ours, whole prompt at once", budgets=SMALL, prompt_segment_size=None),
@@ -69,8 +81,8 @@ SETTINGS = [
     recall("ours, 80 tokens a cluster", budgets=SMALL, tokens_per_cluster=80),
     recall("ours + centred keys", budgets=SMALL, is_centred=True),
     recall("ours + centroids for the rest", budgets=SMALL, centroids_for_rest=True),
-    recall("ours + mass 0.95", budgets=SMALL, mass=0.95),
-    ruled("ours, group by largest product", lambda x: x.amax(-2)),
-    ruled("ours, group by sum", lambda x: x.sum(-2)),
-    ruled("ours, group by attention share", lambda x: (x * 64**-0.5).softmax(-1).sum(-2)),
+    ruled("ours + mass 0.95", mass=0.95),
+    ruled("ours, group by largest product", combine=lambda x: x.amax(-2)),
+    ruled("ours, group by sum", combine=lambda x: x.sum(-2)),
+    ruled("ours, group by attention share", combine=lambda x: (x * 64**-0.5).softmax(-1).sum(-2)),
 ]

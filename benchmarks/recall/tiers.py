@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from benchmarks.recall.needles import Context
-from benchmarks.recall.scoring import prefill
+from kvcluster.evaluation.quality.llama import read_layers
 from kvcluster.evaluation.report import Line, Section
-from kvcluster.evaluation.timing import ratios, seconds_in_turn
+from kvcluster.evaluation.statistics import ratios
+from kvcluster.evaluation.timing import seconds_in_turn
 from kvcluster.fast.huggingface import RecallCache
 
 __all__ = ["time_tiers"]
@@ -19,7 +20,7 @@ STEPS_HELD = (1, 2, 4, 8)
 @torch.inference_mode()
 def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: Callable[[], object]) -> Section:
     """Greedy generation by the model after a context; every cache gives the same tokens, or this raises."""
-    layers = prefill(model, context)
+    layers = read_layers(model, context.tokens)
     options: dict[str, dict[str, Any]] = {"in memory": {}}
     options |= {f"two tiers, clusters of the last {n} steps": {"offloading": True, "n_steps": n} for n in STEPS_HELD}
     caches = {

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from benchmarks.recall.needles import Context
 from kvcluster.evaluation.report import Claim, Line, Section
-from kvcluster.evaluation.timing import ratios, seconds_in_turn
+from kvcluster.evaluation.statistics import ratios
+from kvcluster.evaluation.timing import seconds_in_turn
 from kvcluster.fast import RecallCache, attention
 
 __all__ = ["time_index", "time_step"]

@@ -2,20 +2,11 @@
 
 Batches of decoding requests with the heads of SmolLM2. Each call reads the pages of another of 30 layers, as in a
 model, so that they do not lie in the processor's cache from the call before, unless they all fit. Kernels come in
-turn. Writes serving-attention.json beside this file.
+turn.
 """
 
-import argparse
-import json
 import os
-import sys
 import time
-from pathlib import Path
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
 
 import torch
 from rich.console import Console
@@ -24,14 +15,16 @@ from rich.table import Table
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
-from kvcluster.evaluation.timing import ratios
+from kvcluster.evaluation.statistics import ratios
+from kvcluster.evaluation.timing import seconds_in_turn
 from kvcluster.fast.cpu.paged import attend_pages
+
+__all__ = ["measure_attention", "show_attention"]
 
 PAGE, HEADS, KV_HEADS, DIM, LAYERS = 32, 9, 3, 64, 30
 BATCHES, LENGTHS, DTYPES = (1, 4, 16), (512, 1024, 2048, 4096), (torch.float32, torch.bfloat16)
 MOST = 1.2  # ours / stock
 ENTRIES = 100_000  # that a turn attends to at least, so that small problems are timed for long enough
-RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
 
 
 def layer(batch, length, dtype, generator):
@@ -86,43 +79,41 @@ def layer(batch, length, dtype, generator):
 
 
 def turns(layers, rounds, repeats, clock):
-    """Seconds of stock and of ours, a turn each, all layers in every turn; the first turn is not counted."""
-    seconds = ([], [])
-    for turn in range(rounds + 1):
-        for kernel, of_kernel in zip(zip(*layers, strict=True), seconds, strict=True):
-            start = clock()
-            for _ in range(repeats):
-                for call in kernel:
-                    call()
-            if turn > 0:
-                of_kernel.append((clock() - start) / repeats / len(layers))
-    return seconds
+    """Seconds of stock and of ours for a layer, a turn each, all layers in every turn."""
+
+    def repeat(calls):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+
+    contenders = dict(zip(("stock", "ours"), zip(*layers, strict=True), strict=True))
+    runs = {name: lambda calls=calls: repeat(calls) for name, calls in contenders.items()}
+    seconds = seconds_in_turn(runs, rounds, clock=clock)
+    return {name: [each / repeats / len(layers) for each in found] for name, found in seconds.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--processor-time", action="store_true", help="one thread and its processor time: where others use the machine"
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    asked = parser.parse_args()
+def measure_attention(rounds, is_processor_time):
+    """Every dtype, batch and length, and what they were run on."""
     current_platform.import_kernels()
-    if asked.processor_time:
+    if is_processor_time:
         torch.set_num_threads(1)
-    clock = time.process_time if asked.processor_time else time.perf_counter
+    clock = time.process_time if is_processor_time else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     cases = [(dtype, batch, length) for dtype in DTYPES for batch in BATCHES for length in LENGTHS]
     found, load = [], os.getloadavg()[0]
     for dtype, batch, length in track(cases, description="Attention"):
         n_layers = min(LAYERS, max(4, 2**31 // (batch * length * KV_HEADS * 2 * DIM * 8)))  # what memory allows
         layers = [layer(batch, length, dtype, generator) for _ in range(n_layers)]
-        stock, ours = turns(layers, asked.rounds, max(1, ENTRIES // (batch * length)), clock)
+        seconds = turns(layers, rounds, max(1, ENTRIES // (batch * length)), clock)
         name = str(dtype).removeprefix("torch.")
-        found.append({"dtype": name, "batch": batch, "entries": length, "stock": stock, "ours": ours})
+        found.append({"dtype": name, "batch": batch, "entries": length, **seconds})
     about = {"threads": torch.get_num_threads(), "load": round(load, 2), "layers": LAYERS}
-    about["seconds"] = "processor time of one thread" if asked.processor_time else "wall"
-    asked.json.write_text(json.dumps({"about": about, "found": found}) + "\n")
+    about["seconds"] = "processor time of one thread" if is_processor_time else "wall"
+    return {"about": about, "found": found}
+
+
+def show_attention(found):
+    """A table with the medians, and whether the target is met."""
     table = Table(title=f"Attention of a layer to exact entries, microseconds; at most {MOST} of stock's is asked for")
     for column in ("dtype", "batch", "entries", "vLLM", "ours", "ours / vLLM", ""):
         table.add_column(column, justify="right")
@@ -132,7 +123,3 @@ def main():
         sizes = (each["dtype"], str(each["batch"]), f"{each['entries']:,}")
         table.add_row(*sizes, *times, str(ratio), "holds" if ratio.median <= MOST else "does not hold")
     Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,10 +4,9 @@ Every run is a process of its own that loads SmolLM2, sends all its requests at 
 the engine. Contenders come in turn, so that all meet the same machine. Two rates are told apart: one of the steps that
 only generate, and one of the whole run, in which the prompts are read too.
 
-Writes results/pools.json; with --draw, where there is matplotlib, docs/figures/serving-pools.png from it.
+`python pools.py CONTENDER CASE CLOCK` is one such run, of the clock `wall` or `processor`; run.py asks for all of them.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -16,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+__all__ = ["CASES", "N_PROMPT", "PAGE", "measure_pools", "show_pools"]
 
 PAGE, N_PROMPT = 32, 2000
 CONTENDERS = {
@@ -26,10 +27,6 @@ CONTENDERS = {
 # Blocks of the pool, requests (three times what stock can serve at once), tokens generated for each, and rounds.
 CASES = ((150, 6, 256, 1), (230, 9, 256, 2), (310, 12, 256, 1), (230, 9, 1024, 1))
 LEAST = {"at_once": 3.0, "decode": 2.0}  # keep 0.25 / stock, in the pool that holds three stock requests
-RESULTS = Path(__file__).resolve().parent / "results" / "pools.json"
-FIGURE = ROOT / "docs" / "figures" / "serving-pools.png"
-COLOURS = {"stock": "#D55E00", "keep 0.5": "#56B4E9", "keep 0.25": "#0072B2"}
-
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
@@ -110,17 +107,19 @@ def run_in_process(contender, case, is_processor_time):
         **{"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"},
         **({"OMP_NUM_THREADS": "1"} if is_processor_time else {}),
     }
-    command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps([contender, *case[:3]])]
-    command += ["--processor-time"] * is_processor_time
+    clock = "processor" if is_processor_time else "wall"
+    command = [sys.executable, "-W", "ignore", __file__, contender, json.dumps(case[:3]), clock]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"a run failed: {contender}, {case}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(cases, is_processor_time):
-    """All runs, contenders in turn."""
+def measure_pools(cases, is_processor_time):
+    """All runs, contenders in turn, and what they were run on."""
     from rich.progress import track
+
+    load = os.getloadavg()[0]
 
     turns = [
         (case, name)
@@ -132,10 +131,15 @@ def measure(cases, is_processor_time):
     runs = {(case[:3], name): [] for case, name in turns}
     for case, name in track(turns, description="Runs"):
         runs[case[:3], name].append(run_in_process(name, case, is_processor_time))
-    return [
-        {"blocks": blocks, "requests": requests, "n_new": n_new, "contender": name, "runs": of_case}
-        for ((blocks, requests, n_new), name), of_case in runs.items()
-    ]
+    clock = "processor time of one thread" if is_processor_time else "wall"
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(load, 2), "seconds": clock}
+    return {
+        "about": machine | {"n_prompt": N_PROMPT, "page": PAGE, "contenders": CONTENDERS},
+        "found": [
+            {"blocks": blocks, "requests": requests, "n_new": n_new, "contender": name, "runs": of_case}
+            for ((blocks, requests, n_new), name), of_case in runs.items()
+        ],
+    }
 
 
 def spread(numbers, digits=1):
@@ -154,7 +158,8 @@ def against_stock(found, line, name):
     return [a[name] / b[name] for a, b in zip(line["runs"], stock["runs"], strict=True)]
 
 
-def show(found):
+def show_pools(found):
+    """A table, and whether the targets are met."""
     from rich.console import Console
     from rich.table import Table
 
@@ -187,65 +192,6 @@ def show(found):
                 console.print(f"keep 0.25 / stock, {name}: {ratio:.2f}, at least {least}: {verdict}", highlight=False)
 
 
-def draw(found, path):
-    """Both rates against the pool, with the number of requests at once beside each point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    titles = {"decode": "steps that only generate", "whole": "the whole run, prompts read too"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        for contender, colour in COLOURS.items():
-            lines = [line for line in found if line["contender"] == contender and line["n_new"] == 256]
-            lines.sort(key=lambda line: line["blocks"])
-            blocks = [line["blocks"] for line in lines]
-            rates = [[run[name] for run in line["runs"]] for line in lines]
-            middle = [statistics.median(each) for each in rates]
-            low = [m - min(each) for m, each in zip(middle, rates, strict=True)]
-            high = [max(each) - m for m, each in zip(middle, rates, strict=True)]
-            axis.errorbar(blocks, middle, (low, high), fmt="o-", color=colour, capsize=3, label=contender)
-            for line, x, y in zip(lines, blocks, middle, strict=True):
-                label = f"{min(run['at_once'] for run in line['runs'])} at once"
-                axis.annotate(label, (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-        axis.set(xlabel=f"blocks of the pool, {PAGE} tokens each", ylabel="generated tokens per second", title=title)
-        axis.set_xticks(blocks)
-        axis.margins(x=0.12)
-        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
-    axes[0].legend()
-    figure.suptitle(
-        f"vLLM on this CPU, prompts of {N_PROMPT:,} tokens, 256 generated: the same pool serves more at once"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=json.loads, action="append", help="[blocks, requests, tokens, rounds]")
-    parser.add_argument(
-        "--processor-time", action="store_true", help="one thread and its processor time: where others use the machine"
-    )
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--draw", action="store_true", help="measure nothing; draw what the JSON holds")
-    asked = parser.parse_args()
-    if asked.one is not None:
-        print(json.dumps(serve(*asked.one, time.process_time if asked.processor_time else time.perf_counter)))
-        return
-    if asked.draw:
-        draw(json.loads(asked.json.read_text())["found"], asked.figure)
-        return
-    load = os.getloadavg()[0]
-    found = measure(CASES if asked.case is None else tuple(map(tuple, asked.case)), asked.processor_time)
-    clock = "processor time of one thread" if asked.processor_time else "wall"
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "load": round(load, 2), "seconds": clock}
-    about = machine | {"n_prompt": N_PROMPT, "page": PAGE, "contenders": CONTENDERS}
-    asked.json.write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
-    show(found)
-
-
 if __name__ == "__main__":
-    main()
+    name, case, clock = sys.argv[1:]
+    print(json.dumps(serve(name, *json.loads(case), time.process_time if clock == "processor" else time.perf_counter)))

@@ -16,11 +16,10 @@ from matplotlib.ticker import MaxNLocator
 from kvcluster.reference.attention import scaled_logits, softmax
 from kvcluster.reference.clustered_attention import log_counts
 
+from ..colours import BLUE, GREY, ORANGE
 from .oracle import NextTokenAttention
 
 __all__ = ["check_figure_path", "draw"]
-
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"  # Okabe and Ito: told apart with any colour vision
 
 
 def check_figure_path(path: Path) -> None:

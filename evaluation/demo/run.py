@@ -20,8 +20,10 @@ from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.reference.arguments import check_integer, check_keep_ratio
 
+from ..errors import UnusableInputError
+from ..models import load_model
+from ..texts import load_tokens, read_text
 from .figure import check_figure_path, draw
-from .inputs import UnusableInputError, load_model, load_tokens, read_text
 from .oracle import check_against_reference, next_token_attention
 
 __all__ = ["Measured", "measure", "run_demo"]

@@ -3,7 +3,7 @@
 from .cases import Case, Needle, Prompt
 from .methods import METHODS, Method
 from .needles import needle_cases
-from .run import Options, Runs, run_all
+from .run import Options, run_all
 from .summary import summarize
 from .tasks import TASKS, task_case
 
@@ -15,7 +15,6 @@ __all__ = [
     "Needle",
     "Options",
     "Prompt",
-    "Runs",
     "needle_cases",
     "run_all",
     "summarize",

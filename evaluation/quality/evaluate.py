@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..demo.inputs import load_model, read_text
 from ..machine import describe
-from ..texts import built_in_text, encode
-from . import METHODS, TASKS, Case, Options, Runs, needle_cases, run_all, summarize, task_case
+from ..models import load_model
+from ..runs import Runs
+from ..texts import built_in_text, encode, read_text
+from . import METHODS, TASKS, Case, Options, needle_cases, run_all, summarize, task_case
 from .figures import draw_attention_errors, draw_frontier, draw_heat_map, has_both
 from .folders import longbench_cases, ruler_cases
 from .run import check_methods

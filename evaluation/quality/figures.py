@@ -9,12 +9,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ..colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from .methods import METHODS
 
-__all__ = ["draw_attention_errors", "draw_frontier", "draw_heat_map"]
+__all__ = ["bar_lengths", "draw_attention_errors", "draw_frontier", "draw_heat_map", "save"]
 
-# Okabe and Ito: told apart with any colour vision; and by marker.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = "osD^vPX"
 MOST_DEPTHS = 10
 
@@ -110,6 +110,6 @@ def draw_attention_errors(path: Path, summaries: list[dict[str, Any]], title: st
     save(figure, path)
 
 
-def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+def save(figure: Any, path: Path, dpi: int = 110) -> None:
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)

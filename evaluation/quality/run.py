@@ -1,23 +1,22 @@
-"""Every method on every case, one line of JSON for each pair; a pair that has its line is not run again."""
+"""Every method on every case; a pair that is in the store is not run again."""
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from kvcluster.fast.huggingface.report import report_cache
 from kvcluster.fast.huggingface.saving import fingerprint
 
+from ..runs import Runs
 from .attention_error import attention_errors
 from .cases import Case
 from .methods import METHODS, Method
 from .metrics import METRICS
 from .scoring import fill, following_nll, generate, prefill, score_needles
 
-__all__ = ["Options", "Runs", "check_methods", "run_all"]
+__all__ = ["Options", "check_methods", "run_all"]
 
 
 @dataclass(frozen=True)
@@ -32,38 +31,6 @@ class Options:
 
     is_stepwise: bool = False
     has_attention_error: bool = False
-
-
-class Runs:
-    """The results so far, in memory and, given a `path`, in a file of JSON lines; a half-written last line is lost.
-
-    A run is known by its method's name, what is kept, the tokens of its case and the weights of its model: after a
-    change of a method's code the file must go.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.all: list[dict[str, Any]] = []
-        if path is None or not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
-            try:
-                self.all.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} must be a result as JSON, got: {error}") from error
-        if len(whole) < len(content):
-            path.write_bytes(whole)
-
-    def add(self, made: dict[str, Any]) -> None:
-        self.all.append(made)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(made, allow_nan=False) + "\n")
-
-    def found(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        return next((each for each in self.all if each["key"] == key), None)
 
 
 def check_methods(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -123,7 +90,7 @@ def run_all(
             if found is None:
                 found = {"key": key, "task": case.task, "name": case.name, "n_tokens": len(case.tokens)}
                 found |= measure(model, tokenizer, context, key)
-                runs.add(found)
+                found = runs.add(found)
             results.append(found)
             on_run()
     return results

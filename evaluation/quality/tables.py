@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..report import with_interval
 from . import METHODS
 
 __all__ = ["print_summaries"]
@@ -37,12 +38,12 @@ def main_table(summaries: list[dict[str, Any]]) -> Table:
             f"{each['entries']:.3f}",
             shown(each["bytes"]),
             str(needles.get("n", "")),
-            with_interval(needles.get("token_accuracy")),
+            with_interval(needles.get("token_accuracy"), to="-"),
             shown(needles.get("of_full", {}).get("value")),
-            with_interval(needles.get("exact")),
+            with_interval(needles.get("exact"), to="-"),
             shown(needles.get("nll", {}).get("value")),
             shown(perplexity.get("value", {}).get("value")),
-            with_interval(perplexity.get("of_full")),
+            with_interval(perplexity.get("of_full"), to="-"),
             shown(None if errors is None else sum(errors) / len(errors)),
             f"{each['seconds']['clustering']:.2f} s",
             f"{each['seconds']['asking']:.0f} s",
@@ -61,17 +62,10 @@ def task_table(summaries: list[dict[str, Any]], tasks: list[str]) -> Table:
     for task in tasks:
         found = [each.get("tasks", {}).get(task) for each in summaries]
         first = next(each for each in found if each is not None)
-        cells = [with_interval(each and each["score"]) for each in found]
+        cells = [with_interval(each and each["score"], to="-") for each in found]
         table.add_row(task, first["metric"], str(first["n"]), *cells)
     return table
 
 
 def shown(number: float | None) -> str:
     return "" if number is None else f"{number:.3f}"
-
-
-def with_interval(estimate: dict[str, Any] | None) -> str:
-    if not estimate or estimate["value"] is None:
-        return ""
-    value = f"{estimate['value']:.3f}"
-    return value if estimate["low"] is None else f"{value} ({estimate['low']:.2f}-{estimate['high']:.2f})"

@@ -13,7 +13,8 @@ from kvcluster.fast.attention import attend_entries
 
 from ..machine import read_all
 from ..report import Claim, Line, Section
-from ..timing import ratios, seconds_in_turn
+from ..statistics import ratios
+from ..timing import seconds_in_turn
 from .contenders import CHUNK_SIZE, N_RECENT, N_SINK
 
 __all__ = ["SHAPE", "attention_alone", "n_stored"]

@@ -10,7 +10,8 @@ import torch
 
 from ..machine import read_all
 from ..report import Claim, Line, Section
-from ..timing import Ratios, ratios, seconds_in_turn
+from ..statistics import Ratios, ratios
+from ..timing import seconds_in_turn
 from .contenders import CONTENDERS, filled, stored_bytes
 
 __all__ = ["decoding", "end_to_end", "step"]

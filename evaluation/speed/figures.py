@@ -10,10 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..colours import BLUE, GREY, SKY, VERMILION
+
 __all__ = ["draw_decoding", "draw_serving"]
 
-# Okabe and Ito: told apart with any colour vision.
-COLOURS = {"transformers": "#999999", "full": "#D55E00", "clustered 0.25": "#56B4E9", "clustered 0.2": "#0072B2"}
+COLOURS = {"transformers": GREY, "full": VERMILION, "clustered 0.25": SKY, "clustered 0.2": BLUE}
 NAMES = {
     "transformers": "transformers, full cache",
     "full": "kvcluster, full cache",

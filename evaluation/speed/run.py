@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from ..demo.inputs import load_tokens
 from ..machine import describe, keep_freed_memory
 from ..models import load_llama, smollm2_folder
 from ..report import Section, print_sections
+from ..texts import load_tokens
 from .attention import attention_alone
 from .contenders import CONTENDERS
 from .decoding import decoding, end_to_end

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..report import Claim, Line, Section
-from ..timing import ratios, seconds_in_turn
+from ..statistics import ratios
+from ..timing import seconds_in_turn
 from .contenders import CONTENDERS, filled
 from .decoding import step
 

@@ -38,7 +38,8 @@ def test_plain_baseline_is_sane(chunk_size, target):
 
 
 def test_ratios_and_exponent_can_be_checked_by_hand():
-    from kvcluster.evaluation.timing import fitted_exponent, ratios, seconds_in_turn
+    from kvcluster.evaluation.statistics import fitted_exponent, ratios
+    from kvcluster.evaluation.timing import seconds_in_turn
 
     found = ratios([2.0, 3.0, 8.0], [1.0, 2.0, 2.0])
     assert (found.median, found.low, found.high) == (2.0, 1.5, 4.0)

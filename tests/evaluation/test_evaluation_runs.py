@@ -9,13 +9,14 @@ from agreement import numbers_agree, scores_agree
 from evaluation_inputs import character_tokenizer, long_llama, short_text
 from scipy.stats import binomtest
 
-from kvcluster.evaluation.quality import METHODS, Method, Options, Runs, needle_cases, run_all, summarize, task_case
+from kvcluster.evaluation.quality import METHODS, Method, Options, needle_cases, run_all, summarize, task_case
 from kvcluster.evaluation.quality import run as run_module
 from kvcluster.evaluation.quality.folders import longbench_cases, ruler_cases
 from kvcluster.evaluation.quality.methods import chunked
 from kvcluster.evaluation.quality.metrics import METRICS, rouge_l
 from kvcluster.evaluation.quality.run import check_methods
-from kvcluster.evaluation.quality.summary import wilson
+from kvcluster.evaluation.runs import Runs, condense
+from kvcluster.evaluation.statistics import wilson
 from kvcluster.evaluation.texts import encode
 
 NO_OPTIONS = Options()
@@ -143,6 +144,23 @@ def test_summaries_can_be_checked_by_hand():
     assert (alone["bytes"], alone["perplexity"]["of_full"]["value"], alone["needles"]["of_full"]["value"]) == (
         None,
     ) * 3
+
+
+def test_condensed_runs_say_the_same_and_no_more_of_each_token(model, tokenizer, cases, tmp_path):
+    raw = run_all(model, tokenizer, cases[:2], PAIRS, Runs())
+    store = Runs(tmp_path / "runs.jsonl", condense)
+    condensed = run_all(model, tokenizer, cases[:2], PAIRS, store)
+    assert without_seconds(condensed) == without_seconds(map(condense, raw))
+    assert [condense(each) for each in condensed] == condensed
+    assert Runs(store.path).all == condensed
+    assert run_all(model, tokenizer, cases[:2], PAIRS, Runs(store.path, condense)) == condensed
+    assert without_seconds(summarize(raw)) == without_seconds(summarize(condensed))
+    for each, full in zip(condensed, raw, strict=True):
+        needles = full["needles"]
+        assert each["following"]["n"] == len(full["following_nll"])
+        assert sum(right for right, _ in each["needles"]["depths"]) == sum(sum(x["is_right"]) for x in needles)
+        assert sum(n for _, n in each["needles"]["depths"]) == sum(len(x["nll"]) for x in needles)
+        assert each["stored"] | {"entries": sum(full["n_stored"])} == each["stored"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from evaluation_inputs import character_tokenizer, long_llama, save_character_ll
 
 from kvcluster.evaluation.quality import needle_cases
 from kvcluster.evaluation.quality.scoring import fill, following_nll, prefill, score_needles
+from kvcluster.evaluation.runs import stored_sums
 from kvcluster.evaluation.texts import encode
 from kvcluster.fast import distinctive_matching
 from kvcluster.fast.huggingface import ClusteredCache
@@ -150,8 +151,7 @@ def test_mass_on_needles_is_the_attention_of_the_model(case):
 @pytest.mark.slow
 def test_script_finds_layers_of_any_llama(tmp_path, monkeypatch):
     """The whole of it on a tiny model; what was read once is read from its file, which has the bits of the model."""
-    import packed_scoring
-    import reading_layers
+    from benchmarks.ablation import packed_scoring, reading_layers
 
     monkeypatch.setattr(packed_scoring, "CACHED", tmp_path / "contexts")
     folder = save_character_llama(tmp_path / "model")
@@ -179,14 +179,12 @@ def test_results_are_of_all_contexts_and_differences_of_the_same_ones(tmp_path):
         for name in ("full", SHIPPED, *SETTINGS):
             key = {"kind": "digits", "variant": name, "keep": 1.0 if name == "full" else 0.2, "case": str(case)}
             right = 7 - (name != "full") - (name == "window=1")
-            runs.append({"key": key | {"part": "needles"}, "n_stored": [10], "right": [right, case], "n": [7, 7]})
-            runs[-1]["nll"] = [1.0, 2.0]
+            sums = {"n": 2, "tokens": 14, "right": right + case, "exact": int(right == 7), "nll": 3.0}
+            runs.append({"key": key | {"part": "needles"}, "stored": stored_sums([10]), "needles": sums})
             if case == 0:
                 runs.append({"key": key | {"part": "times"}, "seconds": 2.0 if name == "window=3" else 1.0})
             if name != "n_shared=1":
-                runs.append(
-                    {"key": key | {"part": "following"}, "n": 10, "nll": 5.0 + (name != "full"), "seconds": 1.0}
-                )
+                runs.append({"key": key | {"part": "following"}, "following": {"n": 10, "nll": 5.0 + (name != "full")}})
     runs = [each for each in runs if each["key"]["variant"] != "n_recent=64" or each["key"]["case"] != "3"]
     results = collect(runs, "digits")
     assert ("n_recent=64", 0.2) not in results

@@ -87,6 +87,28 @@ def test_rule_of_the_package_ranks_as_the_package_does(layer):
     assert not torch.equal(by_sum.attended(query), made["recall"].attended(query))
 
 
+def test_a_budget_by_mass_takes_the_first_clusters_that_have_it(layer):
+    """Of the clusters that the budget reaches, in their order, none once those before have the share."""
+    from benchmarks.recall.methods import Ruled, best_above_mean
+
+    exact, query = layer
+    taken = {}
+    for mass in (0.2, 0.6, 1.0):
+        method = Ruled(exact, RecallCache(budget=64, n_sink=3, tokens_per_cluster=5), best_above_mean, mass)
+        method.append(exact.new_keys, exact.new_values)
+        taken[mass] = method.selection(query).taken
+    clusters = method.cache.clusters
+    logits = (query @ clusters.centroids.mT * DIM**-0.5).double() + clusters.counts.log().unsqueeze(-2)
+    shares = logits.softmax(dim=-1).mean(dim=-2)
+    for mass in (0.2, 0.6):
+        chosen = taken[mass] > 0
+        assert (taken[mass] == taken[1.0].where(chosen, 0)).all()
+        assert (chosen.sum(dim=-1) < (taken[1.0] > 0).sum(dim=-1)).any()
+        is_cut = (taken[mass] != taken[1.0]).any(dim=-1)
+        assert (shares.where(chosen, 0).sum(dim=-1)[is_cut] >= mass).all()
+    assert (taken[0.2] <= taken[0.6]).all()
+
+
 def test_pages_bound_every_logit_and_the_best_page_comes_first():
     """By hand: least and greatest numbers of two pages of two tokens; the query prefers the second's corner."""
     from benchmarks.recall.methods import Exact, Pages
@@ -119,12 +141,13 @@ def test_scoring_loop_is_the_model():
     """Full attention, token by token on a prefilled context: the loss of the model's own forward pass."""
     from benchmarks.recall.methods import Full, TopTokens
     from benchmarks.recall.needles import Context
-    from benchmarks.recall.scoring import prefill, score
+    from benchmarks.recall.scoring import score
+    from kvcluster.evaluation.quality.llama import read_layers
 
     model = tiny_llama()
     tokens = random_tokens(60)[0].tolist()
     context = Context(tokens[:50], [tokens[50:54], tokens[50:56]], [tokens[54:58], tokens[56:60]])
-    read = prefill(model, context)
+    read = read_layers(model, context.tokens)
     found = score(model, context, read, lambda exact, layer: Full(exact))
 
     def losses(model):
@@ -148,10 +171,11 @@ def test_scoring_loop_is_the_model():
 def test_results_can_be_checked_by_hand():
     from benchmarks.recall.settings import FULL
     from benchmarks.recall.tables import collect
+    from kvcluster.evaluation.runs import needle_sums
 
     def run(setting, budget, is_right, context=0):
-        shared = {"nll": [[0.5, 1.5]] * len(is_right), "attention": {"mass": 0.5}}
-        return {"setting": setting, "budget": budget, "is_right": is_right, "context": context, **shared}
+        key = {"part": "needles", "setting": setting, "budget": budget, "context": context}
+        return {"key": key, "needles": needle_sums(is_right, [[0.5, 1.5]] * len(is_right)), "attention": {"mass": 0.5}}
 
     runs = [
         run(FULL, 0, [[True, True], [True, True]]),
@@ -163,10 +187,10 @@ def test_results_can_be_checked_by_hand():
     found = collect(runs)
     assert set(found) == {(FULL, 0), ("half", 8)}
     half = found["half", 8]
-    assert (half.n_needles, half.accuracy, half.exact, half.nll) == (3, 0.5, 1 / 3, 1.0)
-    assert half.kept == 0.6  # 3 of 6 beside 5 of 6
-    assert half.low <= half.accuracy <= half.high
-    assert found[FULL, 0].kept_low == found[FULL, 0].kept_high == 1
+    values = [each["value"] for each in (half.accuracy, half.exact, half.kept)]
+    assert (half.n_needles, *values, half.nll) == (3, 0.5, 1 / 3, 0.6, 1.0)  # kept: 3 of 6 beside 5 of 6
+    assert (half.accuracy["low"], half.accuracy["high"]) == (0, 0.75)  # one context twice
+    assert found[FULL, 0].kept["low"] == found[FULL, 0].kept["high"] == 1
 
 
 @pytest.mark.slow
@@ -175,12 +199,13 @@ def test_tiny_run_prints_tables_writes_json_and_draws(tmp_path):
     """And a second run measures nothing again."""
     size = "--tokens 300 --contexts 1 --per-context 2 --budgets 128 --step-tokens 2048 --threads 1"
     command = [sys.executable, str(BENCHMARKS / "recall" / "run.py"), "--parts", "needles", "step", *size.split()]
-    command += ["--json", str(tmp_path / "made.json"), "--figures", str(tmp_path)]
+    command += ["--runs", str(tmp_path / "runs.jsonl"), "--figures", str(tmp_path)]
     first = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
-    made = json.loads((tmp_path / "made.json").read_text())
-    assert len(made["runs"]) == 5
-    assert all(len(run["is_right"]) == 2 for run in made["runs"])
+    written = (tmp_path / "runs.jsonl").read_text()
+    made = [json.loads(line) for line in written.splitlines()]
+    assert [run["key"]["part"] for run in made] == ["step", *["needles"] * 5]
+    assert all(run["needles"]["n"] == 2 for run in made[1:])
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "recall-needles.png",
         "recall-attention.png",
@@ -190,4 +215,4 @@ def test_tiny_run_prints_tables_writes_json_and_draws(tmp_path):
     assert "targets met" in first.stdout
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
-    assert json.loads((tmp_path / "made.json").read_text()) == made
+    assert (tmp_path / "runs.jsonl").read_text() == written

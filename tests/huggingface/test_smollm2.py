@@ -6,7 +6,8 @@ import torch
 from agreement import assert_same_bits, logits_agree
 
 from kvcluster import fast, reference
-from kvcluster.evaluation.demo.inputs import load_model, load_tokens
+from kvcluster.evaluation.models import load_model
+from kvcluster.evaluation.texts import load_tokens
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.plain.soft_matching import compress

