@@ -1,4 +1,4 @@
-"""Every test runs on one thread: two pytest workers share two cores, and results do not depend on the machine.
+"""Every test runs on one thread, for two pytest workers share two cores; KVCLUSTER_TEST_THREADS asks for more.
 
 Without a CUDA device the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
 """
@@ -7,7 +7,8 @@ import functools
 import inspect
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KVCLUSTER_TEST_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", os.environ["KVCLUSTER_TEST_THREADS"])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
@@ -16,7 +17,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["KVCLUSTER_TEST_THREADS"]))
 hypothesis.settings.register_profile("kvcluster", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("kvcluster")
 

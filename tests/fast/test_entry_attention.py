@@ -113,12 +113,14 @@ def test_strides_do_not_matter(backend, few_programs):
 
 def test_the_number_of_threads_changes_no_bit():
     arrays = problem(6, entries=5000, queries=30)
-    one = attend_entries(*arrays, queries=30, backend="cpp")
+    before, outputs = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(2)
-        assert torch.equal(attend_entries(*arrays, queries=30, backend="cpp"), one)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            outputs.append(attend_entries(*arrays, queries=30, backend="cpp"))
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
+    assert torch.equal(*outputs)
 
 
 def test_torch_in_pieces_is_torch_at_once(monkeypatch):

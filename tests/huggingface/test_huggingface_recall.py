@@ -1,12 +1,13 @@
 """RecallCache in transformers: stock where the budget covers everything, the reference's choices where it does not."""
 
+import copy
 import gc
 import inspect
 
 import numpy as np
 import pytest
 import torch
-from agreement import attention_agrees
+from agreement import attention_agrees, equal_in_float32
 from models import greedy, random_tokens, tiny_llama
 from transformers import AttentionInterface
 
@@ -182,11 +183,18 @@ def test_beams_carry_their_clusters_along():
     assert torch.equal(greedy(model, tokens, num_beams=3, past_key_values=cache), greedy(model, tokens, num_beams=3))
     cache = RecallCache.for_model(model, **SMALL)
     tokens = random_tokens(100, batch=2)
-    expected = after(model, cache, tokens, tokens[:, :1])
-    swapped = RecallCache.for_model(model, **SMALL)
-    after(model, swapped, tokens.flip(0))
+    after(model, cache, tokens)
+    swapped, as_it_was = copy.deepcopy(cache), copy.deepcopy(cache)
     swapped.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(after(model, swapped, tokens[:, :1]), expected)
+    for layer, before in zip(swapped.layers, cache.layers, strict=True):
+        assert torch.equal(layer.entries.clusters.labels, before.entries.clusters.labels.flip(0))
+        assert torch.equal(layer.keys, before.keys.flip(0))
+    following = tokens[:, :1]
+    with torch.inference_mode():
+        expected = model(following, past_key_values=cache).logits.flip(0).numpy()
+        ours, wrong = (model(following.flip(0), past_key_values=each).logits.numpy() for each in (swapped, as_it_was))
+    assert equal_in_float32(ours, expected)
+    assert not equal_in_float32(wrong, expected)
 
 
 def test_unsupported_models_and_parameters_are_refused():

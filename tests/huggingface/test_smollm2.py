@@ -28,10 +28,11 @@ def smollm2():
 def full(smollm2):
     """The full cache of 4,096 tokens of the Python language reference."""
     model, tokenizer = smollm2
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
     with torch.inference_mode():
         cache = model(load_tokens(None, tokenizer, N_TOKENS), use_cache=True, logits_to_keep=1).past_key_values
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     return cache
 
 
