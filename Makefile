@@ -54,9 +54,8 @@ $(CACHES)/peers/.installed: requirements/peers.txt .venv/.installed
 	touch $@
 
 bench-vllm: vllm install
-	$(VLLM)/python benchmarks/vllm/attention.py
-	$(VLLM)/python benchmarks/vllm/pools.py
-	$(BIN)/python benchmarks/vllm/pools.py --draw
+	$(VLLM)/python benchmarks/vllm/run.py $(OPTIONS)
+	$(BIN)/python benchmarks/vllm/run.py --draw
 
 serve-demo: vllm ## conversations with vLLM's server, stock and clustered, the same pool, 3 minutes
 	$(VLLM)/kvcluster serve-demo

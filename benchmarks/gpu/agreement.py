@@ -52,9 +52,9 @@ def compare_all(interpret: bool) -> list[dict[str, Any]]:
             continue
         note(rows, case.dtype, "strided" if case.is_strided else case.kind, case, compare(case, device))
     for dtype in DTYPES:
-        for method in ("SoftMatching()", "Distinctive(n_shared=2)"):
-            made = compare_caches(dtype, device, 8 if interpret else 128, method)
-            note(rows, dtype, "cache", (dtype, method), made)
+        for n_shared in (None, 2):
+            made = compare_caches(dtype, device, 8 if interpret else 128, n_shared)
+            note(rows, dtype, "cache", (dtype, n_shared), made)
     print(f"{'dtype':6} {'keys':12} {'cases':>6} {'checks':>7} {'differing':>10}")
     for row in rows.values():
         print(f"{row['dtype']:6} {row['keys']:12} {row['cases']:6} {row['checks']:7} {row['differing']:10}")
@@ -130,9 +130,11 @@ def compare_distinctive(there: Tensor, keys: Tensor, case: Case) -> dict[str, bo
 
 
 def compare_caches(dtype: str, device: str, dim: int, n_shared: int | None) -> dict[str, bool]:
-    """A cache filled in three steps; the reference's holds float32 and is rounded here as a cache rounds."""
-    parameters = {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 20, "n_shared": n_shared}
-    ours, expected = fast.ClusteredCache(**parameters, backend="triton"), reference.ClusteredCache(**parameters)
+    """A cache filled in three steps, by distinctive matching if there is `n_shared`; the reference's holds float32 and is rounded here as a cache rounds."""
+    rules = {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 20}
+    methods = [(m.SoftMatching() if n_shared is None else m.Distinctive(n_shared)) for m in (fast, reference)]
+    ours = fast.ClusteredCache(**rules, method=methods[0], backend="triton")
+    expected = reference.ClusteredCache(**rules, method=methods[1])
     keys, values = (make_keys("normal", (2, 2, 100, dim), DTYPES[dtype], seed=seed) for seed in (1, 2))
     for first, last in ((0, 70), (70, 71), (71, 100)):
         ours.append(keys[..., first:last, :].to(device), values[..., first:last, :].to(device))

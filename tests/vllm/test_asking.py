@@ -52,8 +52,12 @@ def test_the_environment_asks_too(monkeypatch):
         ({"keep_ratio": 1.5}, "keep_ratio must be in"),
         ({"keep": 0.5}, "must be a mapping with keep_ratio"),
         ({"keep_ratio": 0.5, "chunk": 64}, "must have parameters among .*got 'chunk'"),
-        ({"keep_ratio": 0.5, "method": "evict"}, "method must be 'distinctive' or 'chunked', got 'evict'"),
+        ({"keep_ratio": 0.5, "method": "evict"}, "method must be one of soft_matching, distinctive, got 'evict'"),
         ({"keep_ratio": 0.5, "n_shared": 0}, "n_shared must be .* got 0"),
+        (
+            {"keep_ratio": 0.5, "method": "soft_matching", "n_shared": 4},
+            r"method 'soft_matching' must have parameters among \[\], got 'n_shared'",
+        ),
         ([0.5], "must be a mapping with keep_ratio"),
     ],
 )
@@ -185,7 +189,7 @@ def tokens_of_program(folder, parameters, prompts, **options):
 @pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 2}], ids=["a process of its own", "tensor parallel"])
 def test_engines_of_several_processes_generate_the_same(engine, tiny, options):
     """The published method, whose heads decide by themselves, so that each rank decides as one process does."""
-    parameters = CLUSTERED | {"method": "chunked"}
+    parameters = CLUSTERED | {"method": "chunked"}  # as version 0.1 called it
     prompts = random_prompts([300, 40, 600], seed=6)
     made = tokens_of_program(tiny, parameters, prompts, **options)
     assert made == engine(parameters).generate(prompts, 48)

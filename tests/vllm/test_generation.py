@@ -6,12 +6,19 @@ import torch
 from engines import CLUSTERED, PAGE, random_prompts
 from models import greedy, tiny_llama
 
+from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.vllm import attention
 from kvcluster.fast.vllm.rule import PageRule
 
 PROMPTS = random_prompts([300, 40, 600, 161, 437], seed=1)
-TRANSFORMERS = {"keep_ratio": 0.25, "chunk_size": 128, "n_sink": PAGE, "n_recent": 20, "n_shared": 4}
+TRANSFORMERS = {
+    "keep_ratio": 0.25,
+    "chunk_size": 128,
+    "n_sink": PAGE,
+    "n_recent": 20,
+    "method": Distinctive(n_shared=4),
+}
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits, attention_agrees
+from caches import of_reference
 from inputs import DTYPES, to_numpy, to_torch
 
-from kvcluster import reference
+from kvcluster.fast import Distinctive
 from kvcluster.fast.cpu.paged import attend_pages
 from kvcluster.fast.vllm.pages import cells_of, cluster_chunks, counts_of, keys_of, values_of
 from kvcluster.fast.vllm.rule import PageRule
@@ -16,7 +17,7 @@ HEADS, GROUP = 2, 3
 
 
 def make_rule(**changes):
-    numbers = {"page": 32, "keep_ratio": 0.25, "chunk_size": 128, "n_sink": 32, "n_recent": 40, "n_shared": None}
+    numbers = {"page": 32, "keep_ratio": 0.25, "chunk_size": 128, "n_sink": 32, "n_recent": 40}
     return PageRule(**numbers | changes)
 
 
@@ -85,12 +86,12 @@ class Pool:
 
 def reference_cache(pool):
     rule = pool.rule
-    cache = reference.ClusteredCache(
+    cache = of_reference(
         keep_ratio=rule.keep_ratio,
+        method=rule.method,
         chunk_size=rule.chunk_size,
         n_sink=rule.n_sink,
         n_recent=rule.n_recent,
-        n_shared=rule.n_shared,
     )
     cache.append(*map(to_numpy, pool.tokens))
     return cache
@@ -99,7 +100,13 @@ def reference_cache(pool):
 @pytest.mark.parametrize("n_tokens", [1, 31, 32, 199, 200, 201, 327, 328, 600])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "changes", [{}, {"n_shared": 4}, {"keep_ratio": 0.5, "chunk_size": 64, "n_recent": 0}, {"keep_ratio": 1.0}]
+    "changes",
+    [
+        {},
+        {"method": Distinctive(n_shared=4)},
+        {"keep_ratio": 0.5, "chunk_size": 64, "n_recent": 0},
+        {"keep_ratio": 1.0},
+    ],
 )
 def test_pages_hold_the_bits_of_the_reference(n_tokens, dtype, changes):
     pool = Pool(make_rule(**changes), n_tokens, dtype=dtype, seed=n_tokens)
@@ -129,7 +136,7 @@ def test_other_pages_of_a_chunk_are_not_those_of_its_entries():
         (64, 300, {}),
         (32, 1500, {"page": 64, "chunk_size": 256, "n_sink": 64}),
         (128, 201, {}),
-        (80, 333, {"page": 96, "n_sink": 96, "keep_ratio": 0.5, "chunk_size": 192, "n_shared": 4}),
+        (80, 333, {"page": 96, "n_sink": 96, "keep_ratio": 0.5, "chunk_size": 192, "method": Distinctive()}),
         (64, 5000, {"keep_ratio": 0.5}),
     ],
 )

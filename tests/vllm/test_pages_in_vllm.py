@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from agreement import assert_same_bits
+from caches import of_reference
 from engines import CLUSTERED, PAGE, Watched, random_prompts
 from inputs import to_numpy
 
-from kvcluster import reference
+from kvcluster.fast import Distinctive
 from kvcluster.fast.vllm.settings import Settings
 
 SIZES = [300, 301, 33, 180, 181, 600, 420, 64, 250, 519, 128, 309, 436, 437, 200, 565, 31, 310, 700, 1]  # 20 prompts
@@ -22,7 +23,7 @@ class Checked:
             "chunk_size": self.rule.chunk_size,
             "n_sink": PAGE,
             "n_recent": settings.n_recent,
-            "n_shared": self.rule.n_shared,
+            "method": self.rule.method,
         } | other
         self.n_chunks, self.n_tokens, self.n_compared = {}, {}, 0
 
@@ -40,7 +41,7 @@ class Checked:
 
     def compare(self, request):
         for layer in self.layers:
-            cache = reference.ClusteredCache(**self.parameters)
+            cache = of_reference(**self.parameters)
             cache.append(*map(to_numpy, self.watched.seen[request][layer]))
             for held, expected in zip(
                 self.watched.held(request, self.rule, layer), (cache.keys, cache.values, cache.counts), strict=True
@@ -49,7 +50,7 @@ class Checked:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["distinctive", "chunked"])
+@pytest.mark.parametrize("method", ["distinctive", "soft_matching"])
 def test_pages_of_twenty_prompts_have_the_bits_of_the_reference(engine, monkeypatch, method, dtype):
     parameters = CLUSTERED | {"method": method}
     served = engine(parameters, dtype=dtype)
@@ -84,7 +85,9 @@ def test_other_ratios_and_chunked_prefill(engine, monkeypatch, keep_ratio):
     assert checked.n_compared > 5
 
 
-@pytest.mark.parametrize("wrong", [{"n_recent": 60}, {"n_shared": 5}, {"n_sink": 0}, {"keep_ratio": 0.24}])
+@pytest.mark.parametrize(
+    "wrong", [{"n_recent": 60}, {"method": Distinctive(n_shared=5)}, {"n_sink": 0}, {"keep_ratio": 0.24}]
+)
 def test_pages_differ_from_a_cache_with_another_parameter(engine, monkeypatch, wrong):
     served = engine(CLUSTERED)
     checked = Checked(Watched(served, monkeypatch), Settings(**CLUSTERED), layers=(0,), **wrong)
