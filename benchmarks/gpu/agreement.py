@@ -130,7 +130,10 @@ def compare_distinctive(there: Tensor, keys: Tensor, case: Case) -> dict[str, bo
 
 
 def compare_caches(dtype: str, device: str, dim: int, n_shared: int | None) -> dict[str, bool]:
-    """A cache filled in three steps, by distinctive matching if there is `n_shared`; the reference's holds float32 and is rounded here as a cache rounds."""
+    """A cache filled in three steps, by distinctive matching if there is `n_shared`.
+
+    The reference's holds float32 and is rounded here as a cache rounds.
+    """
     rules = {"keep_ratio": 0.25, "chunk_size": 16, "n_recent": 20}
     methods = [(m.SoftMatching() if n_shared is None else m.Distinctive(n_shared)) for m in (fast, reference)]
     ours = fast.ClusteredCache(**rules, method=methods[0], backend="triton")

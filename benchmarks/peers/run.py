@@ -1,4 +1,4 @@
-"""kvpress on the contexts, needles and texts of `kvcluster eval`, at the same stored entries: `make peers`.
+"""kvpress on the contexts, needles and texts of `kvcluster eval`, at the same stored entries: `make bench-peers`.
 
 Runs beside the torch of .venv with the packages of requirements/peers.txt, which has the last transformers that kvpress
 works with. Scored by the functions that score our own methods; results have their format. Every run is kept in the

@@ -1,4 +1,4 @@
-"""That compressing after the reading gives what kvpress gives, bit for bit; `make peers` runs it first."""
+"""That compressing after the reading gives what kvpress gives, bit for bit; `make bench-peers` runs it first."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What our methods keep of a context beside kvpress's presses at the same entries: `make quality`.
+"""What our methods keep of a context beside kvpress's presses at the same entries: `make bench-quality`.
 
-Runs our methods through `kvcluster.evaluation.quality`, reads what `make peers` found, and fills in the tables of
+Runs our methods through `kvcluster.evaluation.quality`, reads what `make bench-peers` found, and fills in the tables of
 QUALITY.md, whose sentences are written by hand, and its figures. Every run is kept in a file as sums of its context,
 and only what is missing there runs: after a change of a method remove its lines.
 """
@@ -131,7 +131,9 @@ def left_out(results: Results) -> dict[str, str]:
     [named] = [each.value for each in tree.body if isinstance(each, ast.Assign) and each.targets[0].id == "PRESSES"]
     done = {name for name, _ in results.runs}
     missing = [key.value for key in named.keys if PEER + key.value not in done]
-    waiting = {", ".join(missing): "`make peers` runs them, but has not on all of these contexts"} if missing else {}
+    waiting = (
+        {", ".join(missing): "`make bench-peers` runs them, but has not on all of these contexts"} if missing else {}
+    )
     return waiting | json.loads((PEERS / "results" / "left-out.json").read_text())
 
 

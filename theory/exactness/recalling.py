@@ -10,7 +10,7 @@ from kvcluster.fast.exact.scores import ScoredClusters, approximate_scores, make
 from kvcluster.reference.cluster_scores import cluster_scores
 
 from ..claims import Check
-from .checks import keys_of_kinds
+from .inputs import keys_of_kinds
 
 __all__ = ["check_kmeans", "check_lead", "check_selection"]
 
