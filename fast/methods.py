@@ -42,7 +42,7 @@ def spelled(method: Method) -> dict[str, Any]:
     return {"name": name, **asdict(parameters)}
 
 
-def method_of(name: str, **parameters: Any) -> Method:
+def method_of(name: str = "", **parameters: Any) -> Method:
     """The method that is spelled so.
 
     Raises

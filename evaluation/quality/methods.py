@@ -6,6 +6,7 @@ from typing import Any
 
 from kvcluster.fast import Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache, layer_ratios
+from kvcluster.fast.methods import Method as ClusteringMethod
 
 from ..models import READING_LAYERS
 
@@ -76,11 +77,15 @@ def body_ratio(keep: float, n_tokens: int) -> float:
     return min(1.0, ratio)
 
 
-def distinctive(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-    size = DISTINCTIVE["chunk_size"]
-    return ClusteredCache.for_model(
-        model, keep_ratio=int(body_ratio(keep, n_tokens) * size) / size, method=Distinctive(n_shared=4), **DISTINCTIVE
-    )
+def alike(method: ClusteringMethod) -> Callable[[Any, float, int], ClusteredCache]:
+    """Caches by `method` with the sizes of distinctive matching, all layers alike."""
+
+    def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+        size = DISTINCTIVE["chunk_size"]
+        ratio = int(body_ratio(keep, n_tokens) * size) / size
+        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, **DISTINCTIVE)
+
+    return make
 
 
 def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
@@ -98,7 +103,7 @@ def recall(model: Any, keep: float, n_tokens: int) -> RecallCache:
 METHODS = {
     "full": Method(lambda model, keep, n_tokens: None, "transformers' own cache", has_keep=False, stores_all=True),
     "chunked": Method(chunked, "chunked soft matching, as published", is_blind=True),
-    "distinctive": Method(distinctive, "distinctive matching, all layers alike", is_blind=True),
+    "distinctive": Method(alike(Distinctive(n_shared=4)), "distinctive matching, all layers alike", is_blind=True),
     "distinctive-layers": Method(distinctive_layers, "distinctive matching, most for reading layers", is_blind=True),
     "recall": Method(recall, "stores all, attends to a share", stores_all=True, is_stepwise=True, is_blind=True),
 }

@@ -26,16 +26,16 @@ class Settings:
         the smallest such number from 256 on.
     n_sink : first tokens, kept exact, a multiple of the block size; one block by default.
     n_recent : last tokens, kept exact.
-    method : name of a method of `kvcluster.fast.methods.METHODS`: how a chunk is clustered. "distinctive", or as
-        published "soft_matching", which version 0.1 called "chunked".
-    n_shared : of "distinctive" only: entries that the ordinary tokens of a chunk share.
+    method : how a chunk is clustered: the name of a method of `kvcluster.fast.methods.METHODS`, or a mapping of `name`
+        and its parameters. "distinctive", or as published "soft_matching", which version 0.1 called "chunked".
+    n_shared : short for that parameter of "distinctive": entries that the ordinary tokens of a chunk share.
     """
 
     keep_ratio: float
     chunk_size: int | None = None
     n_sink: int | None = None
     n_recent: int = 64
-    method: str = "distinctive"
+    method: str | dict[str, Any] = "distinctive"
     n_shared: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,8 +49,12 @@ class Settings:
         ------
         ValueError : an unknown name, or a parameter that the method has not.
         """
-        name = "soft_matching" if self.method == "chunked" else self.method
-        return method_of(name, **({} if self.n_shared is None else {"n_shared": self.n_shared}))
+        spelled: dict[str, Any] = self.method if isinstance(self.method, dict) else {"name": self.method}
+        if spelled.get("name") == "chunked":
+            spelled = {**spelled, "name": "soft_matching"}
+        if self.n_shared is not None:
+            spelled = {**spelled, "n_shared": self.n_shared}
+        return method_of(**spelled)
 
     def rule(self, page: int) -> PageRule:
         """The rule for pages of `page` tokens.
