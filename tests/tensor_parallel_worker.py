@@ -34,12 +34,14 @@ def make_cache(model, name):
 def held_by(layer):
     """Keys, values and clusters of a layer of any cache, each (batch, kv_heads, ...)."""
     held = {"keys": layer.keys, "values": layer.values}
-    entries = getattr(layer, "entries", None)
-    if hasattr(entries, "clusters"):
-        clusters = entries.clusters
-        held |= {"labels": clusters.labels, "counts": clusters.counts, "centroids": clusters.centroids}
-    elif entries is not None:
-        held |= {"counts": entries.counts}
+    rows = getattr(layer, "cache", None)
+    if rows is not None:
+        (cache,) = rows.caches
+        if hasattr(cache, "clusters"):
+            clusters = cache.clusters
+            held |= {"labels": clusters.labels, "counts": clusters.counts, "centroids": clusters.centroids}
+        else:
+            held |= {"counts": cache.counts}
     return {name: tensor.clone() for name, tensor in held.items()}
 
 

@@ -124,7 +124,7 @@ class Recall(Full):
 
     def attended(self, query: Tensor) -> Tensor:
         mask = super().attended(query)
-        selection, n_sink = self.selection(query), self.cache.plan.n_sink
+        selection, n_sink = self.selection(query), self.cache.settings.n_sink
         if selection is not None:
             tokens = selection.tokens(self.cache.clusters)  # (batch, kv_heads, recalled)
             recalled = torch.zeros_like(mask[..., : self.cache.n_clustered + 1])  # -1, where a list ends, is the last
@@ -153,10 +153,10 @@ class Ruled(Recall):
         return self.exact.output(self.exact.weights(query, self.attended(query)))
 
     def selection(self, query: Tensor) -> Selection:
-        clusters, reach = self.cache.clusters, self.cache.body.spread * query.abs()
+        clusters, reach = self.cache.clusters, self.cache.settings.spread * query.abs()
         products = query @ clusters.centroids.mT
         rank = ranks(self.combine(products + reach @ self.cache.deviations.mT))
-        budget = self.cache.plan.budget - (self.cache.n_seen - self.cache.n_clustered)
+        budget = self.cache.settings.budget - (self.cache.n_seen - self.cache.n_clustered)
         taken = (budget - sum_before(clusters.counts, rank)).clamp(min=0).minimum(clusters.counts)
         if self.mass < 1:
             logits = products.double() * query.shape[-1] ** -0.5 + clusters.counts.double().log().unsqueeze(-2)

@@ -1,5 +1,7 @@
 """Recall on a real model's keys: the reference's clusters and tokens, on every backend, and a wrong one differs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,8 @@ def test_a_wrong_twin_of_the_selection_in_cpp_is_told_apart():
     probe = make_probe(torch.from_numpy(query), 0.5)
 
     def taken(largest):
-        return cpp.take(probe, features.bfloat16(), scored.mean, largest, torch.from_numpy(counts), 301).numpy()
+        clusters = replace(scored, features=features.bfloat16(), largest=largest)
+        return cpp.take(probe, clusters, torch.from_numpy(counts), 301).numpy()
 
     assert np.array_equal(taken(scored.largest), expected)
     assert not np.array_equal(taken(torch.full_like(scored.largest, 2.0**-39)), expected)

@@ -10,7 +10,6 @@ from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.texts import load_tokens
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
-from kvcluster.fast.plain.soft_matching import compress
 from kvcluster.reference.llama import Llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
@@ -54,7 +53,7 @@ def test_no_assignment_differs_in_any_layer(full, keep_ratio):
 def test_kernels_agree_on_real_keys(full, layer, few_programs, record_property):
     keys = full.layers[layer].keys[0]
     expected = reference.chunked_soft_matching(keys.numpy(), keep_ratio=0.25)
-    made = compress(keys.to(DEVICE), None, chunk_size=64, target=16, backend="triton")
+    made = SoftMatching().compress(keys.to(DEVICE), None, chunk_size=64, target=16, backend="triton")
     first = 16 * torch.arange(N_TOKENS // 64)[:, None]
     labels = (made.labels.cpu().reshape(3, -1, 64) + first).reshape(3, N_TOKENS)
     assert_same_bits(labels, expected.labels)
