@@ -75,8 +75,8 @@ def test_what_compiled_code_computes_is_clustered_exactly(monkeypatch):
         extend(keys, values)
 
     monkeypatch.setattr(entries, "extend", listening)
-    options = {"compile_threads": 1, "force_disable_caches": True}  # they may hold code of another processor
-    model.forward = torch.compile(model.forward, options=options)
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)  # they may hold another processor's code
+    model.forward = torch.compile(model.forward, options={"compile_threads": 1})
     assert torch.equal(greedy(model, random_tokens(70), n_new=20, past_key_values=cache), uncompiled)
     assert [keys.shape[2] for keys, _ in taken] == [70] + [1] * 19
     expected = of_reference(**PARAMETERS)
