@@ -34,12 +34,20 @@ METHODS: dict[str, Any] = {
 def spelled(method: Method) -> dict[str, Any]:
     """`method` for JSON: its name and its parameters.
 
+    Raises
+    ------
+    ValueError : a method that is not listed here.
+
+    Examples
+    --------
     >>> spelled(Distinctive(n_shared=3))
     {'name': 'distinctive', 'n_shared': 3}
     """
-    name = next(name for name, kind in METHODS.items() if type(method) is kind)
+    names = {kind: name for name, kind in METHODS.items()}
+    if type(method) not in names:
+        raise ValueError(f"method must be one of {', '.join(METHODS)} to have a spelling, got {method!r}")
     parameters: Any = method
-    return {"name": name, **asdict(parameters)}
+    return {"name": names[type(method)], **asdict(parameters)}
 
 
 def method_of(name: str = "", **parameters: Any) -> Method:

@@ -169,8 +169,9 @@ def parameters_of(description: dict[str, Any], path: str | Path) -> dict[str, An
     elif "method" in parameters:
         parameters["method"] = method_of(**parameters["method"])
     for name, without in (("mass", None), ("is_centred", False)):
-        if parameters.pop(name, without) != without:
-            raise ValueError(f"{name} must not be asked for, this version has it no more, but {path} was saved with it")
+        value = parameters.pop(name, without)
+        if value != without:
+            raise ValueError(f"{name} must be {without}, which is all that this version has, got {value} in {path}")
     return parameters
 
 

@@ -1,15 +1,17 @@
 """What `load` refuses, with the first difference named: other models, other files, and whatever was damaged."""
 
 import gc
+import hashlib
+import json
 
 import numpy as np
 import pytest
 import torch
-from models import random_tokens, tiny_llama
+from models import greedy, random_tokens, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvcluster.fast import SoftMatching
+from kvcluster.fast import Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
@@ -113,3 +115,48 @@ def test_flipped_bits_and_cut_files_are_refused_wherever_they_are(kind, tmp_path
             kind.load(path, model)
     gc.collect()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def as_version_0_1_wrote_it(path, **parameters):
+    """The same file with the parameters of `for_model` that version 0.1 had in it, which had no methods."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    description = json.loads(header["description"])
+    description["parameters"].pop("method", None)
+    description["parameters"] |= parameters
+    text = json.dumps(description)
+    header |= {"description": text, "description_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    save_file(load_file(path), path, header)
+    return path
+
+
+@pytest.mark.parametrize(("n_shared", "method"), [(None, SoftMatching()), (3, Distinctive(n_shared=3))])
+def test_a_clustered_cache_that_version_0_1_saved_is_loaded(n_shared, method, tmp_path):
+    model = tiny_llama()
+    cache = ClusteredCache.for_model(model, keep_ratio=0.5, method=method, chunk_size=16, n_recent=8)
+    with torch.no_grad():
+        model(random_tokens(150, batch=2), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    loaded = ClusteredCache.load(as_version_0_1_wrote_it(tmp_path / "cache", n_shared=n_shared), model)
+    assert loaded.parameters == cache.parameters
+    tokens = random_tokens(155, batch=2)
+    assert torch.equal(*(greedy(model, tokens, n_new=20, past_key_values=each) for each in (loaded, cache)))
+
+
+def test_a_recall_cache_that_version_0_1_saved_is_loaded_if_it_had_no_option_that_is_gone(tmp_path):
+    model = tiny_llama()
+    path = as_version_0_1_wrote_it(saved(tmp_path / "cache", model), mass=None, is_centred=False)
+    assert RecallCache.load(path, model).n_seen == 150
+    for gone, value, only in (("mass", 0.9, None), ("is_centred", True, False)):
+        path = as_version_0_1_wrote_it(saved(tmp_path / "cache", model), **{gone: value})
+        with pytest.raises(ValueError, match=f"{gone} must be {only}, which is all that this version has, got {value}"):
+            RecallCache.load(path, model)
+
+
+def test_a_method_without_a_spelling_is_not_saved(tmp_path):
+    model = tiny_llama()
+    own = type("Own", (SoftMatching,), {})()
+    cache = ClusteredCache.for_model(model, keep_ratio=0.5, method=own)
+    with pytest.raises(ValueError, match="method must be one of soft_matching, distinctive to have a spelling, got "):
+        cache.save(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
