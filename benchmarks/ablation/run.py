@@ -150,7 +150,7 @@ def stored(model: Any, context: Context, name: str, keep: float) -> list[Held]:
     if name not in OWN:
         return compress_layers(context.read, keep, SETTINGS[name])
     cache = METHODS[name].make(model, keep, len(context.case.tokens))
-    entries = [layer.entries for layer in fill(cache, context.full_cache(model.config)).layers]
+    entries = [layer.cache.caches[0] for layer in fill(cache, context.full_cache(model.config)).layers]
     return [Held(each.keys[0], each.values[0], each.counts[0]) for each in entries]
 
 

@@ -44,11 +44,11 @@ def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list
     labels : per layer (kv_heads, body tokens), the entry of each token of the body.
     words : the text of each token of the context.
     """
-    spans = [weights_by_span(clustered.layers[i].entries, attention, i) for i in range(len(labels))]
+    spans = [weights_by_span(clustered.layers[i].cache.caches[0], attention, i) for i in range(len(labels))]
     on_body = np.array([before[:, 1:-1].sum(axis=-1) for before, _ in spans])  # (layers, kv_heads)
     layer, head = np.unravel_index(on_body.argmax(), on_body.shape)
     before, after = (weights[head] for weights in spans[layer])
-    entries = clustered.layers[layer].entries
+    entries = clustered.layers[layer].cache.caches[0]
 
     figure, axes = plt.subplots(3, 1, figsize=(13, 11), height_ratios=[1.3, 1, 1], layout="constrained")
     figure.suptitle(

@@ -92,7 +92,7 @@ def check_against_reference(full: Any, clustered: Any, attention: NextTokenAtten
     layers = progress.track(list(zip(full.layers, clustered.layers, strict=True)), description="Check by the reference")
     for index, (full_layer, clustered_layer) in enumerate(layers):
         keys, values = full_layer.keys[0], full_layer.values[0]  # (kv_heads, tokens, dim)
-        entries = clustered_layer.entries
+        entries = clustered_layer.cache.caches[0]
         parameters = {"keep_ratio": entries.keep_ratio, "chunk_size": entries.chunk_size}
         cache = reference.ClusteredCache(**parameters, n_sink=entries.n_sink, n_recent=entries.n_recent)
         cache.append(keys.numpy(), values.numpy())

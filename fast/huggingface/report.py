@@ -97,14 +97,14 @@ def report_cache(cache: Any) -> CacheReport:
 
 
 def report_layer(index: int, layer: Any) -> LayerReport:
-    if layer.is_sliding:
+    cache = getattr(layer, "cache", None)
+    if cache is None:
         seen = layer.get_seq_length()
         held = [x for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
         stored = held[0].shape[-2] if held else 0
         nbytes = sum(x.nbytes for x in held)
         return LayerReport(index, "stock", seen, stored, nbytes, stored / seen if seen else None, None, 0.0, None)
     kind = "clustered"
-    cache = layer.cache
     if isinstance(cache.caches[0], RecallCache):
         kind = "dense" if layer.is_dense else "recalled"
     tiers = sum((x.statistics for x in cache.caches if isinstance(x, TieredRecallCache)), TierStatistics())

@@ -79,7 +79,7 @@ def test_default_variant_stores_what_the_cache_stores(case):
     model = long_llama()
     context, full = context_of(model, case)
     sizes = {"chunk_size": 64, "n_recent": 20, "n_shared": 4}  # nine whole chunks between 4 sinks and 20 recent tokens
-    cache = fill(ClusteredCache.for_model(model, keep_ratio=10 / 64, n_sink=4, **sizes), full)
+    cache = fill(ClusteredCache.for_model(model, keep_ratio=10 / 64, n_sink=4, chunk_size=64, n_recent=20), full)
     for layer, (keys, values) in zip(cache.layers, context.read, strict=True):
         made = compress_layer(keys, values, 10, replace(Settings(), **sizes))
         assert torch.equal(made.counts.int(), layer.cache.caches[0].counts[0])
