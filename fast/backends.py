@@ -82,16 +82,14 @@ def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:
     RuntimeError : the C++ compiler failed. With `auto` that is a warning, and torch does the work.
     """
     row = TABLE[operation]
-    names = [name for name in Row._fields if getattr(row, name) is not None]
-    if backend not in ("auto", *names):
-        listed = ", ".join(repr(name) for name in ["auto", *names[:-1]])
-        raise ValueError(f"backend must be {listed} or {names[-1]!r}, got {backend!r}")
+    if backend != "auto":
+        check_backend(backend, row)
     wants_gradients = operation.startswith("attend") and needs_gradients(*arrays)
     if backend == "torch" or (backend == "auto" and wants_gradients):
         return "torch"
     if wants_gradients:
         raise ValueError(f"backend {backend!r} computes no gradients, got a tensor that requires one")
-    if backend == "triton" or (backend == "auto" and "triton" in names and all(array.is_cuda for array in arrays)):
+    if backend == "triton" or (backend == "auto" and row.triton is not None and all(array.is_cuda for array in arrays)):
         return choose_triton(backend, *arrays)
     if row.cpp is None:
         return "torch"
@@ -102,6 +100,14 @@ def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:
         library("attention")
         return "cpp"
     return "cpp" if refused is None and has_cpp() else "torch"
+
+
+def check_backend(backend: str, row: Row) -> None:
+    """Refuse a backend that has no cell in the row."""
+    names = [name for name in Row._fields if getattr(row, name) is not None]
+    if backend not in names:
+        listed = ", ".join(repr(name) for name in ["auto", *names[:-1]])
+        raise ValueError(f"backend must be {listed} or {names[-1]!r}, got {backend!r}")
 
 
 def choose_triton(backend: str, *arrays: Tensor) -> Chosen:
