@@ -10,7 +10,7 @@ from agreement import assert_same_bits
 from inputs import DTYPES, make_keys, skip_what_the_interpreter_misreads, to_torch
 
 from kvcluster import reference
-from kvcluster.fast.plain.soft_matching import compress
+from kvcluster.fast import SoftMatching
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,8 @@ def compare(keys: np.ndarray, chunk_size: int, keep_ratio: float) -> int:
     target = len(expected.counts) // chunks
     labels = expected.labels.reshape(chunks, chunk_size) - target * np.arange(chunks)[:, None]
     for backend, device in (("torch", "cpu"), ("triton", DEVICE)):
-        made = compress(to_torch(keys).to(device), None, chunk_size=chunk_size, target=target, backend=backend)
+        sizes = {"chunk_size": chunk_size, "target": target}
+        made = SoftMatching().compress(to_torch(keys).to(device), None, **sizes, backend=backend)
         assert_same_bits(made.labels.cpu(), labels)
         assert_same_bits(made.counts.cpu().reshape(-1), expected.counts)
         assert_same_bits(made.keys.cpu().reshape(centroids.shape), centroids)
