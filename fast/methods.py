@@ -4,7 +4,7 @@ A method is a small frozen value with a `compress`. A new one is a line of `METH
 """
 
 from dataclasses import asdict, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from .soft_matching import SoftMatching
 __all__ = ["METHODS", "Method", "method_of", "spelled"]
 
 
+@runtime_checkable
 class Method(Protocol):
     """What clusters the chunks of a cache."""
 

@@ -1,6 +1,6 @@
 """The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -59,7 +59,7 @@ class RecallCache:
         self._begin(RecallSettings(*sizes, max_iter, is_centred, spread, centroids_for_rest), backend)
 
     @classmethod
-    def with_settings(cls, settings: RecallSettings, backend: AnyBackend = "auto") -> Self:
+    def with_settings(cls, settings: RecallSettings, backend: AnyBackend = "auto") -> "RecallCache":
         """An empty cache."""
         cache = cls.__new__(cls)
         cache._begin(settings, backend)

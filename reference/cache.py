@@ -1,6 +1,6 @@
 """The online cache: tokens arrive, grow old, and are clustered chunk by chunk."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Float64, Int32
@@ -13,6 +13,7 @@ from .soft_matching import SoftMatching
 __all__ = ["ClusteredCache", "Method"]
 
 
+@runtime_checkable
 class Method(Protocol):
     """What decides which tokens of a chunk share an entry: `SoftMatching()`, `Distinctive()`, or another."""
 
