@@ -1,60 +1,19 @@
 """Wrong implementations: the fast path with one realistic mistake each. A conformance suite must catch every one."""
 
 import functools
-import importlib
-import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
+from patches import Mutant, Patch, put, together
 from torch import Tensor
 
 from kvcluster import fast
-from kvcluster.fast.backends import TABLE, cell
 from kvcluster.fast.exact.chunks import CompressedChunks, count_members
 from kvcluster.fast.exact.mean import ordered_mean
 from kvcluster.fast.exact.similarity import canonical_similarity, certified_matches, certified_top, halving_sum
-
-Patch = Callable[[pytest.MonkeyPatch], None]
-
-for operation, backend in itertools.product(TABLE, ("torch", "cpp")):
-    cell(operation, backend)  # imported now: what is imported while a mistake is in place keeps it
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A mistake, the public names that answer wrongly with it, first the one where it is made, and what makes it."""
-
-    name: str
-    operations: tuple[str, ...]
-    patch: Patch
-
-
-def put(mistake: Callable, *places: str) -> Patch:
-    """A patch of each "folder/module.Class.name" or public ".name"; `mistake` is given what was there first."""
-
-    def patch(monkeypatch):
-        for place in places:
-            module, *classes, name = place.split(".")
-            # not fast.kmeans, which is a function
-            owner = importlib.import_module(f"kvcluster.fast.{module.replace('/', '.')}".rstrip("."))
-            owner = functools.reduce(getattr, classes, owner)
-            held = getattr(owner, name)
-            right = getattr(held, "fget", held)  # of a property
-
-            def made(*arguments, right=right, **named):
-                return mistake(right, *arguments, **named)
-
-            monkeypatch.setattr(owner, name, property(made) if isinstance(held, property) else made)
-
-    return patch
-
-
-def together(*patches: Patch) -> Patch:
-    return lambda monkeypatch: [patch(monkeypatch) for patch in patches]
 
 
 def last_of_tied_destinations(right, sources, destinations):

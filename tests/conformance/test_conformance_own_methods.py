@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mutants import Mutant, put, together
+from patches import Mutant, put, together
 
 from kvcluster import fast, reference
 from kvcluster.conformance import Implementation, all_cases, check

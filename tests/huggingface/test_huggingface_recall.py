@@ -187,7 +187,8 @@ def test_beams_carry_their_clusters_along():
     swapped, as_it_was = copy.deepcopy(cache), copy.deepcopy(cache)
     swapped.reorder_cache(torch.tensor([1, 0]))
     for layer, before in zip(swapped.layers, cache.layers, strict=True):
-        assert torch.equal(layer.entries.clusters.labels, before.entries.clusters.labels.flip(0))
+        labels, labels_before = (one.cache.caches[0].clusters.labels for one in (layer, before))
+        assert torch.equal(labels, labels_before.flip(0))
         assert torch.equal(layer.keys, before.keys.flip(0))
     following = tokens[:, :1]
     with torch.inference_mode():
