@@ -16,7 +16,7 @@ __all__ = ["Difference", "compare", "expected", "oracle_arguments"]
 
 
 class Difference(NamedTuple):
-    """The first thing in which an outcome is wrong: what, what it must be, what it is, and both in words."""
+    """The first thing that is wrong with an outcome: its name, what it must be, what it is, and both in words."""
 
     what: str
     expected: str
@@ -45,9 +45,9 @@ def compare(case: Case, outcome: Outcome) -> Difference | None:
     for name, right in expected(case).items():
         if name in outcome.arrays:
             mine = outcome.arrays[name]
-            found = compare_output(case, mine) if name == "output" else compare_bits(name, mine, right)
-            if found is not None:
-                return found
+            difference = compare_output(case, mine) if name == "output" else compare_bits(name, mine, right)
+            if difference is not None:
+                return difference
     return None
 
 
@@ -57,8 +57,8 @@ def compare_bits(name: str, mine: np.ndarray, right: np.ndarray) -> Difference |
         return Difference(name, f"shape {right.shape}", f"shape {mine.shape}", f"{name} must have another shape")
     is_integer = right.dtype.kind == "i"
     if (mine.dtype.kind not in "iu") if is_integer else (mine.dtype != right.dtype):
-        wanted = "integers" if is_integer else right.dtype.name
-        return Difference(name, wanted, mine.dtype.name, f"{name} must have another dtype")
+        right_dtype = "integers" if is_integer else right.dtype.name
+        return Difference(name, right_dtype, mine.dtype.name, f"{name} must have another dtype")
     if is_integer:
         differs = mine.astype(np.int64) != right
     else:
@@ -82,12 +82,12 @@ def compare_output(case: Case, output: np.ndarray) -> Difference | None:
         return Difference("output", f"{query.dtype.name} or wider", output.dtype.name, "output must have another dtype")
     if not np.isfinite(output).all():
         return Difference("output", "finite numbers", "NaN or infinity", "output must be finite")
-    found = attention_agreement(output.astype(query.dtype), query, keys, values, counts, scale=scale)
-    if found.holds:
+    agreement = attention_agreement(output.astype(query.dtype), query, keys, values, counts, scale=scale)
+    if agreement.holds:
         return None
-    worst = np.unravel_index(np.argmax(found.error - found.bound), found.error.shape)
+    worst = np.unravel_index(np.argmax(agreement.error - agreement.bound), agreement.error.shape)
     place = f"output[{', '.join(map(str, (*map(int, worst), '...')))}]"
-    error, bound = found.error[worst], found.bound[worst]
+    error, bound = agreement.error[worst], agreement.bound[worst]
     text = f"{place} is off by {error:.2g}, {error / bound:.3g} times the bound"
     return Difference("output", f"within {bound:.2g} of the oracle", f"off by {error:.2g}", text)
 

@@ -59,7 +59,7 @@ def result(group: list[dict[str, Any]], full: list[dict[str, Any]]) -> Result:
         kept=estimate(right, [run["needles"]["right"] for run in full]),
         exact=estimate(exact, n),
         nll=sums["nll"] / sums["tokens"],
-        attention={name: statistics.fmean(each[name] for each in measured) for name in measured[0]},
+        attention={name: statistics.fmean(attention[name] for attention in measured) for name in measured[0]},
     )
 
 
@@ -76,7 +76,7 @@ def needle_table(results: dict[tuple[str, int], Result]) -> Section:
         lines,
         "In brackets: 95 % intervals, from resampling contexts. Targets: at 512 ours loses at most 5 % of the full "
         "cache's accuracy; at every budget pages reach at most ours.",
-        {"results": {f"{name} {budget}": vars(each) for (name, budget), each in results.items()}},
+        {"results": {f"{name} {budget}": vars(result) for (name, budget), result in results.items()}},
     )
 
 
