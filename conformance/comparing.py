@@ -44,32 +44,32 @@ def compare(case: Case, outcome: Outcome) -> Difference | None:
         return Difference("error", "a result", repr(outcome.error), "this input must not raise")
     for name, right in expected(case).items():
         if name in outcome.arrays:
-            mine = outcome.arrays[name]
-            difference = compare_output(case, mine) if name == "output" else compare_bits(name, mine, right)
+            actual = outcome.arrays[name]
+            difference = compare_output(case, actual) if name == "output" else compare_bits(name, actual, right)
             if difference is not None:
                 return difference
     return None
 
 
-def compare_bits(name: str, mine: np.ndarray, right: np.ndarray) -> Difference | None:
+def compare_bits(name: str, actual: np.ndarray, right: np.ndarray) -> Difference | None:
     """Integers may have any integer dtype; numbers must have the dtype and every bit."""
-    if mine.shape != right.shape:
-        return Difference(name, f"shape {right.shape}", f"shape {mine.shape}", f"{name} must have another shape")
+    if actual.shape != right.shape:
+        return Difference(name, f"shape {right.shape}", f"shape {actual.shape}", f"{name} must have another shape")
     is_integer = right.dtype.kind == "i"
-    if (mine.dtype.kind not in "iu") if is_integer else (mine.dtype != right.dtype):
+    if (actual.dtype.kind not in "iu") if is_integer else (actual.dtype != right.dtype):
         right_dtype = "integers" if is_integer else right.dtype.name
-        return Difference(name, right_dtype, mine.dtype.name, f"{name} must have another dtype")
+        return Difference(name, right_dtype, actual.dtype.name, f"{name} must have another dtype")
     if is_integer:
-        differs = mine.astype(np.int64) != right
+        differs = actual.astype(np.int64) != right
     else:
         bits = np.dtype(f"u{right.dtype.itemsize}")
-        differs = np.ascontiguousarray(mine).view(bits) != np.ascontiguousarray(right).view(bits)
+        differs = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(right).view(bits)
     if not differs.any():
         return None
     first = tuple(int(i) for i in np.argwhere(differs)[0])
     place = f"{name}[{', '.join(map(str, first))}]"
     text = f"{int(differs.sum()):,} of {differs.size:,} differ, the first at {place}"
-    return Difference(name, show(right[first]), show(mine[first]), text)
+    return Difference(name, show(right[first]), show(actual[first]), text)
 
 
 def compare_output(case: Case, output: np.ndarray) -> Difference | None:

@@ -57,14 +57,14 @@ def reproduces(mistake: Mistake, case: Case, outcome: Outcome) -> bool:
     return all(is_alike(case, name, outcome.arrays[name], mistaken.arrays[name]) for name in shared)
 
 
-def is_alike(case: Case, name: str, mine: np.ndarray, theirs: np.ndarray) -> bool:
+def is_alike(case: Case, name: str, actual: np.ndarray, theirs: np.ndarray) -> bool:
     """Equal, signs of zeros too; attention outputs: no farther apart than two right ones may be."""
-    if mine.shape != theirs.shape:
+    if actual.shape != theirs.shape:
         return False
     if name != "output":
-        return bool(np.array_equal(mine, theirs)) and np.signbit(mine).tolist() == np.signbit(theirs).tolist()
+        return bool(np.array_equal(actual, theirs)) and np.signbit(actual).tolist() == np.signbit(theirs).tolist()
     query, keys, values, counts, scale = oracle_arguments(case)
     bound = attention_agreement(np.zeros(theirs.shape, query.dtype), query, keys, values, counts, scale=scale).bound
     # larger outputs are rounded by more
     bound = bound + 2 * EPS[query.dtype.name] * np.abs(theirs).max(axis=(-2, -1))
-    return bool((np.abs(mine.astype(np.float64) - theirs).max(axis=(-2, -1)) <= bound).all())
+    return bool((np.abs(actual.astype(np.float64) - theirs).max(axis=(-2, -1)) <= bound).all())

@@ -48,11 +48,11 @@ def nearly_equal(failure: Failure) -> bool:
     """Whether all numbers share their leading bits with the right ones."""
     case, outcome, _ = failure
     for name, right in expected(case).items():
-        mine = outcome.arrays.get(name)
-        if mine is None or right.dtype.kind == "i" or name == "output":
+        actual = outcome.arrays.get(name)
+        if actual is None or right.dtype.kind == "i" or name == "output":
             continue
         wide = right.astype(np.float64)
         allowed = 2.0**-LEAST_SHARED_BITS * np.abs(wide).max(initial=0)
-        if mine.shape != wide.shape or np.abs(mine.astype(np.float64) - wide).max(initial=0) > allowed:
+        if actual.shape != wide.shape or np.abs(actual.astype(np.float64) - wide).max(initial=0) > allowed:
             return False
     return True

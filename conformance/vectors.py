@@ -171,13 +171,16 @@ def different_arrays(content: bytes, arrays: dict[str, np.ndarray]) -> Iterator[
         if name not in stored:
             yield f"{name} is missing"
             continue
-        mine = stored.pop(name)
-        if (mine["dtype"], tuple(mine["shape"])) != (STORED[right.dtype.name], right.shape):
-            yield f"{name} must be {STORED[right.dtype.name]} {right.shape}, got {mine['dtype']} {tuple(mine['shape'])}"
+        entry = stored.pop(name)
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if (dtype, shape) != (STORED[right.dtype.name], right.shape):
+            yield f"{name} must be {STORED[right.dtype.name]} {right.shape}, got {dtype} {shape}"
             continue
         words = (right.size, right.dtype.itemsize)
-        mine, theirs = (np.frombuffer(data, np.uint8).reshape(words) for data in (mine["data"], right.tobytes()))
-        if (differs := (mine != theirs).any(axis=-1)).any():
+        actual_bytes, right_bytes = (
+            np.frombuffer(data, np.uint8).reshape(words) for data in (entry["data"], right.tobytes())
+        )
+        if (differs := (actual_bytes != right_bytes).any(axis=-1)).any():
             yield f"{name}: {differs.sum():,} of {right.size:,} differ, the first at index {differs.argmax()}"
     yield from (f"{name} belongs to no case" for name in sorted(stored))
 

@@ -104,5 +104,5 @@ def depth_sums(needles: list[dict[str, Any]], n_depths: int) -> list[list[int]]:
 
 def total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Needle sums of several kinds or contexts, added up."""
-    each = list(sums)
-    return {name: sum(one[name] for one in each) for name in ("n", "tokens", "right", "exact", "nll")}
+    parts = list(sums)
+    return {name: sum(part[name] for part in parts) for name in ("n", "tokens", "right", "exact", "nll")}

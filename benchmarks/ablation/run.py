@@ -182,8 +182,8 @@ def collect(runs: list[dict[str, Any]], kind: str) -> dict[Row, dict[str, Any]]:
         scored = SAME.get(name, name), keep
         if scored in following and ("full", 1.0) in following:
             text, full = ([run["following"] for run in following[row]] for row in (scored, ("full", 1.0)))
-            more = [a["nll"] - b["nll"] for a, b in zip(text, full, strict=True)]
-            results[name, keep]["perplexity"] = estimate(more, [run["n"] for run in text], exp_ratio_of_sums)
+            differences = [a["nll"] - b["nll"] for a, b in zip(text, full, strict=True)]
+            results[name, keep]["perplexity"] = estimate(differences, [run["n"] for run in text], exp_ratio_of_sums)
         plain = describe(Settings()), keep
         has_times = {(name, keep), plain} <= set(seconds)
         results[name, keep]["time"] = seconds[name, keep] / seconds[plain] if has_times else None
@@ -193,12 +193,12 @@ def collect(runs: list[dict[str, Any]], kind: str) -> dict[Row, dict[str, Any]]:
 def needle_summary(group: list[Run], shipped: list[Run] | None, full: list[Run]) -> dict[str, Any]:
     right, of_shipped = ([run["needles"]["right"] for run in runs or []] for runs in (group, shipped))
     tokens, sums = [run["needles"]["tokens"] for run in group], total(run["needles"] for run in group)
-    less = [a - b for a, b in zip(right, of_shipped, strict=True)] if shipped else None
+    differences = [a - b for a, b in zip(right, of_shipped, strict=True)] if shipped else None
     return {
         "entries": n_entries(group) / n_entries(full),
         "accuracy": estimate(right, tokens),
         "of_full": sums["right"] / total(run["needles"] for run in full)["right"],
-        "difference": estimate(less, tokens) if less else None,
+        "difference": estimate(differences, tokens) if differences else None,
         "exact": sums["exact"] / sums["n"],
         "nll": sums["nll"] / sums["tokens"],
     }

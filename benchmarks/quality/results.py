@@ -130,8 +130,8 @@ class Comparison:
 def compare(measure: Measure, first: list[Run], second: list[Run]) -> Comparison:
     """The first method beside the second."""
     pairs = [(measure.of(a), measure.of(b)) for a, b in zip(first, second, strict=True)]
-    more, per = [a[0] - b[0] for a, b in pairs], [float(a[1]) for a, _ in pairs]
-    difference = estimate(more, per, exp_ratio_of_sums) if measure.is_ratio else estimate(more, per)
+    differences, per = [a[0] - b[0] for a, b in pairs], [float(a[1]) for a, _ in pairs]
+    difference = estimate(differences, per, exp_ratio_of_sums) if measure.is_ratio else estimate(differences, per)
     equal = 1.0 if measure.is_ratio else 0.0
     sign = 1 if measure.is_better_high else -1
     gain = sign * (difference["value"] - equal)

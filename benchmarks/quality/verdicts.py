@@ -65,7 +65,7 @@ def frontier_table(results: Results, ours: list[str]) -> str:
 
 
 def target_table(results: Results, new: list[str], times: dict[str, Any] | None) -> str:
-    names = [name for name in new if any(name == found for found, _ in results.runs)]
+    names = [name for name in new if any(name == method for method, _ in results.runs)]
     rows = []
     for keep, (least, most) in TARGETS.items():
         shown = [name for name in names if (name, keep) in results.runs]
@@ -86,14 +86,14 @@ def target_table(results: Results, new: list[str], times: dict[str, Any] | None)
             cells[f"keep {keep:g}: needle accuracy above each of {len(peers(results, keep))} presses"] = [
                 above_all(results, name, keep) for name in shown
             ]
-        by_name = {text: dict(zip(shown, found, strict=True)) for text, found in cells.items()}
-        rows += [[text, *(found.get(name, "not measured") for name in names)] for text, found in by_name.items()]
+        by_name = {text: dict(zip(shown, verdicts, strict=True)) for text, verdicts in cells.items()}
+        rows += [[text, *(verdicts.get(name, "not measured") for name in names)] for text, verdicts in by_name.items()]
     if times and names:
         ratios = cost_ratios(times)
         cells = []
         for name in names:
-            found = [statistics.median(x) for label, x in ratios.items() if label.rsplit(" ", 1)[0] == name]
-            cells.append(judged(max(found), MOST_COST, is_least=False) if found else "not measured")
+            medians = [statistics.median(x) for label, x in ratios.items() if label.rsplit(" ", 1)[0] == name]
+            cells.append(judged(max(medians), MOST_COST, is_least=False) if medians else "not measured")
         rows.append([f"compression / prefill at most {MOST_COST:g}", *cells])
     return table(["target", *(f"`{name}`" for name in names)], rows)
 

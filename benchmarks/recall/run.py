@@ -110,8 +110,8 @@ def measure(arguments: argparse.Namespace, runs: Runs, configured: str, progress
         task = progress.add_task(name, total=steps)
         return lambda: progress.advance(task)
 
-    def key(part: str, **more: Any) -> dict[str, Any]:
-        return {"part": part, "configuration": configured, **more}
+    def key(part: str, **details: Any) -> dict[str, Any]:
+        return {"part": part, "configuration": configured, **details}
 
     begun = time.monotonic()
     missing = [part for part in ("step", "index", "tiers") if part in arguments.parts and runs.found(key(part)) is None]

@@ -24,7 +24,8 @@ def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: C
     options: dict[str, dict[str, Any]] = {"in memory": {}}
     options |= {f"two tiers, clusters of the last {n} steps": {"offloading": True, "n_steps": n} for n in STEPS_HELD}
     caches = {
-        name: filled(RecallCache.for_model(model, budget=budget, **more), layers) for name, more in options.items()
+        name: filled(RecallCache.for_model(model, budget=budget, **settings), layers)
+        for name, settings in options.items()
     }
     next_tokens = {name: torch.tensor([context.tokens[-1:]]) for name in caches}
 

@@ -176,16 +176,16 @@ def of_first_head(keys: np.ndarray, **parameters: Any) -> Clustering:
 
 def with_partial_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 64) -> Clustering:
     """The trailing partial chunk is clustered too."""
-    whole = keys.shape[-2] // chunk_size * chunk_size
-    spans = [(keys[..., :whole, :], chunk_size), (keys[..., whole:, :], keys.shape[-2] - whole)]
+    n_whole = keys.shape[-2] // chunk_size * chunk_size
+    spans = [(keys[..., :n_whole, :], chunk_size), (keys[..., n_whole:, :], keys.shape[-2] - n_whole)]
     return joined([right_matching(x, keep_ratio=keep_ratio, chunk_size=n) for x, n in spans if n])
 
 
 def without_last_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 64) -> Clustering:
     """The last whole chunk is left as it is."""
-    whole = max(0, keys.shape[-2] // chunk_size - 1) * chunk_size
-    labels_of_rest = np.broadcast_to(np.arange(keys.shape[-2] - whole), (*keys.shape[:-2], keys.shape[-2] - whole))
-    first = right_matching(keys[..., :whole, :], keep_ratio=keep_ratio, chunk_size=chunk_size)
+    n_whole = max(0, keys.shape[-2] // chunk_size - 1) * chunk_size
+    labels_of_rest = np.broadcast_to(np.arange(keys.shape[-2] - n_whole), (*keys.shape[:-2], keys.shape[-2] - n_whole))
+    first = right_matching(keys[..., :n_whole, :], keep_ratio=keep_ratio, chunk_size=chunk_size)
     return joined([first, Clustering(labels_of_rest, np.ones(labels_of_rest.shape, int))])
 
 

@@ -167,8 +167,8 @@ def match_all_heads_together(keys: np.ndarray, values: np.ndarray, **rules: Any)
 
 def with_partial_chunk(keys: np.ndarray, values: np.ndarray, *, chunk_size: int = 256, **rules: Any) -> Clustering:
     tokens = keys.shape[-2]
-    whole = tokens // chunk_size * chunk_size
-    spans = ((slice(whole), chunk_size), (slice(whole, tokens), tokens - whole))
+    n_whole = tokens // chunk_size * chunk_size
+    spans = ((slice(n_whole), chunk_size), (slice(n_whole, tokens), tokens - n_whole))
     arrays = [(keys[..., span, :], values[..., span, :], size) for span, size in spans if size]
     return joined([right_matching(*pair, chunk_size=size, **rules) for *pair, size in arrays])
 

@@ -97,12 +97,12 @@ def choosing(wrong: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
     """`select_clusters` whose taken tokens are `wrong(scores, counts, budget, right ones)`."""
 
     def select_clusters(
-        query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, *, budget: int, **more: Any
+        query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, *, budget: int, **options: Any
     ) -> Selection:
-        right = right_select(query, centroids, counts, budget=budget, **more)
-        deviations = more.get("deviations")
+        right = right_select(query, centroids, counts, budget=budget, **options)
+        deviations = options.get("deviations")
         deviations = np.zeros_like(centroids) if deviations is None else deviations
-        scores = right_scores(query, centroids, counts, deviations, more.get("spread", 0.5))
+        scores = right_scores(query, centroids, counts, deviations, options.get("spread", 0.5))
         return Selection(wrong(scores, counts.astype(np.int64), budget, right.taken))
 
     return tuple((place, "select_clusters", select_clusters) for place in ("", "selection", "recall", "recall_cache"))
@@ -119,10 +119,10 @@ def spend(counts: np.ndarray, ranking: np.ndarray, budget: int) -> np.ndarray:
 def with_budget(by: int) -> tuple[Patch, ...]:
     """`select_clusters` with a budget larger by `by`."""
 
-    def more(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:
+    def taken_with_budget(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:
         return spend(counts, np.argsort(-scores, axis=-1, kind="stable"), budget + by)
 
-    return choosing(more)
+    return choosing(taken_with_budget)
 
 
 def untrimmed(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:

@@ -136,7 +136,7 @@ METRICS: dict[str, Callable[[str, list[str], list[str]], float]] = {
     "Chinese F1": best(chinese_f1),
     "ROUGE-L": best(rouge_l),
     "ROUGE-L of first line": best(rouge_l, first_line),
-    "Chinese ROUGE-L": best(lambda text, answer: rouge_l(*(" ".join(chinese_words(each)) for each in (text, answer)))),
+    "Chinese ROUGE-L": best(lambda text, answer: rouge_l(*(" ".join(chinese_words(part)) for part in (text, answer)))),
     "classification": lambda text, answers, classes: max(
         classification(first_line(text), answer, classes) for answer in answers
     ),

@@ -98,12 +98,12 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 def perplexity_summary(pairs: Pairs) -> dict[str, Any]:
     n = [run["following"]["n"] for run, _ in pairs]
     nll = [run["following"]["nll"] for run, _ in pairs]
-    more = [a - (peer["following"]["nll"] if peer else 0.0) for a, (_, peer) in zip(nll, pairs, strict=True)]
+    differences = [a - (peer["following"]["nll"] if peer else 0.0) for a, (_, peer) in zip(nll, pairs, strict=True)]
     has_full = all(peer is not None for _, peer in pairs)
     return {
         "n_tokens": sum(n),
         "value": estimate(nll, n, exp_ratio_of_sums),
-        "of_full": estimate(more, n if has_full else [0.0] * len(n), exp_ratio_of_sums),
+        "of_full": estimate(differences, n if has_full else [0.0] * len(n), exp_ratio_of_sums),
     }
 
 

@@ -57,8 +57,8 @@ def task_table(summaries: list[dict[str, Any]], tasks: list[str]) -> Table:
     table.add_column("metric")
     table.add_column("n", justify="right")
     for summary in summaries:
-        kept = f" {summary['keep']:g}" if METHODS[summary["method"]].has_keep else ""
-        table.add_column(summary["method"] + kept, justify="right")
+        share = f" {summary['keep']:g}" if METHODS[summary["method"]].has_keep else ""
+        table.add_column(summary["method"] + share, justify="right")
     for task in tasks:
         results = [summary.get("tasks", {}).get(task) for summary in summaries]
         first = next(summary for summary in results if summary is not None)
