@@ -17,7 +17,7 @@ SETS = ("tuning", "reporting")
 
 
 def built_in_text() -> str:
-    """The Python language reference as pydoc has it: about 465,000 characters of English, others in each version."""
+    """The Python language reference as pydoc has it: about 465,000 characters of English; versions differ."""
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 

@@ -21,7 +21,7 @@ COLOURS, MARKERS = (GREEN, PURPLE, ORANGE, SKY, GREY), "^vP*X<>dp"  # no two ali
 
 
 def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> None:
-    """Token accuracy against perplexity, both over the full cache's: a line per method, a point per share."""
+    """Needles' token accuracy against perplexity, both over the full cache's: a line per method, a point per share."""
     methods = list(dict.fromkeys(name for name, keep in results.runs if keep < 1))
     methods.sort(key=lambda name: (name not in ours, -highest_accuracy(results, name)))
     figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")

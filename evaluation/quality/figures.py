@@ -20,7 +20,7 @@ MOST_DEPTHS = 10
 
 
 def draw_heat_map(path: Path, results: list[dict[str, Any]], title: str) -> None:
-    """Token accuracy by depth and length of context, for the runs of one method; in brackets: needles."""
+    """Token accuracy by depth and length of context, for the runs of one method; in brackets: needles per cell."""
     needles = [(result["n_tokens"], needle) for result in results for needle in result.get("needles", [])]
     lengths = sorted({length for length, _ in needles})
     n_depths = min(MOST_DEPTHS, max(len(result["needles"]) for result in results if "needles" in result))
