@@ -1,4 +1,4 @@
-"""What both caches share: they are made, filled piece by piece, attended to."""
+"""What both caches share: construction, filling piece by piece, and attention."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +15,9 @@ __all__ = ["attended", "cache_spelling", "fill", "good_tokens", "held_by", "refu
 
 
 def cache_spelling(port: Port, case: Case) -> Spelling:
-    """The class of this name, with the parameters that it is made with."""
-    given = {name: value for name, value in case.parameters.items() if name not in ("pieces", "scale")}
-    return getattr(port.namespace, case.operation), given
+    """The class that the case names, and the parameters of its constructor."""
+    parameters = {name: value for name, value in case.parameters.items() if name not in ("pieces", "scale")}
+    return getattr(port.namespace, case.operation), parameters
 
 
 def fill(port: Port, cache: Any, case: Case) -> Any:
@@ -31,18 +31,18 @@ def fill(port: Port, cache: Any, case: Case) -> Any:
 
 
 def held_by(port: Port, cache: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays that a cache stores, as far as they can be seen."""
+    """The arrays that a cache stores, as far as it shows them."""
     return {name: port.to_numpy(getattr(cache, name)) for name in names if getattr(cache, name, None) is not None}
 
 
 def attended(port: Port, cache: Any, case: Case) -> dict[str, np.ndarray]:
-    """What the query of a case gets."""
+    """The attention output for the query of a case."""
     scale = {"scale": case.parameters["scale"]} if "scale" in case.parameters else {}
     return {"output": port.to_numpy(cache.attend(port.from_numpy(case.arrays["query"]), **scale))}
 
 
 def small_tokens(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tokens of a small case, many at once, then one by one."""
+    """Tokens of a small case: first many at once, then one by one."""
     tokens = draw.integer(1, 14)
     cut = draw.integer(0, tokens)
     arrays, parameters = draw.attention(tokens)
@@ -50,7 +50,7 @@ def small_tokens(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def refused_tokens(operation: str, rule: dict[str, Any], wrong: dict[str, Any]) -> Iterator[Case]:
-    """Appends that must raise in a cache of a right `rule`, and a cache that is made with `wrong` parameters."""
+    """Appends that a cache with the valid parameters `rule` must refuse, and a cache with the parameters `wrong`."""
     good = good_tokens()
     for name, array in refused_arrays()[1].items():
         arrays = {**good, "keys": array}

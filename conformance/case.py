@@ -1,4 +1,4 @@
-"""What one call of the conformance suite gets."""
+"""The input of one call of the conformance suite."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ __all__ = ["Case"]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What one call gets.
+    """The input of one call.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def written_parameters(self) -> dict[str, Any]:
-        """The parameters as files have them: tuples are lists, in the place of a method are its own parameters."""
+        """The parameters as files have them: tuples become lists, a method becomes its own parameters."""
         written: dict[str, Any] = {}
         for name, value in self.parameters.items():
             if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,7 +1,7 @@
-"""The cases of the conformance suite: for every public operation, what goes in.
+"""The cases of the conformance suite: inputs for every public operation.
 
-What must come out is not stored: the reference says it, see `comparing`. Cases keep their name and their numbers
-for good, since others hold them as files (see `vectors`): new ones come beside them.
+Expected results are not stored: the reference computes them, see `comparing`. Cases keep their names and numbers for
+good, since others hold them as files (see `vectors`); new cases are added beside them.
 """
 
 import functools
@@ -14,7 +14,7 @@ __all__ = ["all_cases"]
 
 
 def all_cases(operations: tuple[str, ...] = tuple(OPERATIONS), seed: int = 0) -> Iterator[Case]:
-    """Every case of `operations`, in their order; another `seed` puts other numbers into them."""
+    """Every case of `operations`, in their order; another `seed` gives them other numbers."""
     for operation in operations:
         yield from cases_of(operation, seed)
 

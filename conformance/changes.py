@@ -1,4 +1,4 @@
-"""Changes of cases: the right code on other arguments is a mistake too."""
+"""Changes of cases: correct code called with other arguments is a mistake too."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ __all__ = ["changed", "given", "shifted", "without"]
 
 
 def without(name: str) -> Callable[[Case], Case]:
-    """The same case, `name` not given."""
+    """The same case without the parameter `name`."""
     return lambda case: replace(case, parameters={k: v for k, v in case.parameters.items() if k != name})
 
 
@@ -22,7 +22,7 @@ def given(**parameters: Any) -> Callable[[Case], Case]:
 
 
 def shifted(name: str, by: int, default: int) -> Callable[[Case], Case]:
-    """The same case, `name` by so much larger."""
+    """The same case with the parameter `name` larger by `by`, never below 0."""
     return lambda case: given(**{name: max(0, case.parameters.get(name, default) + by)})(case)
 
 
@@ -30,7 +30,7 @@ def changed(**arrays: Callable[[np.ndarray], np.ndarray]) -> Callable[[Case], Ca
     """The same case with some of its arrays changed."""
 
     def change(case: Case) -> Case:
-        made = {name: arrays[name](x) if name in arrays else x for name, x in case.arrays.items()}
-        return replace(case, arrays=made)
+        changed_arrays = {name: arrays[name](x) if name in arrays else x for name, x in case.arrays.items()}
+        return replace(case, arrays=changed_arrays)
 
     return change

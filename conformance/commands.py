@@ -20,7 +20,7 @@ __all__ = ["CannotRun", "check_and_show", "write_or_verify", "write_scaffold"]
 
 
 class CannotRun(Exception):
-    """Nothing can be said about the implementation, and why."""
+    """Nothing can be said about the implementation; the message says why."""
 
 
 def check_and_show(
@@ -32,11 +32,11 @@ def check_and_show(
     json_file: Path | None,
     junit_file: Path | None,
 ) -> bool:
-    """Whether an implementation agrees, in the operations `only` or in all if there are none; shows and writes why.
+    """Whether an implementation agrees, in the operations `only` or, if that is empty, in all; shows and writes why.
 
     Raises
     ------
-    CannotRun : it cannot be loaded, has nothing to be checked, or a file cannot be written; an operation that is none.
+    CannotRun : it cannot be loaded, has nothing to be checked, or a file cannot be written; an unknown operation.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     implementation = loaded(target)
@@ -53,7 +53,7 @@ def check_and_show(
         write(json_file, json.dumps(as_json(report), indent=1, allow_nan=False) + "\n")
     if junit_file is not None:
         write(junit_file, as_junit(report))
-    if not any(each.n_cases for each in report.operations):
+    if not any(result.n_cases for result in report.operations):
         raise CannotRun(f"nothing of {target} could be checked")
     return report.agrees
 
@@ -75,7 +75,7 @@ def write_scaffold(target: str) -> None:
 
 
 def write_or_verify(folder: Path, *, seed: int, is_verified: bool) -> bool:
-    """Write vectors to a folder, or hold those that are there against the reference; whether all is right.
+    """Write vectors to a folder, or compare those in it with the reference; whether all are right.
 
     Raises
     ------

@@ -16,7 +16,7 @@ __all__ = ["Difference", "compare", "expected", "oracle_arguments"]
 
 
 class Difference(NamedTuple):
-    """The first thing in which an outcome is wrong: what, what it must be, what it is, and both in words."""
+    """The first thing that is wrong with an outcome: its name, what it must be, what it is, and both in words."""
 
     what: str
     expected: str
@@ -44,32 +44,32 @@ def compare(case: Case, outcome: Outcome) -> Difference | None:
         return Difference("error", "a result", repr(outcome.error), "this input must not raise")
     for name, right in expected(case).items():
         if name in outcome.arrays:
-            mine = outcome.arrays[name]
-            found = compare_output(case, mine) if name == "output" else compare_bits(name, mine, right)
-            if found is not None:
-                return found
+            actual = outcome.arrays[name]
+            difference = compare_output(case, actual) if name == "output" else compare_bits(name, actual, right)
+            if difference is not None:
+                return difference
     return None
 
 
-def compare_bits(name: str, mine: np.ndarray, right: np.ndarray) -> Difference | None:
+def compare_bits(name: str, actual: np.ndarray, right: np.ndarray) -> Difference | None:
     """Integers may have any integer dtype; numbers must have the dtype and every bit."""
-    if mine.shape != right.shape:
-        return Difference(name, f"shape {right.shape}", f"shape {mine.shape}", f"{name} must have another shape")
+    if actual.shape != right.shape:
+        return Difference(name, f"shape {right.shape}", f"shape {actual.shape}", f"{name} must have another shape")
     is_integer = right.dtype.kind == "i"
-    if (mine.dtype.kind not in "iu") if is_integer else (mine.dtype != right.dtype):
-        wanted = "integers" if is_integer else right.dtype.name
-        return Difference(name, wanted, mine.dtype.name, f"{name} must have another dtype")
+    if (actual.dtype.kind not in "iu") if is_integer else (actual.dtype != right.dtype):
+        right_dtype = "integers" if is_integer else right.dtype.name
+        return Difference(name, right_dtype, actual.dtype.name, f"{name} must have another dtype")
     if is_integer:
-        differs = mine.astype(np.int64) != right
+        differs = actual.astype(np.int64) != right
     else:
         bits = np.dtype(f"u{right.dtype.itemsize}")
-        differs = np.ascontiguousarray(mine).view(bits) != np.ascontiguousarray(right).view(bits)
+        differs = np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(right).view(bits)
     if not differs.any():
         return None
     first = tuple(int(i) for i in np.argwhere(differs)[0])
     place = f"{name}[{', '.join(map(str, first))}]"
     text = f"{int(differs.sum()):,} of {differs.size:,} differ, the first at {place}"
-    return Difference(name, show(right[first]), show(mine[first]), text)
+    return Difference(name, show(right[first]), show(actual[first]), text)
 
 
 def compare_output(case: Case, output: np.ndarray) -> Difference | None:
@@ -82,12 +82,12 @@ def compare_output(case: Case, output: np.ndarray) -> Difference | None:
         return Difference("output", f"{query.dtype.name} or wider", output.dtype.name, "output must have another dtype")
     if not np.isfinite(output).all():
         return Difference("output", "finite numbers", "NaN or infinity", "output must be finite")
-    found = attention_agreement(output.astype(query.dtype), query, keys, values, counts, scale=scale)
-    if found.holds:
+    agreement = attention_agreement(output.astype(query.dtype), query, keys, values, counts, scale=scale)
+    if agreement.holds:
         return None
-    worst = np.unravel_index(np.argmax(found.error - found.bound), found.error.shape)
+    worst = np.unravel_index(np.argmax(agreement.error - agreement.bound), agreement.error.shape)
     place = f"output[{', '.join(map(str, (*map(int, worst), '...')))}]"
-    error, bound = found.error[worst], found.bound[worst]
+    error, bound = agreement.error[worst], agreement.bound[worst]
     text = f"{place} is off by {error:.2g}, {error / bound:.3g} times the bound"
     return Difference("output", f"within {bound:.2g} of the oracle", f"off by {error:.2g}", text)
 

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 __all__ = ["Drawing"]
 
 T = TypeVar("T")
-# Simple ones first: towards these examples are shrunk. The others show rounding, near ties and overflow.
+# Simple numbers first, since examples shrink towards them. The others show rounding, near ties and overflow.
 NUMBERS = (0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -0.0, 0.1, 1.0 + 2.0**-23, 1e6, 1e-20, 1e20)
 RATIOS = (1.0, 0.5, 0.75, 0.25, 0.2, 0.7)
 
@@ -43,10 +43,10 @@ class Drawing:
     def attention(self, tokens: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Query, keys and values, and perhaps a scale."""
         keys = self.rows(tokens)
-        made = {"query": self.rows(self.integer(1, 2)), "keys": keys, "values": self.rows(tokens)}
-        return made, self.one_of(({}, {"scale": 2.0}))
+        inputs = {"query": self.rows(self.integer(1, 2)), "keys": keys, "values": self.rows(tokens)}
+        return inputs, self.one_of(({}, {"scale": 2.0}))
 
     def counts(self, number: int, least: int) -> np.ndarray:
-        """Counts (1, number): small ones, and one that float16 has not."""
-        some = st.sampled_from((*range(least, 4), 2049))
-        return np.array([self.draw(st.lists(some, min_size=number, max_size=number))])
+        """Counts (1, number): small ones, and one that float16 cannot represent."""
+        numbers = st.sampled_from((*range(least, 4), 2049))
+        return np.array([self.draw(st.lists(numbers, min_size=number, max_size=number))])

@@ -1,10 +1,10 @@
 """Attention outputs and their bounds to the last bit, for files that must not depend on the machine.
 
-`exp`, and the order in which a library adds, differ between processors: seen with NumPy's vector instructions on and
-off, outputs differ by up to 2**-41 of themselves (2**-50 of the largest), and bounds of float32 by up to 64%, because
-there one bit of an exponential is as much as the error that is measured. Rounding cannot hide that, some value always
-lies next to a boundary. So here the contract of decisions is applied to attention too: only `+ - * /` in float64, in
-an order that is written down.
+`exp`, and the order in which a library adds, differ between processors. With NumPy's vector instructions on and off,
+outputs differ by up to 2**-41 of themselves (2**-50 of the largest), and bounds of float32 by up to 64%, because there
+one bit of an exponential is as large as the error that is measured. Rounding cannot hide that: some value always lies
+next to a boundary. So the contract for decisions is applied to attention here too: only `+ - * /` in float64, in an
+order that is written down.
 """
 
 from collections.abc import Iterator
@@ -33,11 +33,11 @@ def exact_attention(
     """`clustered_attention`, with weights `count * exp(logit)` instead of `exp(logit + log(count))`."""
     query, keys, values = (array.astype(np.float64) for array in (query, keys, values))
     scale = 1 / np.sqrt(query.shape[-1]) if scale is None else scale
-    weighs = np.ones(keys.shape[:-1]) if counts is None else counts.astype(np.float64)
-    weighs = weighs[..., None, :]  # (..., 1, entries)
+    entry_weights = np.ones(keys.shape[:-1]) if counts is None else counts.astype(np.float64)
+    entry_weights = entry_weights[..., None, :]  # (..., 1, entries)
     logits = scale * halving_sum(query[..., :, None, :] * keys[..., None, :, :])  # (..., queries, entries)
-    logits = np.where(weighs > 0, logits, -np.inf)
-    weights = weighs * exponential(logits - logits.max(axis=-1, keepdims=True))
+    logits = np.where(entry_weights > 0, logits, -np.inf)
+    weights = entry_weights * exponential(logits - logits.max(axis=-1, keepdims=True))
     sums = halving_sum(weights[..., None, :] * values.swapaxes(-1, -2)[..., None, :, :])  # (..., queries, dim_value)
     return sums / halving_sum(weights)[..., None]
 
@@ -50,7 +50,7 @@ def exact_bound(
     counts: Int[np.ndarray, "*lead entries"] | None,
     scale: float | None,
 ) -> Float64[np.ndarray, "*lead"]:
-    """The bound of `attention_agreement`, of the same baselines with `exponential` as their exponential."""
+    """The bound of `attention_agreement`, from the same baselines with `exponential` as their exponential."""
     counts = np.ones(keys.shape[:-1], np.int64) if counts is None else counts
     with same_exponential_everywhere():
         baselines = list(agreement.baselines(query, keys, values, counts, scale))
@@ -66,15 +66,15 @@ def exponential(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """
     y = np.maximum(x.astype(np.float64), -700.0)
     exponent = np.rint(y / LN2[0])
-    rest = (y - exponent * LN2[0]) - exponent * LN2[1]
+    remainder = (y - exponent * LN2[0]) - exponent * LN2[1]
     series = np.ones_like(y)
     for i in range(18, 0, -1):  # Taylor, |rest| < 0.35: the terms left out are below 2**-80
-        series = 1.0 + series * rest / i
+        series = 1.0 + series * remainder / i
     return np.where(y < -690.0, 0.0, np.ldexp(series, exponent.astype(np.int32))).astype(x.dtype)
 
 
 class NumPyWithExponential:
-    """NumPy, of which `exp` is `exponential`."""
+    """NumPy with `exponential` as its `exp`."""
 
     exp = staticmethod(exponential)
 

@@ -1,7 +1,6 @@
-"""Why an outcome is wrong: the mistake, known of the operation, that gives it too; and how the reference decides.
+"""Why an outcome is wrong: the known mistake of its operation that gives it too; and how the reference decides.
 
-If the reference with a mistake gives what an implementation gave in most cases that failed, that is what went wrong
-there.
+If the reference with a mistake reproduces most of an implementation's failures, that mistake is taken for their cause.
 """
 
 import sys
@@ -23,7 +22,7 @@ __all__ = ["decisions", "explain", "outcome_with"]
 
 
 def decisions(case: Case) -> list[str]:
-    """How the reference decides a small case, step by step: lines on its first leading index, none of no decisions."""
+    """How the reference decides a small case, step by step: lines on its first leading index, if any."""
     return list(OPERATIONS[case.operation].decisions(case))
 
 
@@ -31,9 +30,9 @@ def explain(failures: list[tuple[Case, Outcome]]) -> Mistake | None:
     """The mistake that gives most of these outcomes, all of one operation; None if none gives more than half."""
     most, best = len(failures) // 2, None
     for mistake in OPERATIONS[failures[0][0].operation].mistakes:
-        given = sum(gives(mistake, *failure) for failure in failures)
-        if given > most:
-            most, best = given, mistake
+        n_explained = sum(reproduces(mistake, *failure) for failure in failures)
+        if n_explained > most:
+            most, best = n_explained, mistake
     return best
 
 
@@ -43,28 +42,29 @@ def outcome_with(mistake: Mistake, case: Case) -> Outcome:
         for module, name, part in mistake.patches:
             place = sys.modules[f"kvcluster.reference.{module}".rstrip(".")]
             stack.enter_context(patch.object(place, name, part))
-        made = run(THE_REFERENCE, mistake.change(case))
-    if "output" in made.arrays:
-        made.arrays["output"] = mistake.restore(made.arrays["output"])
-    return made
+        outcome = run(THE_REFERENCE, mistake.change(case))
+    if "output" in outcome.arrays:
+        outcome.arrays["output"] = mistake.restore(outcome.arrays["output"])
+    return outcome
 
 
-def gives(mistake: Mistake, case: Case, outcome: Outcome) -> bool:
-    """Whether the mistake has this outcome, in all that can be compared."""
-    made = outcome_with(mistake, case)
-    if made.error is not None or outcome.error is not None:
+def reproduces(mistake: Mistake, case: Case, outcome: Outcome) -> bool:
+    """Whether the reference with the mistake gives this outcome, in all that can be compared."""
+    mistaken = outcome_with(mistake, case)
+    if mistaken.error is not None or outcome.error is not None:
         return False
-    shared = [name for name in outcome.arrays if name in made.arrays]
-    return all(is_alike(case, name, outcome.arrays[name], made.arrays[name]) for name in shared)
+    shared = [name for name in outcome.arrays if name in mistaken.arrays]
+    return all(is_alike(case, name, outcome.arrays[name], mistaken.arrays[name]) for name in shared)
 
 
-def is_alike(case: Case, name: str, mine: np.ndarray, made: np.ndarray) -> bool:
-    """Equal, or of attention outputs: no farther apart than two right ones may be."""
-    if mine.shape != made.shape:
+def is_alike(case: Case, name: str, actual: np.ndarray, theirs: np.ndarray) -> bool:
+    """Equal, signs of zeros too; attention outputs: no farther apart than two right ones may be."""
+    if actual.shape != theirs.shape:
         return False
     if name != "output":
-        return bool(np.array_equal(mine, made)) and np.signbit(mine).tolist() == np.signbit(made).tolist()
+        return bool(np.array_equal(actual, theirs)) and np.signbit(actual).tolist() == np.signbit(theirs).tolist()
     query, keys, values, counts, scale = oracle_arguments(case)
-    bound = attention_agreement(np.zeros(made.shape, query.dtype), query, keys, values, counts, scale=scale).bound
-    bound = bound + 2 * EPS[query.dtype.name] * np.abs(made).max(axis=(-2, -1))  # larger outputs are rounded by more
-    return bool((np.abs(mine.astype(np.float64) - made).max(axis=(-2, -1)) <= bound).all())
+    bound = attention_agreement(np.zeros(theirs.shape, query.dtype), query, keys, values, counts, scale=scale).bound
+    # larger outputs are rounded by more
+    bound = bound + 2 * EPS[query.dtype.name] * np.abs(theirs).max(axis=(-2, -1))
+    return bool((np.abs(actual.astype(np.float64) - theirs).max(axis=(-2, -1)) <= bound).all())

@@ -15,7 +15,7 @@ __all__ = ["Implementation", "load_implementation", "run"]
 
 
 class Implementation(Port):
-    """A `Port`, which see, that is asked for the operations that it has; `operations` are their names."""
+    """A `Port` that is checked in the operations that it has; `operations` are their names."""
 
     def __init__(self, namespace: Any, name: str | None = None) -> None:
         super().__init__(namespace, name)
@@ -36,11 +36,11 @@ class Implementation(Port):
 
 
 def run(port: Port, case: Case) -> Outcome:
-    """What anybody makes of a case."""
+    """The outcome of a case with any port."""
     operation = OPERATIONS[case.operation]
     try:
         return Outcome(operation.call(operation, port, case))
-    except Exception as error:  # whatever an unknown implementation raises is to be told, not to stop the suite
+    except Exception as error:  # whatever an unknown implementation raises is reported and does not stop the suite
         return Outcome({}, error)
 
 

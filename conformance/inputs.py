@@ -22,10 +22,10 @@ else:
 def make_array(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> Float[np.ndarray, "..."]:
     """Keys or values (..., tokens, dim) of one kind, in one of `DTYPES`.
 
-    `signs` (all numbers +-1) give exact ties by the dozen, `near_ties` differ in the last bit, of `zeros` half of the
-    rows are zero, `huge` and `tiny` are near the ends of the dtype, in `smooth` neighbours are alike, as in a model.
+    `signs` (all numbers +-1) give exact ties by the dozen, `near_ties` differ in the last bit, half of the rows of
+    `zeros` are zero, `huge` and `tiny` are near the ends of the dtype, neighbours in `smooth` are alike, as in a model.
     """
-    made: Any = DTYPES[dtype]
+    number_type: Any = DTYPES[dtype]
     bell = bell_shaped(shape, seed)
     if kind == "signs":
         array = np.where(bell < 0, -1.0, 1.0)
@@ -33,8 +33,9 @@ def make_array(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> Floa
         tokens = shape[-2]
         array = bell[..., random_bits((tokens,), seed + 1) % np.uint64(max(1, tokens // 3)), :] if tokens else bell
     elif kind == "near_ties":
-        one = np.ones(shape).astype(made)
-        return np.where(random_bits(shape, seed + 1) % np.uint64(5) == 0, np.nextafter(one, one * 2), one).astype(made)
+        ones = np.ones(shape).astype(number_type)
+        is_above = random_bits(shape, seed + 1) % np.uint64(5) == 0
+        return np.where(is_above, np.nextafter(ones, ones * 2), ones).astype(number_type)
     elif kind == "zeros":
         array = bell * (random_bits((*shape[:-1], 1), seed + 1) % np.uint64(2))
     elif kind == "huge":
@@ -45,7 +46,7 @@ def make_array(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> Floa
         array = np.cumsum(bell, axis=-2)
     else:
         array = bell
-    return array.astype(made)
+    return array.astype(number_type)
 
 
 def attention_arrays(
@@ -60,12 +61,12 @@ def attention_arrays(
 
 
 def some_counts(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """From 1 to 40, int64."""
+    """Counts from 1 to 40, int64."""
     return 1 + (np.abs(make_array("normal", (*shape, 1), "f32", seed)[..., 0]) * 10).astype(np.int64)
 
 
 def refused_arrays() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Good keys (1, 8, 4), and the same with a number that is none, one that is not finite, and a wrong dtype."""
+    """Good keys (1, 8, 4), and the same with a NaN, with an infinity, and in a wrong dtype."""
     keys = make_array("normal", (1, 8, 4), "f32", 1)
     nan, infinite = keys.copy(), keys.copy()
     nan[0, 3, 1], infinite[0, 0, 0] = np.nan, np.inf
@@ -73,7 +74,7 @@ def refused_arrays() -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def bell_shaped(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Numbers of standard deviation 1, at most 3.5, float64, with bits in every place: sums of four uniform ones."""
+    """Numbers of standard deviation 1, at most 3.5, float64, with bits in every place: sums of four uniform numbers."""
     words = random_bits(shape, seed)
     pieces = [(words >> np.uint64(16 * i) & np.uint64(0xFFFF)).astype(np.float64) for i in range(4)]
     total = pieces[0] + pieces[1] + pieces[2] + pieces[3]

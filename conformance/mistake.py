@@ -1,7 +1,7 @@
 """A mistake that implementations make: a change of the reference.
 
-It is either other code in one or two places of the reference, or the right code on other arguments. What explains a
-wrong outcome is the mistake that gives it too (see `explaining`).
+It either puts other code in one or two places of the reference, or calls the right code with other arguments. A wrong
+outcome is explained by the mistake that gives it too (see `explaining`).
 """
 
 from collections.abc import Callable

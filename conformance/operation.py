@@ -1,4 +1,4 @@
-"""What the suite must know of an operation: each file of `operations` says it of one."""
+"""What the suite must know about an operation; each file of `operations` says it about one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def plain_spelling(port: Port, case: Case) -> Spelling:
 
 
 def call_function(operation: "Operation", port: Port, case: Case) -> dict[str, np.ndarray]:
-    """Arrays by position, but for those that are given by name, and parameters by name."""
+    """Call with arrays by position, except those of `by_name`, and parameters by name."""
     function, parameters = operation.spelling(port, case)
     by_name = {name: port.from_numpy(case.arrays[name]) for name in operation.by_name if name in case.arrays}
     return port.parts(
@@ -31,7 +31,7 @@ def call_function(operation: "Operation", port: Port, case: Case) -> dict[str, n
 
 
 def arrays_in_order(operation: "Operation", port: Port, case: Case) -> list[Any]:
-    """Each array as an argument."""
+    """The arrays that are passed by position."""
     return [port.from_numpy(array) for name, array in case.arrays.items() if name not in operation.by_name]
 
 
@@ -42,18 +42,18 @@ class Operation:
     Attributes
     ----------
     name : a function or a class.
-    section : of SPECIFICATION.md, which its results follow.
+    section : the section of SPECIFICATION.md that its results follow.
     results : what a function returns, by name.
-    cases : what goes in, with seeds from the given number on, which is a thousand for each seed of the suite.
+    cases : its inputs, with seeds from the given number on, a thousand times the seed of the suite.
     refused : calls that must raise.
-    small : arrays and parameters of a small case, one of those among which a counterexample is looked for.
-    mistakes : what is known to go wrong; of two that explain as many failures, the first is named.
+    small : arrays and parameters of a small case, drawn in the search for a counterexample.
+    mistakes : what is known to go wrong; of two that explain equally many failures, the first is named.
     scaffold : how an adapter to be filled in begins.
-    by_name : arrays that are given by name; the others are by position.
+    by_name : arrays that are passed by name; the others are passed by position.
     options : parameters that not every implementation has.
-    spelling : what is called with which parameters, in the way in which a port spells them.
+    spelling : what is called, and its parameters as the port spells them.
     positional : the arguments by position.
-    call : the whole call, where it is not one of a function.
+    call : the whole call, where it is not that of a function.
     oracle : query, keys, values, counts and scale of the attention that a case amounts to, if any.
     decisions : how the reference decides the first leading index of a case, in words.
     pattern : a cause and its paragraph for failures of these kinds (how the names of cases begin) in these results.
@@ -77,5 +77,5 @@ class Operation:
     pattern: Callable[[set[str], set[str]], tuple[str, str] | None] = lambda kinds, results: None
 
     def has_option(self, case: Case) -> bool:
-        """Whether a case asks for what not every implementation has."""
+        """Whether a case has an option."""
         return bool(set(self.options) & set(case.parameters))

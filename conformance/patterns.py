@@ -1,4 +1,4 @@
-"""What the pattern of the failures says where no known mistake gives all of them."""
+"""What the pattern of the failures says where no known mistake explains them."""
 
 import numpy as np
 
@@ -21,8 +21,8 @@ def pattern(failed: list[Failure]) -> tuple[str | None, str | None]:
         return f"every failing call raises {errors.pop()}", None
     kinds = {case.name.partition("-")[0] for case, _, _ in failed}
     names = {difference.what for _, _, difference in failed}
-    if (said := OPERATIONS[failed[0][0].operation].pattern(kinds, names)) is not None:
-        return said
+    if (explanation := OPERATIONS[failed[0][0].operation].pattern(kinds, names)) is not None:
+        return explanation
     if names == {"labels"} and kinds <= TIES:
         return "only ties and extremes fail: decisions need float64 similarities by halving sums", "2.1"
     moderate = [failure for failure in failed if failure[0].name.partition("-")[0] not in EXTREMES]
@@ -48,11 +48,11 @@ def nearly_equal(failure: Failure) -> bool:
     """Whether all numbers share their leading bits with the right ones."""
     case, outcome, _ = failure
     for name, right in expected(case).items():
-        mine = outcome.arrays.get(name)
-        if mine is None or right.dtype.kind == "i" or name == "output":
+        actual = outcome.arrays.get(name)
+        if actual is None or right.dtype.kind == "i" or name == "output":
             continue
         wide = right.astype(np.float64)
         allowed = 2.0**-LEAST_SHARED_BITS * np.abs(wide).max(initial=0)
-        if mine.shape != wide.shape or np.abs(mine.astype(np.float64) - wide).max(initial=0) > allowed:
+        if actual.shape != wide.shape or np.abs(actual.astype(np.float64) - wide).max(initial=0) > allowed:
             return False
     return True

@@ -1,4 +1,4 @@
-"""Anybody's names on their kind of arrays: what goes in is made of NumPy arrays, what comes out becomes some."""
+"""An implementation's names on its own kind of array: NumPy arrays are converted on the way in and on the way out."""
 
 import inspect
 from collections.abc import Callable
@@ -44,20 +44,20 @@ class Port:
     def parts(self, names: tuple[str, ...], result: Any) -> dict[str, np.ndarray]:
         """The named arrays of a result: its attributes, the elements of a tuple, or itself."""
         if all(hasattr(result, name) for name in names):
-            found = [getattr(result, name) for name in names]
+            arrays = [getattr(result, name) for name in names]
         elif isinstance(result, tuple | list):
             if len(result) != len(names):
                 raise TypeError(f"the result must be {', '.join(names)}, got {len(result)} values")
-            found = list(result)
+            arrays = list(result)
         elif len(names) == 1:
-            found = [result]
+            arrays = [result]
         else:
             raise TypeError(f"the result must have {', '.join(names)}, got {type(result).__name__}")
-        return {name: self.to_numpy(array) for name, array in zip(names, found, strict=True)}
+        return {name: self.to_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
 def parameters_of(function: Callable[..., Any]) -> tuple[set[str], bool]:
-    """Names of a function's or class's parameters, and whether it takes others too, or does not say."""
+    """Names of a function's or class's parameters, and whether it takes others too, or has no signature."""
     try:
         known = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -75,7 +75,7 @@ def tensor_of(array: np.ndarray) -> Any:
 
 
 def array_of(result: Any) -> np.ndarray:
-    """A NumPy array of whatever it is, with the same bits."""
+    """Any kind of array as a NumPy array with the same bits."""
     if isinstance(result, np.ndarray | list | int):
         return np.asarray(result)
     if hasattr(result, "detach"):  # a torch tensor, which may lie on a GPU and may be bfloat16

@@ -23,35 +23,38 @@ def show(console: Console, report: Report) -> None:
     table = Table(title=f"{report.implementation} against the reference ({report.seconds:.1f} s)")
     for column in ("operation", "cases", "differ", "not put to it", "verdict"):
         table.add_column(column, justify="right" if column in ("cases", "differ") else "left")
-    for each in report.operations:
-        skipped = ", ".join(f"{number}: {reason}" for reason, number in each.skipped.items())
-        colour = COLOURS[each.verdict]
-        verdict = f"[{colour}]{each.verdict}[/{colour}]"
-        table.add_row(each.operation, str(each.n_cases), str(each.n_failed), skipped, verdict)
+    for result in report.operations:
+        skipped = ", ".join(f"{number}: {reason}" for reason, number in result.skipped.items())
+        colour = COLOURS[result.verdict]
+        verdict = f"[{colour}]{result.verdict}[/{colour}]"
+        table.add_row(result.operation, str(result.n_cases), str(result.n_failed), skipped, verdict)
     console.print(table)
-    for each in report.operations:
-        if each.counterexample is not None:
-            text = Text("\n".join(lines_on(each.counterexample)))
-            console.print(Panel(text, title=f"{each.operation} differs", title_align="left", border_style="red"))
+    for result in report.operations:
+        if result.counterexample is not None:
+            text = Text("\n".join(lines_on(result.counterexample)))
+            console.print(Panel(text, title=f"{result.operation} differs", title_align="left", border_style="red"))
     if report.is_stopped:
         console.print("Stopped by --max-seconds: not all cases were checked.")
 
 
-def lines_on(found: Counterexample) -> list[str]:
+def lines_on(counterexample: Counterexample) -> list[str]:
     """What is wrong, the case, what must come out, what does, and how the reference decides."""
-    lines = [f"What is wrong: {found.cause or 'no known mistake explains it'}"]
-    lines += [f"Rule: {found.rule} of SPECIFICATION.md", "", f"Case: {found.case.name}"]
-    lines += [f"  {name} = {written(array)}" for name, array in found.case.arrays.items()]
-    lines += [f"  {name} = {value}" for name, value in found.case.parameters.items()]
-    what = found.difference.what
-    lines.append(f"Difference: {found.difference.text}")
-    for title, arrays, one in (
-        ("expected", found.expected, found.difference.expected),
-        ("got", found.got, found.difference.got),
+    lines = [f"What is wrong: {counterexample.cause or 'no known mistake explains it'}"]
+    lines += [f"Rule: {counterexample.rule} of SPECIFICATION.md", "", f"Case: {counterexample.case.name}"]
+    lines += [f"  {name} = {written(array)}" for name, array in counterexample.case.arrays.items()]
+    lines += [f"  {name} = {value}" for name, value in counterexample.case.parameters.items()]
+    what = counterexample.difference.what
+    lines.append(f"Difference: {counterexample.difference.text}")
+    for title, arrays, text in (
+        ("expected", counterexample.expected, counterexample.difference.expected),
+        ("got", counterexample.got, counterexample.difference.got),
     ):
-        lines.append(f"  {title} {what}: {written(arrays[what]) if what in arrays else one}")
-    if all(array.size <= MOST_WRITTEN for array in found.case.arrays.values()) and not found.case.is_refused:
-        steps = decisions(found.case)
+        lines.append(f"  {title} {what}: {written(arrays[what]) if what in arrays else text}")
+    if (
+        all(array.size <= MOST_WRITTEN for array in counterexample.case.arrays.values())
+        and not counterexample.case.is_refused
+    ):
+        steps = decisions(counterexample.case)
         lines += ["How the reference decides:", *steps] if steps else []
     return lines
 
@@ -63,18 +66,18 @@ def written(array: np.ndarray) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The whole report, of what JSON knows only."""
+    """The whole report, in types that JSON has."""
     operations = [
         {
-            "operation": each.operation,
-            "verdict": each.verdict,
-            "cases": each.n_cases,
-            "differ": each.n_failed,
-            "skipped": dict(each.skipped),
-            "failed": each.failed,
-            "counterexample": None if each.counterexample is None else counterexample_as_json(each.counterexample),
+            "operation": result.operation,
+            "verdict": result.verdict,
+            "cases": result.n_cases,
+            "differ": result.n_failed,
+            "skipped": dict(result.skipped),
+            "failed": result.failed,
+            "counterexample": None if result.counterexample is None else counterexample_as_json(result.counterexample),
         }
-        for each in report.operations
+        for result in report.operations
     ]
     return {
         "implementation": report.implementation,
@@ -85,41 +88,45 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def counterexample_as_json(found: Counterexample) -> dict[str, Any]:
+def counterexample_as_json(counterexample: Counterexample) -> dict[str, Any]:
     arrays = {
         name: {key: listed(array) for key, array in group.items()}
-        for name, group in (("inputs", found.case.arrays), ("expected", found.expected), ("got", found.got))
+        for name, group in (
+            ("inputs", counterexample.case.arrays),
+            ("expected", counterexample.expected),
+            ("got", counterexample.got),
+        )
     }
     return {
         **arrays,
-        "parameters": found.case.written_parameters,
-        "cause": found.cause,
-        "rule": found.rule,
-        "difference": found.difference._asdict(),
-        "case": found.case.name,
+        "parameters": counterexample.case.written_parameters,
+        "cause": counterexample.cause,
+        "rule": counterexample.rule,
+        "difference": counterexample.difference._asdict(),
+        "case": counterexample.case.name,
     }
 
 
 def listed(array: np.ndarray) -> Any:
-    """An array as JSON has it, in strings where some numbers are not finite."""
+    """An array as JSON has it, as strings if any number is not finite."""
     return array.tolist() if np.isfinite(array).all() else array.astype(str).tolist()
 
 
 def as_junit(report: Report) -> str:
     """One test case per operation."""
-    failures = sum(each.verdict == "differs" for each in report.operations)
-    skipped = sum(each.verdict == "not checked" for each in report.operations)
+    failures = sum(result.verdict == "differs" for result in report.operations)
+    skipped = sum(result.verdict == "not checked" for result in report.operations)
     attributes = {"name": f"kvcluster check {report.implementation}", "tests": str(len(report.operations))}
     attributes |= {"failures": str(failures), "skipped": str(skipped), "time": f"{report.seconds:.3f}"}
     root = ElementTree.Element("testsuite", attributes)
-    for each in report.operations:
-        case = ElementTree.SubElement(root, "testcase", {"classname": report.implementation, "name": each.operation})
-        if each.verdict == "not checked":
-            ElementTree.SubElement(case, "skipped", {"message": ", ".join(each.skipped)})
-        if each.counterexample is not None:
-            message = each.counterexample.cause or each.counterexample.difference.text
+    for result in report.operations:
+        case = ElementTree.SubElement(root, "testcase", {"classname": report.implementation, "name": result.operation})
+        if result.verdict == "not checked":
+            ElementTree.SubElement(case, "skipped", {"message": ", ".join(result.skipped)})
+        if result.counterexample is not None:
+            message = result.counterexample.cause or result.counterexample.difference.text
             failure = ElementTree.SubElement(
-                case, "failure", {"message": f"{message} (rule {each.counterexample.rule})"}
+                case, "failure", {"message": f"{message} (rule {result.counterexample.rule})"}
             )
-            failure.text = "\n".join(each.failed)
+            failure.text = "\n".join(result.failed)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

@@ -20,7 +20,7 @@ from .shrinking import smallest_case
 
 __all__ = ["Counterexample", "OperationReport", "Report", "check"]
 
-N_EXPLAINED = 8  # failures, about, of which a cause must give most
+N_EXPLAINED = 8  # about so many failures, of which a cause must give most
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Counterexample:
 
 @dataclass
 class OperationReport:
-    """What became of the cases of one operation; `skipped` says why how many were not put to the implementation."""
+    """What became of the cases of one operation; `skipped` counts by reason those not put to the implementation."""
 
     operation: str
     n_cases: int = 0
@@ -63,7 +63,7 @@ class OperationReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Of a whole run; `is_stopped`: there was no time for all cases."""
+    """What a whole run found; `is_stopped`: there was no time for all cases."""
 
     implementation: str
     operations: list[OperationReport]
@@ -73,7 +73,9 @@ class Report:
     @property
     def agrees(self) -> bool:
         """Whether something was checked and nothing differs."""
-        return any(each.n_cases for each in self.operations) and not any(each.n_failed for each in self.operations)
+        return any(result.n_cases for result in self.operations) and not any(
+            result.n_failed for result in self.operations
+        )
 
 
 def check(
@@ -91,18 +93,18 @@ def check(
     ----------
     implementation : see `Implementation`.
     only : names of `OPERATIONS`.
-    seed : puts other numbers into the same cases.
-    max_seconds : after this long no other case begins; the search for small counterexamples goes on for a while.
+    seed : another seed gives the same cases other numbers.
+    max_seconds : after this long no further case begins; the search for small counterexamples goes on for a while.
     on_case : called after each case.
     has_smallest : look for small counterexamples; else they are the smallest of the cases.
 
     Raises
     ------
-    ValueError : an operation that is none.
+    ValueError : an unknown operation.
 
     Notes
     -----
-    A right NumPy implementation takes some seconds. The results are those of the reference, bit for bit; attention
+    A correct NumPy implementation takes a few seconds. The results are those of the reference, bit for bit; attention
     outputs are within the bound of `attention_agreement`.
     """
     unknown = sorted(set(only) - set(OPERATIONS))
@@ -137,7 +139,7 @@ def check(
 def differs(implementation: Implementation, case: Case) -> bool:
     """Whether the case can be put to the implementation, and is answered wrongly.
 
-    Of numbers so large that a float32 baseline overflows there is no bound, and no answer is right.
+    Numbers so large that a float32 baseline overflows have no bound, so no answer to them is right: they do not count.
     """
     if implementation.accepts(case) is not None or compare(case, run(implementation, case)) is None:
         return False
@@ -163,8 +165,8 @@ def counterexample(
     if seed is not None:
         small = smallest_case(case.operation, lambda case: differs(implementation, case), seed)
         if small is not None:
-            again = run(implementation, small)
-            found = compare(small, again)
-            if found is not None:
-                case, outcome, difference = small, again, found
+            small_outcome = run(implementation, small)
+            small_difference = compare(small, small_outcome)
+            if small_difference is not None:
+                case, outcome, difference = small, small_outcome, small_difference
     return Counterexample(case, difference, expected(case), outcome.arrays, cause[0], cause[1] or rule)

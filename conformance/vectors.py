@@ -1,7 +1,7 @@
-"""Test vectors: the cases and what must come out of them, as files for people who do not write Python.
+"""Test vectors: the cases and their expected results, as files for people who do not write Python.
 
 One safetensors file per operation and a manifest in JSON; docs/vectors/README.md describes them, reader.cpp beside it
-reads them. The same seed gives the same bytes on every machine: inputs and decisions do by the arithmetic contract,
+reads them. The same seed gives the same bytes on every machine: inputs and decisions by the arithmetic contract,
 attention by `exact_attention`.
 """
 
@@ -36,8 +36,8 @@ def write_vectors(folder: str | Path, seed: int = 0, on_case: Callable[[Case], N
 
     Parameters
     ----------
-    folder : made, with the folders above it, if it does not exist. All files appear in it at once.
-    seed : at least 0; another one puts other numbers into the cases.
+    folder : created, with the folders above it, if it does not exist. All files appear in it at once.
+    seed : at least 0; another seed gives the cases other numbers.
     on_case : called after each case.
 
     Raises
@@ -49,20 +49,20 @@ def write_vectors(folder: str | Path, seed: int = 0, on_case: Callable[[Case], N
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        made, earlier = Path(temporary, "made"), Path(temporary, "earlier")
-        made.mkdir()
+        new, earlier = Path(temporary, "new"), Path(temporary, "earlier")
+        new.mkdir()
         manifest: dict[str, Any] = {**FORMAT, "version": version("kvcluster"), "seed": seed, "files": {}, "cases": []}
         for operation, arrays, cases in contents(seed, on_case):
             content = serialize(arrays)
-            (made / f"{operation}.safetensors").write_bytes(content)
+            (new / f"{operation}.safetensors").write_bytes(content)
             manifest["files"][f"{operation}.safetensors"] = fingerprint(content)
             manifest["cases"] += cases
         text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        (made / MANIFEST).write_bytes(text.encode())
+        (new / MANIFEST).write_bytes(text.encode())
         try:
             if folder.exists():
                 os.replace(folder, earlier)
-            os.replace(made, folder)
+            os.replace(new, folder)
         except BaseException:
             if earlier.exists():
                 os.replace(earlier, folder)
@@ -71,7 +71,7 @@ def write_vectors(folder: str | Path, seed: int = 0, on_case: Callable[[Case], N
 
 
 def verify_vectors(folder: str | Path, on_case: Callable[[Case], None] | None = None) -> list[str]:
-    """What differs between a set of vectors and what the reference says now, in words; nothing if all is right.
+    """What differs between a set of vectors and what the reference says now, in words; empty if nothing does.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def fingerprint(content: bytes) -> dict[str, Any]:
 
 
 def different_arrays(content: bytes, arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    """In what the arrays of a file are not `arrays`, bit for bit."""
+    """How the arrays of a file differ from `arrays`, bit for bit, in words."""
     try:
         stored = dict(safetensors.deserialize(content))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
@@ -171,19 +171,22 @@ def different_arrays(content: bytes, arrays: dict[str, np.ndarray]) -> Iterator[
         if name not in stored:
             yield f"{name} is missing"
             continue
-        mine = stored.pop(name)
-        if (mine["dtype"], tuple(mine["shape"])) != (STORED[right.dtype.name], right.shape):
-            yield f"{name} must be {STORED[right.dtype.name]} {right.shape}, got {mine['dtype']} {tuple(mine['shape'])}"
+        entry = stored.pop(name)
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if (dtype, shape) != (STORED[right.dtype.name], right.shape):
+            yield f"{name} must be {STORED[right.dtype.name]} {right.shape}, got {dtype} {shape}"
             continue
         words = (right.size, right.dtype.itemsize)
-        mine, theirs = (np.frombuffer(data, np.uint8).reshape(words) for data in (mine["data"], right.tobytes()))
-        if (differs := (mine != theirs).any(axis=-1)).any():
+        actual_bytes, right_bytes = (
+            np.frombuffer(data, np.uint8).reshape(words) for data in (entry["data"], right.tobytes())
+        )
+        if (differs := (actual_bytes != right_bytes).any(axis=-1)).any():
             yield f"{name}: {differs.sum():,} of {right.size:,} differ, the first at index {differs.argmax()}"
     yield from (f"{name} belongs to no case" for name in sorted(stored))
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to put vectors where something else is."""
+    """Refuse a folder that holds anything but vectors."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -203,11 +206,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of vectors; ValueError if it has none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        found = {name: manifest[name] for name in FORMAT}
+        stated = {name: manifest[name] for name in FORMAT}
         is_whole = isinstance(manifest["seed"], int) and isinstance(manifest["files"], dict)
         is_whole = is_whole and all(isinstance(case, dict) for case in manifest["cases"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"folder must hold the {MANIFEST} of vectors, got {folder} ({error!r})") from error
-    if found != FORMAT or not is_whole:
-        raise ValueError(f"{MANIFEST} must say {FORMAT}, with seed, files and cases, got {found}")
+    if stated != FORMAT or not is_whole:
+        raise ValueError(f"{MANIFEST} must say {FORMAT}, with seed, files and cases, got {stated}")
     return manifest

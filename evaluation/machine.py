@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt in the
 
 
 def describe() -> dict[str, Any]:
-    """What the numbers depend on; the load tells how much else was running when they were begun."""
+    """What the numbers depend on; the load tells how much else was running at the start."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next allocation.
 
     Otherwise a cache that is copied at every step, as transformers' own is, gets fresh pages from the system each time,
-    and would be timed by what a page fault costs here.
+    and its time would be that of page faults.
     """
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -42,12 +42,12 @@ def return_freed_memory() -> None:
 
 
 def mallopt(parameter: int, value: int) -> None:
-    found: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
-    if found is not None:
-        found(parameter, value)
+    function: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
+    if function is not None:
+        function(parameter, value)
 
 
 def read_all(tensors: list[Tensor]) -> None:
-    """Read every byte once: a plain reduction, the measure of read bandwidth."""
+    """Read every byte once, by a plain reduction: the measure of read bandwidth."""
     for tensor in tensors:
         tensor.sum()

@@ -17,8 +17,8 @@ from .errors import UnusableInputError
 
 __all__ = ["READING_LAYERS", "load_llama", "load_model", "smollm2_folder"]
 
-# In which answers find what they ask for, the most important first. From a search by the rule that is written down in
-# benchmarks/ablation/reading_layers.py, on other texts; alone that finds layer 15 instead of 14, and answers as good.
+# The layers in which answers find what they ask for, the most important first. From a search by the rule in
+# benchmarks/ablation/reading_layers.py, on other texts; on its own that finds layer 15 instead of 14, and does as well.
 READING_LAYERS = (18, 7, 20, 17, 23, 21, 14, 8, 6)
 
 
@@ -48,13 +48,13 @@ def convert(gguf: Path, folder: Path) -> None:
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantized.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
+    new = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
-        made.rename(folder)
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
+        new.rename(folder)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def load_llama(folder: str | Path) -> tuple[Any, Any]:
@@ -78,14 +78,14 @@ def load_llama(folder: str | Path) -> tuple[Any, Any]:
 
 
 def load_model(folder: Path | None) -> tuple[Any, Any]:
-    """Model and tokenizer, from `folder` or SmolLM2; what is wrong with them is said in one line."""
+    """Model and tokenizer, from `folder` or SmolLM2; errors say in one line what is wrong with them."""
     from safetensors import SafetensorError
 
     try:
         return load_llama(smollm2_folder() if folder is None else folder)
     except (OSError, ValueError) as error:
         raise UnusableInputError(" ".join(str(error).split())) from error
-    except (RuntimeError, SafetensorError) as error:  # other shapes than those of config.json; a damaged file
+    except (RuntimeError, SafetensorError) as error:  # shapes that differ from config.json; a damaged file
         message = " ".join(str(error).split())
         raise UnusableInputError(
             f"model must have the weights that its config.json asks for, got {folder}: {message}"

@@ -1,4 +1,4 @@
-"""Pages of results: sentences by hand in Markdown, and between marks tables that a program fills in."""
+"""Pages of results in Markdown: sentences are written by hand, tables between marks are filled in by a program."""
 
 import re
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def fill(page: str, tables: Mapping[str, str]) -> str:
     marked = [name for _, name, _ in REGION.findall(page)]
     if sorted(marked) != sorted(tables):
         raise ValueError(f"page must have a mark for each of {sorted(tables)}, got {sorted(marked)}")
-    return REGION.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", page)
+    return REGION.sub(lambda region: f"{region[1]}{tables[region[2]]}\n{region[3]}", page)
 
 
 def numbers_of_sentences(page: str) -> set[str]:
@@ -42,15 +42,15 @@ def numbers_of_sentences(page: str) -> set[str]:
 
 
 def numbers_of_tables(page: str) -> set[str]:
-    return {number for found in REGION.finditer(page) for number in numbers(found[0])}
+    return {number for region in REGION.finditer(page) for number in numbers(region[0])}
 
 
 def numbers(text: str) -> set[str]:
-    return {found.rstrip(",") for found in NUMBER.findall(text)}
+    return {number.rstrip(",") for number in NUMBER.findall(text)}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """In Markdown.
+    """A table in Markdown.
 
     >>> print(table(["kept", "bytes"], [["0.5", "10"]]))
     | kept | bytes |

@@ -52,7 +52,7 @@ class Section:
 
 
 def print_sections(console: Console, sections: list[Section]) -> None:
-    """Every table, then how many targets are met, if there are any."""
+    """Print every table, then how many targets are met, if there are any."""
     for section in sections:
         table = Table(title=section.title, title_justify="left", caption=section.note, caption_justify="left")
         for i, name in enumerate((*section.columns, "target", "met")):
@@ -70,7 +70,7 @@ def print_sections(console: Console, sections: list[Section]) -> None:
 
 
 def verdict(line: Line) -> tuple[str, str]:
-    """The last two cells."""
+    """The last two cells of a line."""
     if line.claim is None:
         return "none", ""
     return ("at least " if line.claim.is_least else "at most ") + line.show.format(

@@ -1,6 +1,6 @@
-"""What was measured, one line of JSON a run: the store that lets a benchmark go on where it stopped.
+"""What was measured, one line of JSON per run: the store that lets a benchmark go on where it stopped.
 
-A run has a `key`, by which it is known. Runs of an evaluation hold numbers of each token; those that are committed are
+A run is identified by its `key`. Runs of an evaluation hold numbers of each token; those that are committed are
 condensed to sums of each context, which is all that intervals need.
 """
 
@@ -18,8 +18,8 @@ Run = dict[str, Any]
 class Runs:
     """The results so far, in memory and, given a `path`, in a file of JSON lines; a half-written last line is lost.
 
-    A run is known by what its key says, such as its method's name, what is kept, the tokens of its case and the weights
-    of its model: after a change of a method's code the file must go. `form` is applied to all that is added.
+    A key says what the run depends on, such as its method's name, what is kept, the tokens of its case and the weights
+    of its model, but not the method's code: after a change to that, delete the file. `form` is applied to added runs.
     """
 
     def __init__(self, path: Path | None = None, form: Callable[[Run], Run] = lambda run: run) -> None:
@@ -37,9 +37,9 @@ class Runs:
         if len(whole) < len(content):
             path.write_bytes(whole)
 
-    def add(self, made: Run) -> Run:
-        """The run as it is stored."""
-        stored = self.form(made)
+    def add(self, run: Run) -> Run:
+        """Store a run; returns it as it is stored."""
+        stored = self.form(run)
         self.all.append(stored)
         if self.path is not None:
             with self.path.open("a") as file:
@@ -47,21 +47,21 @@ class Runs:
         return stored
 
     def found(self, key: dict[str, Any]) -> Run | None:
-        return next((each for each in self.all if each["key"] == key), None)
+        return next((run for run in self.all if run["key"] == key), None)
 
 
 def condense(run: Run, n_depths: int = N_DEPTHS) -> Run:
-    """Sums in the place of numbers of each layer, needle and token; a condensed run is given back as it is.
+    """Sums in place of the numbers of each layer, needle and token; a condensed run is returned as it is.
 
     `needles` has the sums of each kind, and (right tokens, tokens) of each of `n_depths` equal parts of the context.
     """
     if "stored" in run:
         return run
-    made = {name: run[name] for name in ("key", "task", "n_tokens")}
-    made |= {"stored": stored_sums(run["n_stored"]), "nbytes": run["nbytes"]}
+    condensed = {name: run[name] for name in ("key", "task", "n_tokens")}
+    condensed |= {"stored": stored_sums(run["n_stored"]), "nbytes": run["nbytes"]}
     if "needles" in run:
         needles = run["needles"]
-        made["needles"] = {
+        condensed["needles"] = {
             "kinds": {
                 kind: needle_sums(*zip(*((x["is_right"], x["nll"]) for x in needles if x["kind"] == kind), strict=True))
                 for kind in dict.fromkeys(needle["kind"] for needle in needles)
@@ -69,17 +69,17 @@ def condense(run: Run, n_depths: int = N_DEPTHS) -> Run:
             "depths": depth_sums(needles, n_depths),
         }
     if "following_nll" in run:
-        made["following"] = {"n": len(run["following_nll"]), "nll": round(sum(run["following_nll"]), 6)}
-    return made | {name: run[name] for name in ("attention_errors", "prompts", "seconds") if name in run}
+        condensed["following"] = {"n": len(run["following_nll"]), "nll": round(sum(run["following_nll"]), 6)}
+    return condensed | {name: run[name] for name in ("attention_errors", "prompts", "seconds") if name in run}
 
 
 def stored_sums(n_stored: Sequence[int]) -> dict[str, int]:
-    """Of the entries of each layer."""
+    """Sums, least and most of the entries of each layer."""
     return {"layers": len(n_stored), "entries": sum(n_stored), "least": min(n_stored), "most": max(n_stored)}
 
 
 def needle_sums(is_right: Sequence[Sequence[bool]], nll: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Of answers, of whose every token it is known whether it is right, and its nats.
+    """Sums over answers, from whether each of their tokens is right, and its nats.
 
     >>> needle_sums([[True, True], [True, False]], [[0.5, 0.25], [0.25, 2.0]])
     {'n': 2, 'tokens': 4, 'right': 3, 'exact': 1, 'nll': 3.0}
@@ -104,5 +104,5 @@ def depth_sums(needles: list[dict[str, Any]], n_depths: int) -> list[list[int]]:
 
 def total(sums: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Needle sums of several kinds or contexts, added up."""
-    each = list(sums)
-    return {name: sum(one[name] for one in each) for name in ("n", "tokens", "right", "exact", "nll")}
+    parts = list(sums)
+    return {name: sum(part[name] for part in parts) for name in ("n", "tokens", "right", "exact", "nll")}

@@ -2,7 +2,8 @@
 
 Needles of one context are not independent of each other. So 95 % intervals come from resampling whole contexts, each
 with all its sums: percentiles of 10,000 bootstrap samples; none with fewer than two contexts. Shares of needles or
-prompts that are entirely right also have Wilson's, which takes them for independent. Times are compared within turns.
+prompts that are entirely right also have Wilson's interval, which takes them to be independent. Times are compared
+within turns.
 """
 
 import math
@@ -52,7 +53,7 @@ def exp_ratio_of_sums(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def estimate(above: Sequence[float], below: Sequence[float], statistic: Statistic = ratio_of_sums) -> dict[str, Any]:
     """A statistic of one pair of numbers for each context, and its interval from resampling contexts.
 
-    Two contexts of four tokens each, all right and half right; drawn twice, either may be all that is drawn:
+    Two contexts of four tokens each, all right and half right; two draws may both take the same one:
 
     >>> estimate([4, 2], [4, 4])
     {'value': 0.75, 'low': 0.5, 'high': 1.0}
@@ -73,7 +74,7 @@ def estimate(above: Sequence[float], below: Sequence[float], statistic: Statisti
 
 @dataclass(frozen=True)
 class Ratios:
-    """Median, smallest and largest of the pairwise ratios, one a turn."""
+    """Median, smallest and largest of the ratios, one per turn."""
 
     median: float
     low: float
@@ -84,13 +85,13 @@ class Ratios:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Ratios:
-    """Of `ours` to `theirs`, turn by turn.
+    """Ratios of `ours` to `theirs`, turn by turn.
 
     >>> print(ratios([2.0, 3.0, 8.0], [1.0, 2.0, 2.0]))
     2.00 (1.50 to 4.00)
     """
-    each = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return Ratios(statistics.median(each), min(each), max(each))
+    by_turn = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Ratios(statistics.median(by_turn), min(by_turn), max(by_turn))
 
 
 def fitted_exponent(sizes: list[int], seconds: list[float]) -> float:

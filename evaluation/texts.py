@@ -17,7 +17,7 @@ SETS = ("tuning", "reporting")
 
 
 def built_in_text() -> str:
-    """The Python language reference as pydoc has it: about 465,000 characters of English, other ones in each Python."""
+    """The Python language reference as pydoc has it: about 465,000 characters of English; versions differ."""
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
 
 
 def load_tokens(text: str | None, tokenizer: Any, wanted: int) -> torch.Tensor:
-    """The first `wanted` tokens, (1, wanted), of `text` or, without one, of the built-in one, as a text of its own."""
+    """The first `wanted` tokens, (1, wanted), of `text` or of the built-in text, read as a text of its own."""
     tokens = tokenizer(built_in_text() if text is None else text, return_tensors="pt").input_ids[:, :wanted]
     if tokens.shape[1] < wanted:
         raise UnusableInputError(f"text must have at least {wanted} tokens, got {tokens.shape[1]}")
@@ -38,7 +38,7 @@ def load_tokens(text: str | None, tokenizer: Any, wanted: int) -> torch.Tensor:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of `text` as it stands inside of a longer one."""
+    """Tokens of `text` as part of a longer text."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return tokens
 
@@ -50,7 +50,7 @@ def opening(tokenizer: Any) -> list[int]:
 
 
 def span(tokens: list[int], which: str, number: int, length: int) -> list[int]:
-    """Span `number` of `length` tokens in the half of `tokens` that belongs to a set: they do not overlap.
+    """Span `number` of `length` tokens in the half of `tokens` that belongs to a set; spans do not overlap.
 
     Raises
     ------

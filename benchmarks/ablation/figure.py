@@ -63,17 +63,19 @@ def draw_panel(axis: plt.Axes, panel: str, results: Results, keeps: list[float])
     variants = PANELS[panel]
     for row, settings in enumerate(variants.values()):
         for place, keep in enumerate(keeps):
-            each = results.get((describe(settings), keep))
-            if each is None:
+            result = results.get((describe(settings), keep))
+            if result is None:
                 continue
-            made, height = each["accuracy"], row + 0.26 * (place - (len(keeps) - 1) / 2)
-            below, above = bar_lengths(made)
-            ends = [made["value"] - below, made["value"] + above]
+            accuracy, height = result["accuracy"], row + 0.26 * (place - (len(keeps) - 1) / 2)
+            below, above = bar_lengths(accuracy)
+            ends = [accuracy["value"] - below, accuracy["value"] + above]
             axis.plot(ends, [height, height], color=COLOURS[place], linewidth=1.6)
-            axis.plot(made["value"], height, MARKERS[place], color=COLOURS[place], markersize=5)
-            if each["perplexity"]:
+            axis.plot(accuracy["value"], height, MARKERS[place], color=COLOURS[place], markersize=5)
+            if result["perplexity"]:
                 look = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}
-                axis.text(1.01 + 0.11 * place, row, f"{each['perplexity']['value']:.3f}", color=COLOURS[place], **look)
+                axis.text(
+                    1.01 + 0.11 * place, row, f"{result['perplexity']['value']:.3f}", color=COLOURS[place], **look
+                )
     axis.set_yticks(range(len(variants)), list(variants), fontsize=9)
     for label, settings in zip(axis.get_yticklabels(), variants.values(), strict=True):
         label.set_fontweight("bold" if settings == Settings() else "normal")

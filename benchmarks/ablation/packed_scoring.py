@@ -1,7 +1,7 @@
-"""All questions about a context in one forward pass, on any entries: what the ablation and the reading layers ask with.
+"""All questions about a context in one forward pass, on any entries, for the ablation and the reading layers.
 
 The same numbers as `kvcluster.evaluation.quality` gives, several times sooner: all questions are one row of tokens,
-each at the context's end and blind to all others. For Llamas alone.
+each at the context's end and blind to all others. For Llamas only.
 """
 
 import math
@@ -51,7 +51,7 @@ class Context:
 
 
 def read_contexts(model: Any, tokenizer: Any, which: str, kind: str, **sizes: Any) -> list[Context]:
-    """Contexts of the set `which` with needles of one kind; what was read once lies in `.cache/contexts`.
+    """Contexts of the set `which` with needles of one kind; what was read before is kept in `.cache/contexts`.
 
     `sizes` are those of `needle_cases`.
     """
@@ -103,7 +103,7 @@ def score(
 
 
 def following_nll(model: Any, case: Case, held: list[Held]) -> list[float]:
-    """Nats of each token of what follows the context but the first."""
+    """Nats of each token that follows the context, except the first."""
     [(_, nll)] = predict(model, len(case.tokens), held, [(case.following, len(case.following) - 1)], None)
     return nll.tolist()
 
@@ -116,7 +116,7 @@ def predict(
     asked: list[tuple[list[int], int]],
     watch: Callable[[int, Tensor], object] | None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Whether each of the last tokens of each text is predicted, and its nats; how many is the text's number."""
+    """Of each text's last tokens, as many as its number says: whether each is predicted, and its nats."""
     read = [text[:-1] for text, _ in asked]
     tokens = torch.tensor([token for text in read for token in text])
     owner = torch.tensor([number for number, text in enumerate(read) for _ in text])

@@ -2,12 +2,12 @@
 
 Run `python benchmarks/ablation/reading_layers.py`.
 
-`layer_ratios` wants to know. Needles of the tuning set alone, none of those that results are reported on. Two measures:
+`layer_ratios` asks for them. Only needles of the tuning set, none of those that results are reported on. Two measures:
 
-(a) mass: what the queries that predict an answer attend to its own needle with, in the full cache, summed over the
-    heads of a layer, the mean over all answers' tokens.
+(a) mass: how much attention the queries that predict an answer give to its own needle, in the full cache, summed over
+    the heads of a layer, the mean over all answers' tokens.
 (b) loss: the candidates, the twelve layers of the largest mass, keep all tokens, all other layers shrink to sinks and
-    recent tokens; what the answers lose when one candidate shrinks as well, in nats a token.
+    recent tokens; what the answers lose when one candidate shrinks as well, in nats per token.
 
 The rule: reading layers are the nine candidates of the largest loss. The two of the largest loss come first, then the
 other seven in the order of mass. Four minutes for SmolLM2-135M, whose prefilled contexts are kept in `.cache`.
@@ -84,16 +84,16 @@ def main() -> None:
     contexts = read_contexts(model, tokenizer, "tuning", arguments.kind, **sizes)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("layers", total=len(contexts) * (arguments.candidates + 2))
-        found = measure(model, contexts, arguments.candidates, lambda: progress.advance(task))
-    found["reading_layers"] = choose_reading_layers(found["mass"], found["without"], n_reading=arguments.reading)
-    found["configuration"] = sizes | {"kind": arguments.kind, "model": Path(model.config.name_or_path).name}
-    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(table_of(found))
-    console.print(f"reading layers: {tuple(found['reading_layers'])}")
+        results = measure(model, contexts, arguments.candidates, lambda: progress.advance(task))
+    results["reading_layers"] = choose_reading_layers(results["mass"], results["without"], n_reading=arguments.reading)
+    results["configuration"] = sizes | {"kind": arguments.kind, "model": Path(model.config.name_or_path).name}
+    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(table_of(results))
+    console.print(f"reading layers: {tuple(results['reading_layers'])}")
     if arguments.model is None and arguments.kind == "digits":
-        is_shipped = tuple(found["reading_layers"]) == READING_LAYERS
+        is_shipped = tuple(results["reading_layers"]) == READING_LAYERS
         console.print(f"the shipped ones are {READING_LAYERS}: {'the same' if is_shipped else 'they DIFFER'}")
-    draw(arguments.figure, found)
+    draw(arguments.figure, results)
 
 
 def measure(model: Any, contexts: list[Context], n_candidates: int, on_step: Callable[[], object]) -> dict[str, Any]:
@@ -109,8 +109,8 @@ def measure(model: Any, contexts: list[Context], n_candidates: int, on_step: Cal
     def answers(kept: set[int]) -> float:
         nats: list[float] = []
         for context in contexts:
-            held = [each if layer in kept else shrunk(each) for layer, each in enumerate(exact(context.read))]
-            scores = score(model, context.case, held)
+            layers = [held if layer in kept else shrunk(held) for layer, held in enumerate(exact(context.read))]
+            scores = score(model, context.case, layers)
             nats += [nat for needle in scores for nat in needle.nll]
             on_step()
         return sum(nats) / len(nats)
@@ -140,18 +140,18 @@ def shrunk(held: Held) -> Held:
     return Held(*(torch.cat([x[:, :N_SINK], x[:, -N_RECENT:]], dim=1) for x in (held.keys, held.values, held.counts)))
 
 
-def table_of(found: dict[str, Any]) -> Table:
-    table = Table(title=f"Nats of answers: full cache {found['full']:.3f}, all candidates {found['with_all']:.3f}")
+def table_of(results: dict[str, Any]) -> Table:
+    table = Table(title=f"Nats of answers: full cache {results['full']:.3f}, all candidates {results['with_all']:.3f}")
     for name in ("layer", "mass on the needle", "nats without it", "place"):
         table.add_column(name, justify="right")
-    for layer in sorted(range(len(found["mass"])), key=lambda layer: -found["mass"][layer]):
-        lost = found["without"].get(layer)
-        place = str(found["reading_layers"].index(layer) + 1) if layer in found["reading_layers"] else ""
-        table.add_row(str(layer), f"{found['mass'][layer]:.4f}", "" if lost is None else f"{lost:.4f}", place)
+    for layer in sorted(range(len(results["mass"])), key=lambda layer: -results["mass"][layer]):
+        lost = results["without"].get(layer)
+        place = str(results["reading_layers"].index(layer) + 1) if layer in results["reading_layers"] else ""
+        table.add_row(str(layer), f"{results['mass'][layer]:.4f}", "" if lost is None else f"{lost:.4f}", place)
     return table
 
 
-def draw(path: Path, found: dict[str, Any]) -> None:
+def draw(path: Path, results: dict[str, Any]) -> None:
     """Both measures by layer, the reading layers in another colour, with their places."""
     import matplotlib
 
@@ -160,7 +160,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
 
     from kvcluster.evaluation.quality.figures import save
 
-    reading, mass, without = found["reading_layers"], found["mass"], found["without"]
+    reading, mass, without = results["reading_layers"], results["mass"], results["without"]
     colour = [BLUE if layer in reading else GREY for layer in range(len(mass))]
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 6.5), sharex=True, layout="constrained")
     above.bar(range(len(mass)), mass, color=colour)
@@ -170,11 +170,11 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     )
     candidates = sorted(without)
     below.bar(candidates, [without[layer] for layer in candidates], color=[colour[layer] for layer in candidates])
-    below.axhline(found["with_all"], color=BLACK, linestyle="--", linewidth=1)
+    below.axhline(results["with_all"], color=BLACK, linestyle="--", linewidth=1)
     below.text(
         0,
-        1.03 * found["with_all"],
-        f"all {len(without)} kept: {found['with_all']:.2f}\n(full cache: {found['full']:.2f})",
+        1.03 * results["with_all"],
+        f"all {len(without)} kept: {results['with_all']:.2f}\n(full cache: {results['full']:.2f})",
         fontsize=9,
         va="bottom",
     )

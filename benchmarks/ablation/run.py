@@ -2,7 +2,7 @@
 
 The same budget throughout, one ingredient changed at a time. The row of what is shipped is the package's own cache; all
 other rows are of `variants.py`, plain torch, whose default decides the same. Every run is kept in a file as sums of its
-context, and only what is missing there runs: after a change of a method remove its lines. Twenty minutes; `--kind
+context, and only what is missing there runs: after a change to a method, remove its lines. Twenty minutes; `--kind
 words` asks for words instead of numbers, of what is shipped alone.
 """
 
@@ -40,8 +40,8 @@ HERE = Path(__file__).resolve().parent
 SHIPPED = "distinctive-layers"
 N_ROUNDS = 3  # of timing
 OWN = ("full", SHIPPED, "distinctive")  # rows of the package itself
-SETTINGS = {describe(each): each for panel in PANELS.values() for each in panel.values()}
-SAME = {"default": SHIPPED, "share_out=alike": "distinctive"}  # scored by their needles, a check, and no further
+SETTINGS = {describe(settings): settings for panel in PANELS.values() for settings in panel.values()}
+SAME = {"default": SHIPPED, "share_out=alike": "distinctive"}  # only their needles are scored, as a check
 
 
 def main() -> None:
@@ -111,13 +111,13 @@ def measure(arguments: argparse.Namespace, runs: Runs) -> None:
 
 
 def time_all(model: Any, context: Context, rows: list[tuple[str, float]], runs: Runs) -> None:
-    """The least seconds of each compression, all in turns."""
+    """The shortest time of each compression, all in turn."""
     keys = [
         {"part": "times", "variant": name, "keep": keep, "kind": "digits", "case": context.case.fingerprint}
         for name, keep in rows
     ]
     if all(runs.found(key) for key in keys):
-        return  # else all once more: times of different runs are not to be compared
+        return  # else time all again: times of different runs cannot be compared
     seconds = dict.fromkeys(rows, math.inf)
     for _ in range(N_ROUNDS):
         for row in rows:
@@ -129,29 +129,29 @@ def time_all(model: Any, context: Context, rows: list[tuple[str, float]], runs: 
 
 
 def run(model: Any, context: Context, part: str, name: str, keep: float) -> dict[str, Any]:
-    """How the model answers or goes on from what one variant stores of one context."""
+    """How the model answers, or continues the text, from what one variant stores of one context."""
     held = stored(model, context, name, keep)
-    n_stored = [each.counts.shape[1] for each in held]
+    n_stored = [layer.counts.shape[1] for layer in held]
     if sum(n_stored) > keep * len(context.case.tokens) * len(held):
         raise RuntimeError(f"{name} must keep {keep} of all tokens, got {sum(n_stored):,} entries")
     if part == "following":
         nll = following_nll(model, context.case, held)
         return {"following": {"n": len(nll), "nll": round(sum(nll), 6)}}
     scores = score(model, context.case, held)
-    sums = needle_sums([each.is_right for each in scores], [each.nll for each in scores])
+    sums = needle_sums([answer.is_right for answer in scores], [answer.nll for answer in scores])
     return {"stored": stored_sums(n_stored), "needles": sums}
 
 
 @torch.inference_mode()
 def stored(model: Any, context: Context, name: str, keep: float) -> list[Held]:
-    """What a variant stores of a context; of the package's own rows what its cache does."""
+    """What a variant stores of a context; for the package's own rows, what its cache stores."""
     if name == "full":
         return exact(context.read)
     if name not in OWN:
         return compress_layers(context.read, keep, SETTINGS[name])
     cache = METHODS[name].make(model, keep, len(context.case.tokens))
-    entries = [layer.cache.caches[0] for layer in fill(cache, context.full_cache(model.config)).layers]
-    return [Held(each.keys[0], each.values[0], each.counts[0]) for each in entries]
+    caches = [layer.cache.caches[0] for layer in fill(cache, context.full_cache(model.config)).layers]
+    return [Held(of_layer.keys[0], of_layer.values[0], of_layer.counts[0]) for of_layer in caches]
 
 
 Run = dict[str, Any]
@@ -161,51 +161,51 @@ Row = tuple[str, float]  # variant, share kept
 def collect(runs: list[dict[str, Any]], kind: str) -> dict[Row, dict[str, Any]]:
     """Accuracy, its difference to what is shipped, perplexity ratio and relative time by variant and share kept.
 
-    Rows that did not run on every context of the full cache are left out. All 95 % intervals are of contexts, drawn
-    again and again with replacement.
+    Rows that did not run on every context of the full cache are left out. All 95 % intervals come from resampling
+    contexts with replacement.
     """
     grouped: dict[str, dict[Row, dict[str, Run]]] = {"needles": {}, "following": {}, "times": {}}
-    for each in runs:
-        key = each["key"]
+    for run in runs:
+        key = run["key"]
         if key["kind"] == kind:
-            grouped[key["part"]].setdefault((key["variant"], key["keep"]), {})[key["case"]] = each
+            grouped[key["part"]].setdefault((key["variant"], key["keep"]), {})[key["case"]] = run
     cases = list(grouped["needles"]["full", 1.0])
     needles, following = (
-        {row: [found[case] for case in cases] for row, found in of_part.items() if set(cases) <= set(found)}
+        {row: [by_case[case] for case in cases] for row, by_case in of_part.items() if set(cases) <= set(by_case)}
         for of_part in (grouped["needles"], grouped["following"])
     )
-    seconds = {row: next(iter(found.values()))["seconds"] for row, found in grouped["times"].items()}
-    made = {}
-    for (name, keep), found in needles.items():
-        made[name, keep] = needle_summary(found, needles.get((SHIPPED, keep)), needles["full", 1.0])
-        made[name, keep]["perplexity"] = None
+    seconds = {row: next(iter(by_case.values()))["seconds"] for row, by_case in grouped["times"].items()}
+    results = {}
+    for (name, keep), group in needles.items():
+        results[name, keep] = needle_summary(group, needles.get((SHIPPED, keep)), needles["full", 1.0])
+        results[name, keep]["perplexity"] = None
         scored = SAME.get(name, name), keep
         if scored in following and ("full", 1.0) in following:
             text, full = ([run["following"] for run in following[row]] for row in (scored, ("full", 1.0)))
-            more = [a["nll"] - b["nll"] for a, b in zip(text, full, strict=True)]
-            made[name, keep]["perplexity"] = estimate(more, [each["n"] for each in text], exp_ratio_of_sums)
+            differences = [a["nll"] - b["nll"] for a, b in zip(text, full, strict=True)]
+            results[name, keep]["perplexity"] = estimate(differences, [run["n"] for run in text], exp_ratio_of_sums)
         plain = describe(Settings()), keep
         has_times = {(name, keep), plain} <= set(seconds)
-        made[name, keep]["time"] = seconds[name, keep] / seconds[plain] if has_times else None
-    return made
+        results[name, keep]["time"] = seconds[name, keep] / seconds[plain] if has_times else None
+    return results
 
 
-def needle_summary(found: list[Run], shipped: list[Run] | None, full: list[Run]) -> dict[str, Any]:
-    right, of_shipped = ([each["needles"]["right"] for each in runs or []] for runs in (found, shipped))
-    tokens, whole = [each["needles"]["tokens"] for each in found], total(each["needles"] for each in found)
-    less = [a - b for a, b in zip(right, of_shipped, strict=True)] if shipped else None
+def needle_summary(group: list[Run], shipped: list[Run] | None, full: list[Run]) -> dict[str, Any]:
+    right, of_shipped = ([run["needles"]["right"] for run in runs or []] for runs in (group, shipped))
+    tokens, sums = [run["needles"]["tokens"] for run in group], total(run["needles"] for run in group)
+    differences = [a - b for a, b in zip(right, of_shipped, strict=True)] if shipped else None
     return {
-        "entries": n_entries(found) / n_entries(full),
+        "entries": n_entries(group) / n_entries(full),
         "accuracy": estimate(right, tokens),
-        "of_full": whole["right"] / total(each["needles"] for each in full)["right"],
-        "difference": estimate(less, tokens) if less else None,
-        "exact": whole["exact"] / whole["n"],
-        "nll": whole["nll"] / whole["tokens"],
+        "of_full": sums["right"] / total(run["needles"] for run in full)["right"],
+        "difference": estimate(differences, tokens) if differences else None,
+        "exact": sums["exact"] / sums["n"],
+        "nll": sums["nll"] / sums["tokens"],
     }
 
 
 def n_entries(runs: list[Run]) -> int:
-    return sum(each["stored"]["entries"] for each in runs)
+    return sum(run["stored"]["entries"] for run in runs)
 
 
 def table_of(results: dict[Row, dict[str, Any]], keeps: list[float]) -> Table:
@@ -228,15 +228,15 @@ def table_of(results: dict[Row, dict[str, Any]], keeps: list[float]) -> Table:
     return table
 
 
-def cells(each: dict[str, Any]) -> list[str]:
+def cells(result: dict[str, Any]) -> list[str]:
     return [
-        f"{each['entries']:.4f}",
-        with_interval(each["accuracy"]),
-        with_interval(each["difference"], sign="+"),
-        f"{each['exact']:.2f}",
-        f"{each['nll']:.3f}",
-        with_interval(each["perplexity"]),
-        "" if each["time"] is None else f"{each['time']:.2f}",
+        f"{result['entries']:.4f}",
+        with_interval(result["accuracy"]),
+        with_interval(result["difference"], sign="+"),
+        f"{result['exact']:.2f}",
+        f"{result['nll']:.3f}",
+        with_interval(result["perplexity"]),
+        "" if result["time"] is None else f"{result['time']:.2f}",
     ]
 
 

@@ -1,6 +1,6 @@
 """Distinctive matching with one ingredient changed, in plain torch: what `benchmarks/ablation/run.py` compares.
 
-`Settings()` decides as `kvcluster.fast.distinctive_matching` does, which a test demands. Sums in float64 as they come,
+`Settings()` decides as `kvcluster.fast.distinctive_matching` does, which a test checks. Sums are plain float64 sums,
 without the package's care for ties and bits.
 """
 
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 N_SINK = 4
-FOUND = (18, 7, 17, 20, 21, 23, 15, 8, 6)  # by benchmarks/ablation/reading_layers.py on the same contexts
+FOUND_ANEW = (18, 7, 17, 20, 21, 23, 15, 8, 6)  # by benchmarks/ablation/reading_layers.py on the same contexts
 MANY = 2**40  # more than any chunk has
 
 
@@ -42,21 +42,21 @@ def few_whole(
     """Entries of a chunk in each layer, as `layer_ratios` shares them out; its numbers are those of 256 tokens."""
     sizes = {"chunk_size": chunk_size, "n_least": 5 * chunk_size // 256, "n_middle": n_middle * chunk_size // 256}
     ratios = layer_ratios(reading_layers, n_layers=n_layers, keep_ratio=ratio, **sizes)
-    return [round(each * chunk_size + 0.5) if each < 1 else chunk_size for each in ratios]
+    return [round(ratio_of_layer * chunk_size + 0.5) if ratio_of_layer < 1 else chunk_size for ratio_of_layer in ratios]
 
 
 def reading_alike(ratio: float, n_layers: int, chunk_size: int) -> list[int]:
-    """The reading layers get equally many, so none is whole."""
+    """The reading layers all get the same number of entries, so none is whole."""
     return few_whole(ratio, n_layers, chunk_size, n_middle=256)
 
 
 def found_whole(ratio: float, n_layers: int, chunk_size: int) -> list[int]:
     """As `few_whole`, with the reading layers that reading_layers.py found, not those that are shipped."""
-    return few_whole(ratio, n_layers, chunk_size, reading_layers=FOUND)
+    return few_whole(ratio, n_layers, chunk_size, reading_layers=FOUND_ANEW)
 
 
 def alike(ratio: float, n_layers: int, chunk_size: int) -> list[int]:
-    """All layers get equally many."""
+    """All layers get the same number of entries."""
     return [int(ratio * chunk_size)] * n_layers
 
 
@@ -89,7 +89,7 @@ def cluster_distinctive(
         score = score.sum(dim=0, keepdim=True).expand_as(score)
     score = torch.nn.functional.avg_pool1d(
         score, settings.window, 1, settings.window // 2, count_include_pad=False
-    )  # near the ends over the tokens that there are
+    )  # near the ends, over the tokens inside the chunk
     n_shared = min(settings.n_shared, max(1, min(settings.n_shared, target // 2)))  # 0 stays 0: the rest is evicted
     n_exact = target - n_shared
     best_first = score.argsort(dim=-1, descending=True, stable=True)
@@ -97,10 +97,10 @@ def cluster_distinctive(
     labels = torch.full(score.shape, -1)
     labels.scatter_(-1, exact, torch.arange(n_exact).expand(exact.shape))
     if n_shared:
-        rest = torch.nn.functional.normalize(take(keys, ordinary).double(), dim=-1)
-        chosen = torch.arange(n_shared) * rest.shape[-2] // n_shared
-        match = (rest @ rest[..., chosen, :].mT).argmax(dim=-1)
-        match[..., chosen] = torch.arange(n_shared)
+        directions = torch.nn.functional.normalize(take(keys, ordinary).double(), dim=-1)
+        destinations = torch.arange(n_shared) * directions.shape[-2] // n_shared
+        match = (directions @ directions[..., destinations, :].mT).argmax(dim=-1)
+        match[..., destinations] = torch.arange(n_shared)
         labels.scatter_(-1, ordinary, n_exact + match)
     return labels
 
@@ -115,7 +115,7 @@ def cluster_softly(
 
 @dataclass(frozen=True)
 class Settings:
-    """What an ablation changes; as it stands, what the package does.
+    """What an ablation changes; the defaults are what the package does.
 
     Attributes
     ----------
@@ -123,11 +123,11 @@ class Settings:
     are_heads_together : whether all KV heads keep the same tokens.
     parts : whose score counts.
     chunk_size : tokens that are clustered together. A last chunk that is not whole gets its share of entries, though
-        the package would leave it exact, so that a change of sizes is not one of what is exact.
+        the package would leave it exact, so that a change of sizes does not change what is exact.
     n_shared : entries that the ordinary tokens of a chunk share; 0 to evict them.
     n_recent : last tokens, exact.
-    share_out : entries of a chunk in each layer, of the mean ratio, the number of layers, and the size of a chunk.
-    score : of each token (heads, chunks, chunk) of chunks and of the tokens after each.
+    share_out : entries of a chunk in each layer, from the mean ratio, the number of layers, and the size of a chunk.
+    score : of each token (heads, chunks, chunk), from chunks and the tokens after each chunk.
     cluster : labels of chunks.
     """
 
@@ -143,7 +143,7 @@ class Settings:
 
 
 def compress_layers(read: list[tuple[Tensor, Tensor]], keep: float, settings: Settings) -> list[Held]:
-    """All layers with `keep` entries for each token in the mean, sinks and recent tokens included."""
+    """All layers, with `keep` entries per token on average, sinks and recent tokens included."""
     n_tokens = read[0][0].shape[1]
     body = n_tokens - N_SINK - settings.n_recent
     ratio = (keep * n_tokens - N_SINK - settings.n_recent) / body
@@ -156,10 +156,10 @@ def compress_layer(
 ) -> Held:
     """One layer, with `target` entries for each chunk."""
     size, stop = settings.chunk_size, keys.shape[1] - settings.n_recent
-    n_whole, rest = divmod(stop - N_SINK, size)
+    n_whole, n_left = divmod(stop - N_SINK, size)
     ends = [N_SINK + n_whole * size, stop]
     parts = [unclustered(keys[:, :N_SINK], values[:, :N_SINK])]
-    for start, end, length in ((N_SINK, ends[0], size), (*ends, rest)):
+    for start, end, length in ((N_SINK, ends[0], size), (*ends, n_left)):
         if start < end:
             parts.append(compress_span(keys, values, start, end, length, max(1, target * length // size), settings))
     parts.append(unclustered(keys[:, stop:], values[:, stop:]))
@@ -207,9 +207,9 @@ def take(array: Tensor, rows: Tensor) -> Tensor:
 
 
 def describe(settings: Settings) -> str:
-    """What differs from the default: what runs are known by."""
+    """What differs from the default; runs are identified by it."""
     default = Settings()
-    pairs = [(each.name, getattr(settings, each.name), getattr(default, each.name)) for each in fields(settings)]
+    pairs = [(field.name, getattr(settings, field.name), getattr(default, field.name)) for field in fields(settings)]
     changes = [f"{name}={getattr(value, '__name__', value)}" for name, value, usual in pairs if value != usual]
     return ", ".join(changes) or "default"
 
@@ -218,7 +218,7 @@ def changed(**changes: Any) -> Settings:
     return replace(Settings(), **changes)
 
 
-# Of each ingredient its variants, in the order of figures.
+# The variants of each ingredient, in the order of figures.
 ALIKE = {"share_out": alike}
 ALONE = {"are_heads_together": False}
 PANELS: dict[str, dict[str, Settings]] = {

@@ -31,7 +31,7 @@ class Case:
 
 
 def cases(interpret: bool) -> Iterator[Case]:
-    """Every dtype, dim, chunk size and keep ratio with keys of every kind; of the interpreter's, a few."""
+    """Every dtype, dim, chunk size and keep ratio with keys of every kind; for the interpreter, a few of these."""
     dims, sizes, ratios = ((64, 80, 128, 256), (8, 64, 512), KEEP_RATIOS)
     if interpret:
         dims, sizes, ratios = (20,), (10,), (0.2,)  # 10 entries, then 5, 3 and 2: all that a round can be
@@ -43,7 +43,7 @@ def cases(interpret: bool) -> Iterator[Case]:
 
 
 def compare_all(interpret: bool) -> list[dict[str, Any]]:
-    """Checks and differences by dtype and kind, printed as they come; every differing case is named."""
+    """Checks and differences by dtype and kind; every differing case is named as soon as it is found."""
     device = "cpu" if interpret else "cuda"
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     start = time.perf_counter()
@@ -53,8 +53,8 @@ def compare_all(interpret: bool) -> list[dict[str, Any]]:
         note(rows, case.dtype, "strided" if case.is_strided else case.kind, case, compare(case, device))
     for dtype in DTYPES:
         for n_shared in (None, 2):
-            made = compare_caches(dtype, device, 8 if interpret else 128, n_shared)
-            note(rows, dtype, "cache", (dtype, n_shared), made)
+            checks = compare_caches(dtype, device, 8 if interpret else 128, n_shared)
+            note(rows, dtype, "cache", (dtype, n_shared), checks)
     print(f"{'dtype':6} {'keys':12} {'cases':>6} {'checks':>7} {'differing':>10}")
     for row in rows.values():
         print(f"{row['dtype']:6} {row['keys']:12} {row['cases']:6} {row['checks']:7} {row['differing']:10}")
@@ -98,7 +98,7 @@ def compare(case: Case, device: str) -> dict[str, bool]:
 
 
 def compare_compressed(there: Tensor, keys: Tensor, target: int, chunk_size: int) -> dict[str, bool]:
-    """The same of what the cache calls: one call for labels, counts and centroids of keys and of values."""
+    """The same for what the cache calls: one call for labels, counts and centroids of keys and of values."""
     values = other_values(keys)
     ours = fast.SoftMatching().compress(
         there, values.to(there.device), chunk_size=chunk_size, target=target, backend="triton"
@@ -109,13 +109,13 @@ def compare_compressed(there: Tensor, keys: Tensor, target: int, chunk_size: int
 
 
 def other_values(keys: Tensor) -> Tensor:
-    """Exact in every dtype, but infinite where keys are huge: there the keys."""
+    """Values that are exact in every dtype: -2 * keys or, where that is infinite, the keys."""
     values = -2 * keys
     return torch.where(values.isfinite(), values, keys)
 
 
 def compare_distinctive(there: Tensor, keys: Tensor, case: Case) -> dict[str, bool]:
-    """The same of distinctive matching, whose values are not the keys; beside the reference."""
+    """The same for distinctive matching, whose values are not the keys, against the reference."""
     values = other_values(keys).flip(-2)
     arrays = [to_float32(array) for array in (keys, values)]
     clustering = reference.distinctive_matching(*arrays, keep_ratio=case.keep_ratio, chunk_size=case.chunk_size)

@@ -35,7 +35,7 @@ def compare_attention(interpret: bool) -> list[dict[str, Any]]:
 
 
 def misses(dtype: torch.dtype, entries: int, queries: int, dim: int, most: int, device: str) -> int:
-    """How many new tokens have an output out of the bound."""
+    """How many new tokens have an output outside the bound."""
     generator = torch.Generator().manual_seed(entries + most)
     query = torch.randn(1, 2, GROUP * queries, dim, generator=generator).to(dtype)
     keys, values = (torch.randn(1, 2, entries, dim, generator=generator).to(dtype) for _ in range(2))
@@ -51,7 +51,7 @@ def misses(dtype: torch.dtype, entries: int, queries: int, dim: int, most: int, 
         ours = output[..., token::queries, :]
         errors = [largest_difference(baseline, oracle) for baseline in baselines(q, k, v, n, None)]
         bound = error_bound(errors, oracle, EPS[str(dtype).removeprefix("torch.")])
-        # Inputs are 16-bit numbers in float32 here: the baseline rounds less than it may, so the bound is the stricter.
+        # Inputs are 16-bit numbers in float32 here: the baseline rounds less than it may, so the bound is stricter.
         wrong += not bool((largest_difference(ours, oracle) <= bound).all())
     return wrong
 
@@ -77,7 +77,7 @@ def time_attention() -> list[dict[str, Any]]:
                 "read": lambda kv=stored: [x.amax() for x in kv],
             }
             milliseconds = milliseconds_in_turn(contenders)
-            medians = {one: statistics.median(every) for one, every in milliseconds.items()}
+            medians = {contender: statistics.median(times) for contender, times in milliseconds.items()}
             rows.append({"batch": batch, "dtype": name, "milliseconds": milliseconds, "median_milliseconds": medians})
             del query, full, stored, counts, contenders
             torch.cuda.empty_cache()

@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def stand_in_for_jaxtyping() -> None:
-    """A module `jaxtyping` whose every name gives `Any` for every shape; shapes are checked by the tests alone."""
+    """A module `jaxtyping` whose every name gives `Any` for every shape; only the tests check shapes."""
 
     class Anything:
         def __class_getitem__(cls, shape: Any) -> Any:
@@ -72,7 +72,7 @@ def stand_in_for_jaxtyping() -> None:
 
 
 def make_the_interpreter_bearable() -> None:
-    """Its look-ups remembered, and no warning where a filter overflows on huge keys."""
+    """Remember its look-ups, and give no warning where a filter overflows on huge keys."""
     inspect.getmembers = functools.cache(inspect.getmembers)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
 
@@ -90,29 +90,29 @@ def run(interpret: bool, file: Path) -> int:
     )
 
     start = time.perf_counter()
-    made = {"interpreted": interpret, **describe_device(interpret)}
-    print("\n".join(f"{name}: {value}" for name, value in made.items()), flush=True)
+    results = {"interpreted": interpret, **describe_device(interpret)}
+    print("\n".join(f"{name}: {value}" for name, value in results.items()), flush=True)
     if interpret:
         make_the_interpreter_bearable()
         print("\n*** DRY RUN: Triton's interpreter on the CPU. NOTHING RAN ON A GPU. ***\n", flush=True)
-    made["agreement"] = compare_all(interpret) + compare_attention(interpret)
-    made["timings"] = [] if interpret else time_all()
-    made["distinctive_timings"] = [] if interpret else time_distinctive()
-    made["attention_timings"] = [] if interpret else time_attention()
+    results["agreement"] = compare_all(interpret) + compare_attention(interpret)
+    results["timings"] = [] if interpret else time_all()
+    results["distinctive_timings"] = [] if interpret else time_distinctive()
+    results["attention_timings"] = [] if interpret else time_attention()
     if interpret:
         print("\nTimings: none, for nothing ran on a GPU.")
     else:
-        print_timings(made["timings"])
-        print_distinctive_timings(made["distinctive_timings"])
-        print_attention_timings(made["attention_timings"])
-    made["seconds"] = round(time.perf_counter() - start, 1)
+        print_timings(results["timings"])
+        print_distinctive_timings(results["distinctive_timings"])
+        print_attention_timings(results["attention_timings"])
+    results["seconds"] = round(time.perf_counter() - start, 1)
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(made, indent=1) + "\n")
-    differing = sum(row["differing"] for row in made["agreement"])
-    checks = sum(row["checks"] for row in made["agreement"])
-    where = "in Triton's interpreter, NONE ON A GPU" if interpret else f"on {made['device']}"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    differing = sum(row["differing"] for row in results["agreement"])
+    checks = sum(row["checks"] for row in results["agreement"])
+    where = "in Triton's interpreter, NONE ON A GPU" if interpret else f"on {results['device']}"
     print(f"\n{checks - differing:,} of {checks:,} checks agree, attention within its bound and all else bit for bit,")
-    print(f"{where}; {made['seconds']} s; {file}")
+    print(f"{where}; {results['seconds']} s; {file}")
     return 1 if differing else 0
 
 

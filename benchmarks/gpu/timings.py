@@ -36,7 +36,7 @@ def describe_device(interpret: bool) -> dict[str, Any]:
 
 
 def milliseconds_in_turn(contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Of each contender in each of ROUNDS turns (A B C, A B C, ...), between two events of the stream."""
+    """Times of each contender in each of ROUNDS turns (A B C, A B C, ...), between two events of the stream."""
     milliseconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(WARM_UPS + ROUNDS):
         for name, run in contenders.items():
@@ -68,18 +68,18 @@ def time_one(keys: torch.Tensor) -> dict[str, Any]:
         "plain": lambda: plain_compress(keys, CHUNK_SIZE, TARGET),
         "read": lambda: keys.amax(),
     }
-    every = milliseconds_in_turn(contenders)
-    ratios = [ours / theirs for ours, theirs in zip(every["kernels"], every["plain"], strict=True)]
-    medians = {name: statistics.median(mine) for name, mine in every.items()}
-    made = contenders["kernels"]()
+    milliseconds = milliseconds_in_turn(contenders)
+    ratios = [ours / theirs for ours, theirs in zip(milliseconds["kernels"], milliseconds["plain"], strict=True)]
+    medians = {name: statistics.median(times) for name, times in milliseconds.items()}
+    compressed = contenders["kernels"]()
     return {
-        "milliseconds": every,
+        "milliseconds": milliseconds,
         "median_milliseconds": medians,
         "ratio_to_plain": [statistics.median(ratios), min(ratios), max(ratios)],
         "ratio_to_reading": medians["kernels"] / medians["read"],
         "read_bytes_per_second": keys.nbytes / (medians["read"] / 1e3),
-        "scored_rows": made.n_scored_rows,
-        "rows": made.n_rows,
+        "scored_rows": compressed.n_scored_rows,
+        "rows": compressed.n_rows,
     }
 
 
@@ -120,9 +120,11 @@ def time_distinctive() -> list[dict[str, Any]]:
                 "torch": lambda kv=arrays: METHOD.compress(*kv, **DISTINCTIVE, backend="torch"),
                 "read": lambda kv=arrays: [x.amax() for x in kv],
             }
-            every = milliseconds_in_turn(contenders)
-            medians = {one: statistics.median(mine) for one, mine in every.items()}
-            rows.append({"shape": list(shape), "dtype": name, "milliseconds": every, "median_milliseconds": medians})
+            milliseconds = milliseconds_in_turn(contenders)
+            medians = {contender: statistics.median(times) for contender, times in milliseconds.items()}
+            rows.append(
+                {"shape": list(shape), "dtype": name, "milliseconds": milliseconds, "median_milliseconds": medians}
+            )
             del arrays, contenders
             torch.cuda.empty_cache()
     return rows

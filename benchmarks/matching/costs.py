@@ -26,9 +26,9 @@ def time_in_turn(tokens: int, rounds: int, advance: Advance) -> Section:
     runs = {name: lambda run=run: run(keys) for name, run in CONTENDERS.items()}
     seconds = seconds_in_turn(runs, rounds, advance)
     lines = []
-    for name, mine in seconds.items():
-        to_plain, to_tiled = ratios(mine, seconds["plain"]), ratios(mine, seconds["plain, tiled"])
-        cells = (name, f"{1e3 * statistics.median(mine):.0f} ms", str(to_plain), str(to_tiled))
+    for name, times in seconds.items():
+        to_plain, to_tiled = ratios(times, seconds["plain"]), ratios(times, seconds["plain, tiled"])
+        cells = (name, f"{1e3 * statistics.median(times):.0f} ms", str(to_plain), str(to_tiled))
         claim = Claim("time of certified over plain", to_plain.median, MOST_TIME) if name == "certified" else None
         lines.append(Line(cells, claim, "{:g} x plain"))
     return Section(
@@ -49,11 +49,11 @@ def peak_memory(tokens: int, advance: Advance, repeats: int = 3) -> Section:
             peaks.setdefault(name, []).append(peak_bytes(name, tokens))
             advance()
     lines = []
-    for name, mine in peaks.items():
-        ratio = max(mine) / max(peaks["plain"])
+    for name, sizes in peaks.items():
+        ratio = max(sizes) / max(peaks["plain"])
         claim = Claim("peak memory of certified over plain", ratio, MOST_MEMORY) if name == "certified" else None
-        tiled = max(mine) / max(peaks["plain, tiled"])
-        cells = (name, f"{max(mine) / 1e6:.0f} MB", f"{ratio:.2f}", f"{tiled:.2f}")
+        tiled = max(sizes) / max(peaks["plain, tiled"])
+        cells = (name, f"{max(sizes) / 1e6:.0f} MB", f"{ratio:.2f}", f"{tiled:.2f}")
         lines.append(Line(cells, claim, "{:g} x plain"))
     return Section(
         f"2. Peak memory beyond the keys: {problem(tokens)}",
@@ -89,8 +89,8 @@ def growth(sizes: list[int], rounds: int, advance: Advance) -> Section:
 
 def canonical_share(tokens: int) -> Line:
     """Share of rows that the float32 filter left open on random keys, as a line of table 4."""
-    made = compress(random_keys(tokens), None, chunk_size=CHUNK_SIZE, target=TARGET)
-    return share_line(f"random normal keys, {DIM} dims", made.n_scored_rows, made.n_rows)
+    compressed = compress(random_keys(tokens), None, chunk_size=CHUNK_SIZE, target=TARGET)
+    return share_line(f"random normal keys, {DIM} dims", compressed.n_scored_rows, compressed.n_rows)
 
 
 def share_line(name: str, scored: int, rows: int) -> Line:

@@ -1,8 +1,8 @@
 """Peak memory of one contender in a process of its own: `python memory.py NAME TOKENS` prints bytes above the keys.
 
 A profiler of Python's memory sees nothing of torch's, so the operating system is asked (Linux): the largest resident
-set since just before the call, less the resident set then. Before that, a small problem has loaded what torch loads
-only once. Not `ru_maxrss`: a child starts with its parent's.
+set since just before the call, less the resident set then. A small problem has been run before, so that torch has
+loaded what it loads only once. Not `ru_maxrss`: a child starts with its parent's.
 """
 
 import subprocess
@@ -18,14 +18,14 @@ __all__ = ["peak_bytes"]
 def peak_bytes(contender: str, tokens: int) -> int:
     """Bytes that compressing random keys needs beyond the keys themselves, results included."""
     command = [sys.executable, __file__, contender, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        raise RuntimeError(f"{contender} failed:\n{done.stderr}")
-    return int(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if process.returncode != 0:
+        raise RuntimeError(f"{contender} failed:\n{process.stderr}")
+    return int(process.stdout)
 
 
 def resident_bytes(name: str) -> int:
-    """`VmRSS`, the resident set now, or `VmHWM`, the largest since it was forgotten."""
+    """`VmRSS`, the resident set now, or `VmHWM`, the largest since `forget_the_largest`."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
@@ -46,7 +46,7 @@ def measure(contender: str, tokens: int) -> int:
     before = resident_bytes("VmRSS")
     result = run(keys)
     peak = resident_bytes("VmHWM")
-    del result  # held until here, for it counts
+    del result  # kept until here, since it counts
     return peak - before
 
 

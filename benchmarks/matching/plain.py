@@ -1,4 +1,4 @@
-"""The baseline: chunked soft matching in plain float32 torch, as most would write it. It certifies nothing.
+"""The baseline: chunked soft matching in plain float32 torch, as most people would write it. It certifies nothing.
 
 Cosines are products of normalised keys in float32, so near ties fall as rounding has it, and a sum may be added in
 any order. On random keys it decides as `kvcluster` does; on ties, on huge and on tiny keys it need not.

@@ -50,8 +50,12 @@ def main() -> int:
     file = arguments.json or (None if arguments.quick else RESULTS)
     if file is not None:
         file.parent.mkdir(exist_ok=True)
-        made = {"machine": machine, "quick": arguments.quick, "sections": [section.as_json() for section in sections]}
-        file.write_text(json.dumps(made, indent=1) + "\n")
+        content = {
+            "machine": machine,
+            "quick": arguments.quick,
+            "sections": [section.as_json() for section in sections],
+        }
+        file.write_text(json.dumps(content, indent=1) + "\n")
     is_missed = any(not claim.is_met for section in sections for claim in section.claims)
     return 1 if arguments.check and is_missed else 0
 

@@ -84,6 +84,6 @@ def smollm2_canonical_share(full: DynamicCache) -> Line:
     for layer in full.layers:
         body = (layer.keys.shape[-2] - N_SINK) // CHUNK_SIZE * CHUNK_SIZE
         keys = layer.keys[..., N_SINK : N_SINK + body, :]
-        made = compress(keys, None, chunk_size=CHUNK_SIZE, target=TARGET)
-        scored, rows = scored + made.n_scored_rows, rows + made.n_rows
+        compressed = compress(keys, None, chunk_size=CHUNK_SIZE, target=TARGET)
+        scored, rows = scored + compressed.n_scored_rows, rows + compressed.n_rows
     return share_line(f"SmolLM2's keys, {len(full.layers)} layers, {keys.shape[-1]} dims", scored, rows)

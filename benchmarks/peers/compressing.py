@@ -1,8 +1,8 @@
-"""What a press makes of a context that was read once: its caches for every ratio, without reading it again.
+"""The caches that a press makes of a context for every ratio, without reading the context again.
 
-kvpress compresses each layer in a hook behind its attention, which has the layer's input and its keys and values at
-hand. All of these are kept of one reading, so that the same function of the press gets the same arguments.
-`test_compressing.py` compares the caches with those of kvpress's own way.
+kvpress compresses each layer in a hook after its attention, which is given the layer's input, its keys and its values.
+All of these are kept from one reading, so that the same function of the press gets the same arguments.
+`test_compressing.py` compares the caches with those that kvpress itself makes.
 """
 
 from collections.abc import Iterator
@@ -40,9 +40,9 @@ class Context:
 
 
 class PressedLayer(DynamicLayer):
-    """Entries that a press left of `n_seen` tokens; what comes then stands at the positions after these.
+    """Entries that a press left of `n_seen` tokens; later tokens stand at the positions after these.
 
-    transformers takes positions from the number of entries, which kvpress's pipeline makes good for by passing them.
+    transformers takes positions from the number of entries; kvpress's pipeline corrects that by passing positions.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, n_seen: int) -> None:
@@ -60,7 +60,7 @@ class PressedLayer(DynamicLayer):
 
 @torch.inference_mode()
 def read_context(model: Any, tokens: list[int]) -> Context:
-    """Read `tokens` in one call, and keep what presses ask for."""
+    """Read `tokens` in one call, and keep what presses need."""
     cache = DynamicCache(config=model.config)
     inputs: list[Tensor] = []
     rotary: list[tuple[Tensor, Tensor]] = []
@@ -80,20 +80,20 @@ def read_context(model: Any, tokens: list[int]) -> Context:
 
 @torch.inference_mode()
 def compress(model: Any, presses: list[Any], context: Context, *, needs_weights: bool = False) -> list[Cache]:
-    """A cache for each of `presses`; weights of attention are computed once a layer for all of them."""
+    """A cache for each of `presses`; weights of attention are computed once per layer for all of them."""
     layers: list[list[PressedLayer]] = [[] for _ in presses]
     kwargs = {"position_embeddings": context.rotary}
     with prepared(model, presses):
         for block, hidden, stored in zip(model.model.layers, context.inputs, context.cache.layers, strict=True):
             module = block.self_attn
             weights = attention_weights(module, hidden, stored.keys, context.rotary) if needs_weights else None
-            for made, press in zip(layers, presses, strict=True):
+            for of_press, press in zip(layers, presses, strict=True):
                 # a clone, since a press may write into what it gets
                 keys, values = press.compress(
                     module, hidden, stored.keys.clone(), stored.values.clone(), weights, kwargs
                 )
-                made.append(PressedLayer(keys, values, context.n_tokens))
-    return [Cache(layers=made) for made in layers]
+                of_press.append(PressedLayer(keys, values, context.n_tokens))
+    return [Cache(layers=of_press) for of_press in layers]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""kvpress's presses that need no question, no training and no download, by name; `left-out.json` has the others."""
+"""kvpress's presses that need no question, no training and no download, by name; `left-out.json` lists the others."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """kvpress on the contexts, needles and texts of `kvcluster eval`, at the same stored entries: `make bench-peers`.
 
 Runs beside the torch of .venv with the packages of requirements/peers.txt, which has the last transformers that kvpress
-works with. Scored by the functions that score our own methods; results have their format. Every run is kept in the
-file of results as sums of its context, and only what is missing there runs. A context is read once for all presses and
-ratios.
+works with. Presses are scored by the functions that score our own methods, and results have the same format. Every run
+is kept in the file of results as sums of its context, and only what is missing there runs. A context is read once for
+all presses and ratios.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def main() -> None:
     disable_progress_bar()
     model, tokenizer = load_llama(smollm2_folder())
     cases = cases_of(arguments, tokenizer)
-    made = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
-    arguments.made.write_text(json.dumps(made, indent=1) + "\n")
+    presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
+    arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
     runs = Runs(arguments.json, condense)
     with Progress() as progress:
         task = progress.add_task("kvpress", total=len(cases) * (1 + len(arguments.presses)))
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Any:
-    """One step for the full cache and for each press, in which its missing runs are added to `runs`."""
+    """Add the missing runs to `runs`: one step for the full cache and one for each press."""
     context = None
     shared = {"case": case.fingerprint, "model": fingerprint(model)["weights"]}
     shared |= {"is_stepwise": False, "has_attention_error": False}
@@ -78,8 +78,8 @@ def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[f
         elif missing:
             torch.manual_seed(case.number)  # of presses that draw
             begun = time.perf_counter()
-            made = [PRESSES[name].make(1 - key["keep"]) for key in missing]
-            caches = compress(model, made, context, needs_weights=PRESSES[name].needs_weights)
+            presses = [PRESSES[name].make(1 - key["keep"]) for key in missing]
+            caches = compress(model, presses, context, needs_weights=PRESSES[name].needs_weights)
             seconds = (time.perf_counter() - begun) / len(missing)
             for key, cache in zip(missing, caches, strict=True):
                 runs.add(measure(model, cache, case, key, seconds=seconds))

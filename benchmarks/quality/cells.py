@@ -1,4 +1,4 @@
-"""What tables of the page of quality share: which methods there are, who is best, numbers as text."""
+"""What the tables of the quality page share: which methods there are, which is best, numbers as text."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from benchmarks.quality.results import MEASURES, Comparison, Results, compare
 
 __all__ = ["PEER", "beside", "best", "number", "peers", "present", "short", "shown", "value"]
 
-PEER = "kvpress "  # what names of presses begin with
+PEER = "kvpress "  # the names of presses begin with it
 
 
 def present(results: Results, names: Any, keep: float) -> list[str]:

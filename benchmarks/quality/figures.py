@@ -1,4 +1,4 @@
-"""The figures of the page of quality."""
+"""The figures of the quality page."""
 
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ __all__ = ["draw_depths", "draw_frontier"]
 
 OUR_COLOURS, OUR_MARKERS = (BLUE, VERMILION, BLACK), "oDs"
 MOST_PERPLEXITY = 1.25  # drawn, over the full cache's
-COLOURS, MARKERS = (GREEN, PURPLE, ORANGE, SKY, GREY), "^vP*X<>dp"  # no two alike of 45 presses
+COLOURS, MARKERS = (GREEN, PURPLE, ORANGE, SKY, GREY), "^vP*X<>dp"  # no two alike, up to 45 presses
 
 
 def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> None:
-    """Token accuracy of needles against perplexity, both over the full cache's: a line a method, a point a share."""
+    """Needles' token accuracy against perplexity, both over the full cache's: a line per method, a point per share."""
     methods = list(dict.fromkeys(name for name, keep in results.runs if keep < 1))
     methods.sort(key=lambda name: (name not in ours, -highest_accuracy(results, name)))
     figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
     beyond = []  # marks of points that lie off the figure
     axis.plot([1], [1], marker="*", markersize=16, color=BLACK, linestyle="none", label="full cache")
     for name in methods:
-        found = [results.summaries[name, keep] for keep in results.keeps if (name, keep) in results.summaries]
-        x = [each["perplexity"]["of_full"]["value"] for each in found]
-        y = [each["needles"]["of_full"]["value"] for each in found]
+        summaries = [results.summaries[name, keep] for keep in results.keeps if (name, keep) in results.summaries]
+        x = [summary["perplexity"]["of_full"]["value"] for summary in summaries]
+        y = [summary["needles"]["of_full"]["value"] for summary in summaries]
         place = ours.index(name) if name in ours else methods.index(name) - len(ours)
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markersize": 6, "alpha": 0.8}
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
@@ -38,14 +38,16 @@ def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> 
             look = {"linewidth": 2.5, "markersize": 8, "zorder": 3}
             colour, marker = OUR_COLOURS[place % len(OUR_COLOURS)], OUR_MARKERS[place % len(OUR_MARKERS)]
         axis.plot(x, y, label=name, color=colour, marker=marker, **look)
-        for each, *point in zip(found, x, y, strict=True):
+        for summary, *point in zip(summaries, x, y, strict=True):
             if point[0] > MOST_PERPLEXITY:
-                label = f"{name} {each['keep']:g}: {point[0]:.2f}, {point[1]:.2f}"
+                label = f"{name} {summary['keep']:g}: {point[0]:.2f}, {point[1]:.2f}"
                 at = MOST_PERPLEXITY, height_at_border(x, y, point)
                 beyond += axis.plot(*at, "<", label=label, color=colour, markersize=10, clip_on=False, zorder=4)
         if name in ours:
-            for each, point in zip(found, zip(x, y, strict=True), strict=True):
-                axis.annotate(f"{each['keep']:g}", point, (7, 5), textcoords="offset points", fontsize=8, color=colour)
+            for summary, point in zip(summaries, zip(x, y, strict=True), strict=True):
+                axis.annotate(
+                    f"{summary['keep']:g}", point, (7, 5), textcoords="offset points", fontsize=8, color=colour
+                )
     axis.set(
         xlabel="perplexity of what follows / that of the full cache",
         ylabel="token accuracy of needles / that of the full cache",
@@ -67,7 +69,9 @@ def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> 
 
 
 def highest_accuracy(results: Results, name: str) -> float:
-    return max(each["needles"]["of_full"]["value"] for (of, _), each in results.summaries.items() if of == name)
+    return max(
+        summary["needles"]["of_full"]["value"] for (method, _), summary in results.summaries.items() if method == name
+    )
 
 
 def height_at_border(x: list[float], y: list[float], point: list[float]) -> float:
@@ -80,7 +84,7 @@ def height_at_border(x: list[float], y: list[float], point: list[float]) -> floa
 
 
 def draw_depths(path: Path, results: Results, ours: list[str], title: str) -> None:
-    """Token accuracy of needles by depth: a panel a share kept, a row a method, ours first, then as they score."""
+    """Token accuracy of needles by depth: a panel per share kept, a row per method, ours first, then by score."""
     figure, axes = plt.subplots(
         1,
         len(results.keeps),

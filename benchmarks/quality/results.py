@@ -1,4 +1,4 @@
-"""From runs, ours and the peers', to what the page of quality says: numbers with intervals, and who is above whom."""
+"""From runs, ours and the peers', to what the quality page says: numbers with intervals, and how methods compare."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,10 +61,12 @@ def collect(runs: list[Run], ours: Sequence[str] = ()) -> Results:
         key = run["key"]
         if key["case"] in full and key["model"] == full[key["case"]]["model"]:
             grouped.setdefault((key["method"], key["keep"]), {})[key["case"]] = run
-    complete = {pair: [found[case] for case in full] for pair, found in grouped.items() if len(found) == len(full)}
+    complete = {
+        pair: [by_case[case] for case in full] for pair, by_case in grouped.items() if len(by_case) == len(full)
+    }
     summaries = {
-        (each["method"], each["keep"]): each
-        for each in summarize([run for group in complete.values() for run in group])
+        (summary["method"], summary["keep"]): summary
+        for summary in summarize([run for group in complete.values() for run in group])
     }
     return Results(summaries, complete, [pair for pair in grouped if pair not in complete])
 
@@ -85,7 +87,7 @@ class Measure:
 
     Attributes
     ----------
-    of : the two numbers of a context, whose sums over contexts are divided.
+    of : two numbers of a context; their sums over contexts are divided.
     is_better_high : whether more is better.
     is_ratio : compare by the exponential of the difference.
     """
@@ -112,7 +114,7 @@ class Comparison:
 
     Attributes
     ----------
-    value, low, high : the difference of the first from the second, or their ratio for measures that are; the 95 %
+    value, low, high : the difference of the first from the second, or their ratio if the measure is one; the 95 %
         interval comes from resampling contexts, both methods on the same ones.
     verdict : "above" or "below" if the whole interval is on that side, better being above; otherwise "level".
     side : "ahead", "equal" or "behind", by the value alone.
@@ -128,16 +130,16 @@ class Comparison:
 def compare(measure: Measure, first: list[Run], second: list[Run]) -> Comparison:
     """The first method beside the second."""
     pairs = [(measure.of(a), measure.of(b)) for a, b in zip(first, second, strict=True)]
-    more, per = [a[0] - b[0] for a, b in pairs], [float(a[1]) for a, _ in pairs]
-    found = estimate(more, per, exp_ratio_of_sums) if measure.is_ratio else estimate(more, per)
+    differences, per = [a[0] - b[0] for a, b in pairs], [float(a[1]) for a, _ in pairs]
+    difference = estimate(differences, per, exp_ratio_of_sums) if measure.is_ratio else estimate(differences, per)
     equal = 1.0 if measure.is_ratio else 0.0
     sign = 1 if measure.is_better_high else -1
-    gain = sign * (found["value"] - equal)
+    gain = sign * (difference["value"] - equal)
     side = "ahead" if gain > 0 else "behind" if gain < 0 else "equal"
     verdict = "level"
-    if found["low"] is not None and (found["low"] > equal or found["high"] < equal):
+    if difference["low"] is not None and (difference["low"] > equal or difference["high"] < equal):
         verdict = "above" if gain > 0 else "below"
-    return Comparison(found["value"], found["low"], found["high"], verdict, side)
+    return Comparison(difference["value"], difference["low"], difference["high"], verdict, side)
 
 
 def by_depth(runs: list[Run]) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 Runs our methods through `kvcluster.evaluation.quality`, reads what `make bench-peers` found, and fills in the tables of
 QUALITY.md, whose sentences are written by hand, and its figures. Every run is kept in a file as sums of its context,
-and only what is missing there runs: after a change of a method remove its lines.
+and only what is missing there runs: after a change to a method, remove its lines.
 """
 
 import argparse
@@ -85,14 +85,14 @@ def covers(path: Path, pairs: list[tuple[str, float]]) -> bool:
 
 
 def write(arguments: argparse.Namespace, console: Console) -> None:
-    """The page's tables and its figures, of what is in the files."""
+    """The page's tables and its figures, from what is in the files."""
     from benchmarks.quality.figures import draw_depths, draw_frontier
 
     results, facts = read_results(arguments.runs, arguments.peers, arguments.times)
     arguments.page.write_text(fill(arguments.page.read_text(), make_tables(results, facts)))
     n = results.summaries["full", 1.0]["needles"]["n"]
     title = f"SmolLM2-135M, {n} needles, compressed before they were asked for"
-    drawn = [name for name in OURS if any(name == found for found, _ in results.runs)]
+    drawn = [name for name in OURS if any(name == method for method, _ in results.runs)]
     draw_frontier(arguments.figures / "quality-frontier.png", results, drawn, title)
     draw_depths(arguments.figures / "quality-depths.png", results, drawn, title)
     console.print(f"{arguments.page}: {len(results.runs)} rows of {len(results.full)} contexts")
@@ -103,7 +103,7 @@ def read_results(
     peers: Path = PEERS / "results" / "runs.jsonl",
     times: Path = HERE / "results" / "times.json",
 ) -> tuple[Results, Facts]:
-    """What the page is made from, of files of results."""
+    """What the page is made from, read from files of results."""
     runs = read(ours) + read(peers)
     wanted = {"full", *(run["key"]["method"] for run in runs if run["key"]["method"].startswith(PEER)), *OURS}
     results = collect([run for run in runs if run["key"]["method"] in wanted], OURS)
@@ -113,7 +113,7 @@ def read_results(
         ours=list(OURS),
         elsewhere=[run for run in runs if run["key"]["method"].startswith("full (")],
         times=json.loads(times.read_text()) if times.exists() else None,
-        presses={name: made for name, made in presses.items() if name in done},
+        presses={name: press for name, press in presses.items() if name in done},
         left_out=left_out(results),
     )
     return results, facts
@@ -127,10 +127,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def left_out(results: Results) -> dict[str, str]:
     """Presses that are not in the tables, and why."""
-    tree = ast.parse((PEERS / "presses.py").read_text())  # it is read, since kvpress is not installed here
-    [named] = [each.value for each in tree.body if isinstance(each, ast.Assign) and each.targets[0].id == "PRESSES"]
+    tree = ast.parse((PEERS / "presses.py").read_text())  # read as text, since kvpress is not installed here
+    [presses] = [
+        statement.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign) and statement.targets[0].id == "PRESSES"
+    ]
     done = {name for name, _ in results.runs}
-    missing = [key.value for key in named.keys if PEER + key.value not in done]
+    missing = [key.value for key in presses.keys if PEER + key.value not in done]
     waiting = (
         {", ".join(missing): "`make bench-peers` runs them, but has not on all of these contexts"} if missing else {}
     )

@@ -1,4 +1,4 @@
-"""The tables of the page of quality, by the names of their marks; what the page says beside them is written by hand."""
+"""The tables of the quality page, by the names of their marks; the sentences beside them are written by hand."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ __all__ = ["Facts", "make_tables"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What tables need beside the runs of methods.
+    """What tables need besides the runs of methods.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ def make_tables(results: Results, facts: Facts) -> dict[str, str]:
         "failed": failed_table(results, ours),
         "weakest": weakest_table(results, ours),
         "cost": cost_table(facts.times),
-        "presses": "\n".join(f"- {name}: `{made}`" for name, made in facts.presses.items()),
+        "presses": "\n".join(f"- {name}: `{press}`" for name, press in facts.presses.items()),
         "not run": "\n".join(f"- {name}: {reason}." for name, reason in facts.left_out.items()),
     }
 
@@ -93,7 +93,7 @@ def parts_of(run: Run) -> list[int]:
 
 def unfinished(results: Results, ours: list[str]) -> str:
     names = ", ".join(f"{name} {keep:g}" for name, keep in results.unfinished) or "none"
-    missing = ", ".join(name for name in ours if not any(name == found for found, _ in results.runs)) or "none"
+    missing = ", ".join(name for name in ours if not any(name == method for method, _ in results.runs)) or "none"
     return f"Left out, since they did not run on all contexts: {names}. Not measured: {missing}."
 
 
@@ -103,8 +103,8 @@ def method_table(results: Results, ours: list[str], keep: float) -> str:
     rows = []
     for name in [*names, *ordered]:
         pair = (name, 1.0 if name == "full" else keep)
-        each, stored = results.summaries[pair], [run["stored"] for run in results.runs[pair]]
-        needles, perplexity = each["needles"], each["perplexity"]
+        summary, stored = results.summaries[pair], [run["stored"] for run in results.runs[pair]]
+        needles, perplexity = summary["needles"], summary["perplexity"]
         entries = f"{sum(x['entries'] for x in stored) / sum(x['layers'] for x in stored):,.0f}"
         least, most = min(x["least"] for x in stored), max(x["most"] for x in stored)
         if least < most:
@@ -118,7 +118,7 @@ def method_table(results: Results, ours: list[str], keep: float) -> str:
                 with_interval(needles["nll"], to="-"),
                 with_interval(perplexity["of_full"], to="-"),
                 entries,
-                f"{each['bytes']:.3f}",
+                f"{summary['bytes']:.3f}",
             ]
         )
     head = ["method", "needle accuracy / full", "token accuracy", "exact", "nats", "perplexity / full"]

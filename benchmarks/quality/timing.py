@@ -17,29 +17,29 @@ def time_compression(
 ) -> dict[str, Any]:
     """Seconds of each round: of the prefill, and of each method's cache taking its keys and values.
 
-    The second is all that a cache does when the model reads a context: storing and compressing, without attention,
-    which is the same for each. A first round is not counted.
+    The latter is all that a cache does when the model reads a context: storing and compressing, without attention,
+    which is the same for all. A first round is not counted.
     """
     seconds: dict[str, list[float]] = {"prefill": [], "full": [], **{label(*pair): [] for pair in pairs}}
     for number in range(rounds + 1):
-        made: dict[str, float] = {}
+        seconds_of_round: dict[str, float] = {}
         begun = time.perf_counter()
         full = prefill(model, lambda model: None, tokens)
-        made["prefill"] = time.perf_counter() - begun
+        seconds_of_round["prefill"] = time.perf_counter() - begun
         begun = time.perf_counter()
         with torch.inference_mode():
             [(layer.keys.clone(), layer.values.clone()) for layer in full.layers]
-        made["full"] = time.perf_counter() - begun
+        seconds_of_round["full"] = time.perf_counter() - begun
         on_step()
         for name, keep in pairs:
             cache = METHODS[name].make(model, keep, len(tokens))
             begun = time.perf_counter()
             fill(cache, full)
-            made[label(name, keep)] = time.perf_counter() - begun
+            seconds_of_round[label(name, keep)] = time.perf_counter() - begun
             on_step()
         if number:
-            for each, value in made.items():
-                seconds[each].append(round(value, 4))
+            for part, value in seconds_of_round.items():
+                seconds[part].append(round(value, 4))
     return {"tokens": len(tokens), "threads": torch.get_num_threads(), "seconds": seconds}
 
 

@@ -1,4 +1,4 @@
-"""The tables of the page of quality that judge: ours beside the presses, targets, what wins and what fails."""
+"""The tables of the quality page that judge: ours beside the presses, targets, what wins and what fails."""
 
 import statistics
 from typing import Any
@@ -37,11 +37,11 @@ def beside_table(results: Results, ours: list[str]) -> str:
     return table(["kept", "ours", "needle token accuracy", "exact needles", "perplexity"], rows)
 
 
-def verdict(found: Comparison) -> str:
+def verdict(comparison: Comparison) -> str:
     """For a table: the word with its evidence."""
-    words = {"above": "**above**", "below": "**below**", "level": f"level, {found.side}"}
-    interval = "" if found.low is None else f", {found.low:.3f} to {found.high:.3f}"
-    return f"{words[found.verdict]} ({found.value:.3f}{interval})"
+    words = {"above": "**above**", "below": "**below**", "level": f"level, {comparison.side}"}
+    interval = "" if comparison.low is None else f", {comparison.low:.3f} to {comparison.high:.3f}"
+    return f"{words[comparison.verdict]} ({comparison.value:.3f}{interval})"
 
 
 def frontier_table(results: Results, ours: list[str]) -> str:
@@ -55,17 +55,17 @@ def frontier_table(results: Results, ours: list[str]) -> str:
                 for peer in names
             }
             groups = [
-                ", ".join(short(peer) for peer, found in leads.items() if found == pair) or "none"
+                ", ".join(short(peer) for peer, is_ahead in leads.items() if is_ahead == pair) or "none"
                 for pair in ((False, False), (True, False), (False, True))
             ]
-            n_behind = sum(found == (True, True) for found in leads.values())
+            n_behind = sum(is_ahead == (True, True) for is_ahead in leads.values())
             rows.append([f"{keep:g}", f"`{name}`", f"{n_behind} of {len(names)}", *groups])
     head = ["kept", "ours", "ahead in both of", "ahead in neither of", "more needles, higher perplexity than"]
     return table([*head, "fewer needles, lower perplexity than"], rows)
 
 
 def target_table(results: Results, new: list[str], times: dict[str, Any] | None) -> str:
-    names = [name for name in new if any(name == found for found, _ in results.runs)]
+    names = [name for name in new if any(name == method for method, _ in results.runs)]
     rows = []
     for keep, (least, most) in TARGETS.items():
         shown = [name for name in names if (name, keep) in results.runs]
@@ -86,21 +86,21 @@ def target_table(results: Results, new: list[str], times: dict[str, Any] | None)
             cells[f"keep {keep:g}: needle accuracy above each of {len(peers(results, keep))} presses"] = [
                 above_all(results, name, keep) for name in shown
             ]
-        by_name = {text: dict(zip(shown, found, strict=True)) for text, found in cells.items()}
-        rows += [[text, *(found.get(name, "not measured") for name in names)] for text, found in by_name.items()]
+        by_name = {text: dict(zip(shown, verdicts, strict=True)) for text, verdicts in cells.items()}
+        rows += [[text, *(verdicts.get(name, "not measured") for name in names)] for text, verdicts in by_name.items()]
     if times and names:
         ratios = cost_ratios(times)
         cells = []
         for name in names:
-            found = [statistics.median(x) for label, x in ratios.items() if label.rsplit(" ", 1)[0] == name]
-            cells.append(judged(max(found), MOST_COST, is_least=False) if found else "not measured")
+            medians = [statistics.median(x) for label, x in ratios.items() if label.rsplit(" ", 1)[0] == name]
+            cells.append(judged(max(medians), MOST_COST, is_least=False) if medians else "not measured")
         rows.append([f"compression / prefill at most {MOST_COST:g}", *cells])
     return table(["target", *(f"`{name}`" for name in names)], rows)
 
 
-def judged(found: float, bound: float, *, is_least: bool) -> str:
-    is_met = found >= bound if is_least else found <= bound
-    return f"{found:.3f}, met" if is_met else f"{found:.3f}, **missed** by {abs(found - bound):.3f}"
+def judged(measured: float, bound: float, *, is_least: bool) -> str:
+    is_met = measured >= bound if is_least else measured <= bound
+    return f"{measured:.3f}, met" if is_met else f"{measured:.3f}, **missed** by {abs(measured - bound):.3f}"
 
 
 def above_all(results: Results, name: str, keep: float) -> str:
@@ -121,18 +121,18 @@ def win_table(results: Results, ours: list[str]) -> str:
             level = [
                 name for name in names if name != first and beside(results, first, name, keep, key).verdict == "level"
             ]
-            found = f"{shown(first, ours)}, {value(results, first, keep, key):.3f}"
-            rows.append([f"{keep:g}", measure.name, found, ", ".join(shown(each, ours) for each in level) or "none"])
+            winner = f"{shown(first, ours)}, {value(results, first, keep, key):.3f}"
+            rows.append([f"{keep:g}", measure.name, winner, ", ".join(shown(name, ours) for name in level) or "none"])
     return table(["kept", "measure", "best", "level with it (the interval leaves open which is better)"], rows)
 
 
 def failed_table(results: Results, ours: list[str]) -> str:
-    """Who keeps less than half of the full cache's needle accuracy, with that share."""
+    """Methods that keep less than half of the full cache's needle accuracy, with their share."""
     rows = []
     for keep in results.keeps:
         names = [*present(results, ours, keep), *peers(results, keep)]
         of_full = {name: results.summaries[name, keep]["needles"]["of_full"]["value"] for name in names}
-        failed = [f"{shown(name, ours)} {found:.2f}" for name, found in of_full.items() if found < FAILED]
+        failed = [f"{shown(name, ours)} {share:.2f}" for name, share in of_full.items() if share < FAILED]
         rows.append([f"{keep:g}", ", ".join(failed) or "none"])
     return table(["kept", f"less than {FAILED:g} of the full cache's needle accuracy"], rows)
 
@@ -154,7 +154,7 @@ def cost_ratios(times: dict[str, Any]) -> dict[str, list[float]]:
     """Compression over prefill, of each round."""
     seconds = times["seconds"]
     return {
-        label: [a / b for a, b in zip(found, seconds["prefill"], strict=True)]
-        for label, found in seconds.items()
+        label: [a / b for a, b in zip(compression, seconds["prefill"], strict=True)]
+        for label, compression in seconds.items()
         if label != "prefill"
     }

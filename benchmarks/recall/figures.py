@@ -62,14 +62,14 @@ def draw_attention(path: Path, results: Results) -> None:
 
 
 def draw_curves(ax: Axes, results: Results, of: object, lengths: object | None) -> None:
-    """One line a method, `of(result)` against the budget, with bars of the `lengths` below and above it."""
+    """One line per method, `of(result)` against the budget, with bars of the `lengths` below and above it."""
     for name, look in LOOKS.items():
         budgets = [budget for budget in BUDGETS if (name, budget) in results]
-        found = [results[name, budget] for budget in budgets]
-        heights = np.array([of(each) for each in found])
+        chosen = [results[name, budget] for budget in budgets]
+        heights = np.array([of(result) for result in chosen])
         if not budgets:
             continue
-        errors = None if lengths is None else np.array([lengths(each) for each in found]).T
+        errors = None if lengths is None else np.array([lengths(result) for result in chosen]).T
         ax.errorbar(budgets, heights, yerr=errors, label=name, capsize=3, **look)
     ax.set_xscale("log", base=2)
     ax.set_xticks(BUDGETS, [f"{budget:,}" for budget in BUDGETS])
@@ -87,9 +87,9 @@ def draw_options(path: Path, results: Results) -> None:
     for ax, (title, (prefix, budget, base)) in zip(axes, panels.items(), strict=True):
         names = [name for name, size in results if size == budget and name.startswith(prefix) and name != base]
         shown = [base, *names] if (base, budget) in results else names
-        found = [results[name, budget] for name in shown]
-        heights = [each.accuracy["value"] for each in found]
-        errors = np.array([bar_lengths(each.accuracy) for each in found]).reshape(-1, 2).T
+        chosen = [results[name, budget] for name in shown]
+        heights = [result.accuracy["value"] for result in chosen]
+        errors = np.array([bar_lengths(result.accuracy) for result in chosen]).reshape(-1, 2).T
         colors = [LOOKS[base]["color"], *[SKY] * len(names)][: len(shown)]
         ax.barh(shown, heights, xerr=errors, color=colors, error_kw={"ecolor": DARK_GREY, "capsize": 2})
         ax.axvline(results[FULL, 0].accuracy["value"], color=BLACK, linestyle=":")

@@ -1,7 +1,7 @@
-"""Who attends to what: full attention, the package's recall, and what it is compared with.
+"""What attends to which tokens: full attention, the package's recall, and what it is compared with.
 
-A method answers for one layer. It is given the layer's `Exact` keys and values, is told of new tokens by `append`, and
-has `attend(query)` and `attended(query)`, a mask (batch, kv_heads, tokens) of what that attends to. `query` is (batch,
+A method serves one layer. It is given the layer's `Exact` keys and values, gets new tokens by `append`, and has
+`attend(query)` and `attended(query)`, a mask (batch, kv_heads, tokens) of what that attends to. `query` is (batch,
 kv_heads, group, dim), the new token's. `budget` counts all entries per KV head. Baselines attend to the new tokens, and
 choose the rest of their budget by masks in plain torch: they are for their choices, not for their speed.
 """
@@ -51,7 +51,7 @@ class Exact:
 
 
 def shared(rows: Tensor, matrices: Tensor) -> Tensor:
-    """`rows` (batch, kv_heads, group, n) times `matrices` (kv_heads, n, m), without a copy of these for each batch."""
+    """`rows` (batch, kv_heads, group, n) times `matrices` (kv_heads, n, m), which are not copied for each batch row."""
     products = rows.transpose(0, 1).flatten(1, 2) @ matrices  # (kv_heads, batch * group, m)
     return products.unflatten(1, (len(rows), -1)).transpose(0, 1)
 
@@ -73,7 +73,7 @@ class Full:
 
 
 class TopTokens(Full):
-    """The ceiling: the context's tokens of the largest true weights, summed over the group."""
+    """The ceiling: the context's tokens with the largest true weights, summed over the group."""
 
     def __init__(self, exact: Exact, budget: int) -> None:
         super().__init__(exact)
@@ -166,14 +166,14 @@ class Ruled(Recall):
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Place of each number along the last axis from the highest, 0, on; of equals the first comes first."""
+    """Rank of each number along the last axis, 0 for the highest; of equal numbers the first comes first."""
     ranking = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1]).expand_as(ranking)
     return torch.empty_like(ranking).scatter_(-1, ranking, places)
 
 
 def sum_before(numbers: Tensor, rank: Tensor) -> Tensor:
-    """Of each number the sum of those that rank before it."""
+    """For each number, the sum of those that rank before it."""
     ranked = torch.zeros_like(numbers).scatter_(-1, rank, numbers)
     return (ranked.cumsum(dim=-1) - ranked).gather(-1, rank)
 
@@ -184,5 +184,5 @@ def with_new(mask: Tensor, n_new: int) -> Tensor:
 
 
 def best_above_mean(scores: Tensor) -> Tensor:
-    """The package's rule for a group: the largest (batch, kv_heads, group, clusters) after taking off each mean."""
+    """The package's rule for a group: the largest of scores (batch, kv_heads, group, clusters) less their means."""
     return (scores - scores.mean(dim=-1, keepdim=True)).amax(dim=-2)

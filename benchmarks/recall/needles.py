@@ -1,7 +1,7 @@
 """What the recall benchmark reads and asks: numbers planted in a long text, by `kvcluster.evaluation.quality`.
 
-Two sets of sentences, each in a part of its own of the Python language reference: settings were chosen on "tuning",
-results are reported on "reporting".
+Two sets of sentences, each in its own part of the Python language reference: settings were chosen on "tuning", results
+are reported on "reporting".
 """
 
 import random
@@ -14,7 +14,7 @@ from kvcluster.evaluation.texts import built_in_text, encode
 __all__ = ["Context", "plant"]
 
 FIRST_TOKEN = {"tuning": 0, "reporting": 60_000}  # of 113,108
-STRIDE = 5_000  # tokens from one context's text to the next one's
+STRIDE = 5_000  # tokens from the start of one context's text to the next
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def measure(arguments: argparse.Namespace, runs: Runs, configured: str, progress
         task = progress.add_task(name, total=steps)
         return lambda: progress.advance(task)
 
-    def key(part: str, **more: Any) -> dict[str, Any]:
-        return {"part": part, "configuration": configured, **more}
+    def key(part: str, **details: Any) -> dict[str, Any]:
+        return {"part": part, "configuration": configured, **details}
 
     begun = time.monotonic()
     missing = [part for part in ("step", "index", "tiers") if part in arguments.parts and runs.found(key(part)) is None]
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace, runs: Runs, configured: str, progress
         for budget in setting.budgets
         if budget in budgets
     ]
-    todo = [each for each in todo if runs.found(each[-1]) is None]
+    todo = [task for task in todo if runs.found(task[-1]) is None]
     if not todo and not {"index", "tiers"} & set(missing):
         return
     model, tokenizer = load_llama(smollm2_folder())
@@ -139,19 +139,21 @@ def measure(arguments: argparse.Namespace, runs: Runs, configured: str, progress
     if "tiers" in missing:
         runs.add({"key": key("tiers"), "section": pack(time_tiers(model, first, 512, 48, bar("tiers", 5 * 49)))})
     advance = bar("needles", len(todo))
-    for number, of_context in itertools.groupby(todo, key=lambda each: each[-1]["context"]):
+    for number, of_context in itertools.groupby(todo, key=lambda task: task[-1]["context"]):
         context = plant(tokenizer, arguments.needles, number, **size)
         read = read_layers(model, context.tokens)
         for setting, budget, of_run in of_context:
             if time.monotonic() - begun > 60 * arguments.minutes:
                 return
-            made = score(model, context, read, lambda exact, layer: setting.of_layer(exact, layer, budget))  # noqa: B023
-            runs.add({"key": of_run, "needles": needle_sums(made.is_right, made.nll), "attention": made.attention})
+            answers = score(model, context, read, lambda exact, layer: setting.of_layer(exact, layer, budget))  # noqa: B023
+            runs.add(
+                {"key": of_run, "needles": needle_sums(answers.is_right, answers.nll), "attention": answers.attention}
+            )
             advance()
 
 
 def pack(section: Section) -> dict[str, Any]:
-    """A section as JSON, from which `unpack` makes it again."""
+    """A section as JSON, from which `unpack` restores it."""
     lines = [
         {"cells": line.cells, "claim": line.claim and vars(line.claim), "show": line.show} for line in section.lines
     ]
@@ -166,20 +168,22 @@ def unpack(packed: dict[str, Any]) -> Section:
 
 
 def make_sections(runs: list[dict[str, Any]]) -> list[Section]:
-    found = collect(runs)
-    sections = [needle_table(found), attention_table(found), option_table(found)] if found else []
-    return [each for each in sections if each.lines] + [unpack(run["section"]) for run in runs if "section" in run]
+    results = collect(runs)
+    sections = [needle_table(results), attention_table(results), option_table(results)] if results else []
+    return [section for section in sections if section.lines] + [
+        unpack(run["section"]) for run in runs if "section" in run
+    ]
 
 
 def draw(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """The figures, of what there is."""
+    """The figures of all results there are."""
     from benchmarks.recall.figures import draw_attention, draw_needles, draw_options
 
-    found = collect(runs)
-    if found:
-        draw_needles(folder / "recall-needles.png", found)
-        draw_attention(folder / "recall-attention.png", found)
-        draw_options(folder / "recall-options.png", found)
+    results = collect(runs)
+    if results:
+        draw_needles(folder / "recall-needles.png", results)
+        draw_attention(folder / "recall-attention.png", results)
+        draw_options(folder / "recall-options.png", results)
 
 
 if __name__ == "__main__":

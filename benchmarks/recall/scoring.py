@@ -1,4 +1,4 @@
-"""Question and answer, token by token, on top of a context that was read before: how well a method answers.
+"""Question and answer, token by token, after a context that was read before: how well a method answers.
 
 The model's own layers, with attention by a method of `methods.py`. The answer is teacher-forced: each token is
 predicted after the true ones before it. All questions of a context run as one batch.
@@ -24,7 +24,7 @@ N_LEFT_OUT = 2  # first layers, not measured: some settings attend to all tokens
 
 @dataclass
 class Attention:
-    """Means over what was measured so far.
+    """Means over all measurements so far.
 
     Attributes
     ----------

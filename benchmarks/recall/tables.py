@@ -44,10 +44,10 @@ def collect(runs: list[dict[str, Any]]) -> dict[tuple[str, int], Result]:
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in runs:
         grouped.setdefault((run["key"]["setting"], run["key"]["budget"]), []).append(run)
-    whole = {pair: group for pair, group in grouped.items() if len(group) == len(contexts)}
-    if (FULL, 0) not in whole:
+    complete = {pair: group for pair, group in grouped.items() if len(group) == len(contexts)}
+    if (FULL, 0) not in complete:
         return {}
-    return {pair: result(group, whole[FULL, 0]) for pair, group in whole.items()}
+    return {pair: result(group, complete[FULL, 0]) for pair, group in complete.items()}
 
 
 def result(group: list[dict[str, Any]], full: list[dict[str, Any]]) -> Result:
@@ -59,7 +59,7 @@ def result(group: list[dict[str, Any]], full: list[dict[str, Any]]) -> Result:
         kept=estimate(right, [run["needles"]["right"] for run in full]),
         exact=estimate(exact, n),
         nll=sums["nll"] / sums["tokens"],
-        attention={name: statistics.fmean(each[name] for each in measured) for name in measured[0]},
+        attention={name: statistics.fmean(attention[name] for attention in measured) for name in measured[0]},
     )
 
 
@@ -76,28 +76,28 @@ def needle_table(results: dict[tuple[str, int], Result]) -> Section:
         lines,
         "In brackets: 95 % intervals, from resampling contexts. Targets: at 512 ours loses at most 5 % of the full "
         "cache's accuracy; at every budget pages reach at most ours.",
-        {"results": {f"{name} {budget}": vars(each) for (name, budget), each in results.items()}},
+        {"results": {f"{name} {budget}": vars(result) for (name, budget), result in results.items()}},
     )
 
 
 def needle_claim(name: str, budget: int, results: dict[tuple[str, int], Result]) -> Claim | None:
-    mine = results[name, budget]
+    result = results[name, budget]
     if name == OURS and budget == CLAIMED_BUDGET:
-        return Claim(f"accuracy lost at budget {budget}", 1 - mine.kept["value"], MOST_LOSS)
+        return Claim(f"accuracy lost at budget {budget}", 1 - result.kept["value"], MOST_LOSS)
     if name == PAGES and (OURS, budget) in results:
-        theirs, ours = mine.accuracy["value"], results[OURS, budget].accuracy["value"]
+        theirs, ours = result.accuracy["value"], results[OURS, budget].accuracy["value"]
         return Claim(f"accuracy of pages over ours at {budget}", theirs / ours if ours else math.inf, 1.0)
     return None
 
 
-def answer_line(name: str, budget: int, mine: Result, claim: Claim | None = None) -> Line:
+def answer_line(name: str, budget: int, result: Result, claim: Claim | None = None) -> Line:
     cells = (
         name,
         f"{budget:,}" if budget else "all",
-        with_interval(mine.accuracy),
-        with_interval(mine.kept),
-        with_interval(mine.exact, digits=2),
-        f"{mine.nll:.3f}",
+        with_interval(result.accuracy),
+        with_interval(result.kept),
+        with_interval(result.exact, digits=2),
+        f"{result.nll:.3f}",
     )
     return Line(cells, claim)
 
@@ -108,9 +108,9 @@ def attention_table(results: dict[tuple[str, int], Result]) -> Section:
     for name in COMPARED:
         for budget in BUDGETS:
             if (name, budget) in results:
-                mine = results[name, budget].attention
-                rates = (f"{mine['recall_rate']:.3f}", f"{mine['mass']:.3f}", f"{mine['error']:.3f}")
-                lines.append(Line((name, f"{budget:,}", *rates, f"{mine['entries']:.0f}")))
+                measured = results[name, budget].attention
+                rates = (f"{measured['recall_rate']:.3f}", f"{measured['mass']:.3f}", f"{measured['error']:.3f}")
+                lines.append(Line((name, f"{budget:,}", *rates, f"{measured['entries']:.0f}")))
     return Section(
         "Attention while the answers are made, mean over layers from the third on, heads and tokens",
         ("attention", "budget", "recall rate of top 64", "share of mass", "output error", "entries"),
@@ -124,9 +124,9 @@ def option_table(results: dict[tuple[str, int], Result]) -> Section:
     others = [key for key in results if key[0] not in (FULL, *COMPARED)]
     lines = []
     for name, budget in others:
-        mine = results[name, budget]
-        rates = (f"{mine.attention['recall_rate']:.3f}", f"{mine.attention['mass']:.3f}")
-        lines.append(Line((*answer_line(name, budget, mine).cells, *rates, f"{mine.attention['entries']:.0f}")))
+        result = results[name, budget]
+        rates = (f"{result.attention['recall_rate']:.3f}", f"{result.attention['mass']:.3f}")
+        lines.append(Line((*answer_line(name, budget, result).cells, *rates, f"{result.attention['entries']:.0f}")))
     return Section(
         "Options, one at a time",
         ("setting", "budget", "token accuracy", "kept", "all right", "nats", "recall rate", "mass", "entries"),

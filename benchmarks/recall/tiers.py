@@ -1,4 +1,4 @@
-"""What two tiers cost and spare while a model generates: hit rates, bytes moved, time beside the cache in memory."""
+"""What two tiers cost and save while a model generates: hit rates, bytes moved, time beside the cache in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,8 @@ def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: C
     options: dict[str, dict[str, Any]] = {"in memory": {}}
     options |= {f"two tiers, clusters of the last {n} steps": {"offloading": True, "n_steps": n} for n in STEPS_HELD}
     caches = {
-        name: filled(RecallCache.for_model(model, budget=budget, **more), layers) for name, more in options.items()
+        name: filled(RecallCache.for_model(model, budget=budget, **settings), layers)
+        for name, settings in options.items()
     }
     next_tokens = {name: torch.tensor([context.tokens[-1:]]) for name in caches}
 
@@ -41,13 +42,13 @@ def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: C
     lines = []
     for name, cache in caches.items():
         ratio = str(ratios(seconds[name], seconds["in memory"]))
-        found = cache.statistics
-        if found is None:
+        statistics = cache.statistics
+        if statistics is None:
             lines.append(Line((name, "", "", "", ratio)))
             continue
-        moved = found.nbytes_moved / (n_new + 1) / 1e6
-        evicted = found.n_evicted / (n_new + 1)
-        lines.append(Line((name, f"{found.hit_rate:.0%}", f"{moved:.2f}", f"{evicted:,.0f}", ratio)))
+        moved = statistics.nbytes_moved / (n_new + 1) / 1e6
+        evicted = statistics.n_evicted / (n_new + 1)
+        lines.append(Line((name, f"{statistics.hit_rate:.0%}", f"{moved:.2f}", f"{evicted:,.0f}", ratio)))
     return Section(
         f"Two tiers: SmolLM2-135M, {len(context.tokens):,} tokens, budget {budget}, {n_new} generated, a file behind",
         ("keys and values", "hit rate", "MB moved / token", "clusters evicted / token", "time / in memory"),
@@ -58,7 +59,7 @@ def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: C
 
 
 def filled(cache: RecallCache, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> RecallCache:
-    """The cache after a prefill, all tokens but the last: that one is the first to be generated from."""
+    """The cache after a prefill of all tokens but the last, from which generation starts."""
     for layer, (keys, values) in zip(cache.layers, layers, strict=True):
         held = keys[None, :, :-1], values[None, :, :-1]
         layer.lazy_initialization(*held)

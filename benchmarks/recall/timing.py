@@ -41,13 +41,13 @@ def time_step(tokens: int, budget: int, rounds: int, advance: Advance) -> Sectio
     seconds = seconds_in_turn({**full, "RecallCache.attend": lambda: cache.attend(query)}, rounds, advance)
     best = min(full, key=lambda name: statistics.median(seconds[name]))
     lines = []
-    for name, mine in seconds.items():
-        ratio = ratios(mine, seconds[best])
+    for name, times in seconds.items():
+        ratio = ratios(times, seconds[best])
         is_ours = name not in full
         claim = Claim("time of a recalling step over the best full one", ratio.median, MOST_STEP) if is_ours else None
-        speedup = ratios(seconds[best], mine)
+        speedup = ratios(seconds[best], times)
         lines.append(
-            Line((name, f"{1e3 * statistics.median(mine):.2f} ms", f"{ratio.median:.3f}", str(speedup)), claim)
+            Line((name, f"{1e3 * statistics.median(times):.2f} ms", f"{ratio.median:.3f}", str(speedup)), claim)
         )
     return Section(
         f"Time of one attention step: {HEADS} KV heads x {GROUP} queries x {DIM} dims, {tokens:,} tokens, float32, "

@@ -1,8 +1,7 @@
 """Our attention to vLLM's pages beside vLLM's own kernel, on the same entries, none of them clustered (keep 1).
 
 Batches of decoding requests with the heads of SmolLM2. Each call reads the pages of another of 30 layers, as in a
-model, so that they do not lie in the processor's cache from the call before, unless they all fit. Kernels come in
-turn.
+model, so that the call before has not left them in the processor's cache, unless they all fit. Kernels come in turn.
 """
 
 import os
@@ -24,7 +23,7 @@ __all__ = ["measure_attention", "show_attention"]
 PAGE, HEADS, KV_HEADS, DIM, LAYERS = 32, 9, 3, 64, 30
 BATCHES, LENGTHS, DTYPES = (1, 4, 16), (512, 1024, 2048, 4096), (torch.float32, torch.bfloat16)
 MOST = 1.2  # ours / stock
-ENTRIES = 100_000  # that a turn attends to at least, so that small problems are timed for long enough
+ENTRIES = 100_000  # at least so many per turn, so that small problems are timed for long enough
 
 
 def layer(batch, length, dtype, generator):
@@ -89,37 +88,37 @@ def turns(layers, rounds, repeats, clock):
     contenders = dict(zip(("stock", "ours"), zip(*layers, strict=True), strict=True))
     runs = {name: lambda calls=calls: repeat(calls) for name, calls in contenders.items()}
     seconds = seconds_in_turn(runs, rounds, clock=clock)
-    return {name: [each / repeats / len(layers) for each in found] for name, found in seconds.items()}
+    return {name: [second / repeats / len(layers) for second in times] for name, times in seconds.items()}
 
 
 def measure_attention(rounds, is_processor_time):
-    """Every dtype, batch and length, and what they were run on."""
+    """Every dtype, batch and length, and the machine they ran on."""
     current_platform.import_kernels()
     if is_processor_time:
         torch.set_num_threads(1)
     clock = time.process_time if is_processor_time else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     cases = [(dtype, batch, length) for dtype in DTYPES for batch in BATCHES for length in LENGTHS]
-    found, load = [], os.getloadavg()[0]
+    rows, load = [], os.getloadavg()[0]
     for dtype, batch, length in track(cases, description="Attention"):
         n_layers = min(LAYERS, max(4, 2**31 // (batch * length * KV_HEADS * 2 * DIM * 8)))  # what memory allows
         layers = [layer(batch, length, dtype, generator) for _ in range(n_layers)]
         seconds = turns(layers, rounds, max(1, ENTRIES // (batch * length)), clock)
         name = str(dtype).removeprefix("torch.")
-        found.append({"dtype": name, "batch": batch, "entries": length, **seconds})
+        rows.append({"dtype": name, "batch": batch, "entries": length, **seconds})
     about = {"threads": torch.get_num_threads(), "load": round(load, 2), "layers": LAYERS}
     about["seconds"] = "processor time of one thread" if is_processor_time else "wall"
-    return {"about": about, "found": found}
+    return {"about": about, "found": rows}
 
 
-def show_attention(found):
+def show_attention(rows):
     """A table with the medians, and whether the target is met."""
     table = Table(title=f"Attention of a layer to exact entries, microseconds; at most {MOST} of stock's is asked for")
     for column in ("dtype", "batch", "entries", "vLLM", "ours", "ours / vLLM", ""):
         table.add_column(column, justify="right")
-    for each in found:
-        ratio = ratios(each["ours"], each["stock"])
-        times = (f"{1e6 * sorted(each[name])[len(each[name]) // 2]:,.0f}" for name in ("stock", "ours"))
-        sizes = (each["dtype"], str(each["batch"]), f"{each['entries']:,}")
+    for row in rows:
+        ratio = ratios(row["ours"], row["stock"])
+        times = (f"{1e6 * sorted(row[name])[len(row[name]) // 2]:,.0f}" for name in ("stock", "ours"))
+        sizes = (row["dtype"], str(row["batch"]), f"{row['entries']:,}")
         table.add_row(*sizes, *times, str(ratio), "holds" if ratio.median <= MOST else "does not hold")
     Console(width=120).print(table)

@@ -15,19 +15,19 @@ __all__ = ["draw_pools"]
 COLOURS = {"stock": VERMILION, "keep 0.5": SKY, "keep 0.25": BLUE}
 
 
-def draw_pools(path, found):
+def draw_pools(path, all_lines):
     """Both rates against the pool, with the number of requests at once beside each point."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     titles = {"decode": "steps that only generate", "whole": "the whole run, prompts read too"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for contender, colour in COLOURS.items():
-            lines = [line for line in found if line["contender"] == contender and line["n_new"] == 256]
+            lines = [line for line in all_lines if line["contender"] == contender and line["n_new"] == 256]
             lines.sort(key=lambda line: line["blocks"])
             blocks = [line["blocks"] for line in lines]
             rates = [[run[name] for run in line["runs"]] for line in lines]
-            middle = [statistics.median(each) for each in rates]
-            low = [m - min(each) for m, each in zip(middle, rates, strict=True)]
-            high = [max(each) - m for m, each in zip(middle, rates, strict=True)]
+            middle = [statistics.median(rates_of_line) for rates_of_line in rates]
+            low = [m - min(rates_of_line) for m, rates_of_line in zip(middle, rates, strict=True)]
+            high = [max(rates_of_line) - m for m, rates_of_line in zip(middle, rates, strict=True)]
             axis.errorbar(blocks, middle, (low, high), fmt="o-", color=colour, capsize=3, label=contender)
             for line, x, y in zip(lines, blocks, middle, strict=True):
                 label = f"{min(run['at_once'] for run in line['runs'])} at once"

@@ -4,7 +4,7 @@ Every run is a process of its own that loads SmolLM2, sends all its requests at 
 the engine. Contenders come in turn, so that all meet the same machine. Two rates are told apart: one of the steps that
 only generate, and one of the whole run, in which the prompts are read too.
 
-`python pools.py CONTENDER CASE CLOCK` is one such run, of the clock `wall` or `processor`; run.py asks for all of them.
+`python pools.py CONTENDER CASE CLOCK` is one such run, by the clock `wall` or `processor`; run.py starts all of them.
 """
 
 import json
@@ -39,7 +39,7 @@ def serve(contender, n_blocks, n_requests, n_new, clock):
     from kvcluster.evaluation.models import smollm2_folder
     from kvcluster.evaluation.texts import built_in_text, encode
 
-    asked = CONTENDERS[contender]
+    method = CONTENDERS[contender]
     llm = LLM(
         str(smollm2_folder()),
         dtype="bfloat16",
@@ -53,7 +53,7 @@ def serve(contender, n_blocks, n_requests, n_new, clock):
         enable_prefix_caching=False,
         disable_log_stats=True,
         seed=0,
-        additional_config={} if asked is None else {"kvcluster": asked},
+        additional_config={} if method is None else {"kvcluster": method},
     )
     tokens = encode(llm.get_tokenizer(), built_in_text())
     engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
@@ -109,14 +109,14 @@ def run_in_process(contender, case, is_processor_time):
     }
     clock = "processor" if is_processor_time else "wall"
     command = [sys.executable, "-W", "ignore", __file__, contender, json.dumps(case[:3]), clock]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"a run failed: {contender}, {case}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise RuntimeError(f"a run failed: {contender}, {case}\n{process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def measure_pools(cases, is_processor_time):
-    """All runs, contenders in turn, and what they were run on."""
+    """All runs, contenders in turn, and the machine they ran on."""
     from rich.progress import track
 
     load = os.getloadavg()[0]
@@ -143,22 +143,23 @@ def measure_pools(cases, is_processor_time):
 
 
 def spread(numbers, digits=1):
-    """Median, and smallest and largest where there are some."""
+    """Median, and smallest and largest if there are several numbers."""
     text = f"{statistics.median(numbers):,.{digits}f}"
     return text if len(numbers) == 1 else f"{text} ({min(numbers):,.{digits}f} to {max(numbers):,.{digits}f})"
 
 
-def against_stock(found, line, name):
+def against_stock(lines, line, name):
     """Ratios to stock in the same pool, turn by turn."""
     (stock,) = (
-        each
-        for each in found
-        if each["contender"] == "stock" and all(each[key] == line[key] for key in ("blocks", "requests", "n_new"))
+        candidate
+        for candidate in lines
+        if candidate["contender"] == "stock"
+        and all(candidate[key] == line[key] for key in ("blocks", "requests", "n_new"))
     )
     return [a[name] / b[name] for a, b in zip(line["runs"], stock["runs"], strict=True)]
 
 
-def show_pools(found):
+def show_pools(lines):
     """A table, and whether the targets are met."""
     from rich.console import Console
     from rich.table import Table
@@ -169,7 +170,7 @@ def show_pools(found):
         table.add_column(column)
     table.add_column("with reading")
     table.add_column("/ stock")
-    for line in found:
+    for line in lines:
         runs = line["runs"]
         table.add_row(
             str(line["blocks"]),
@@ -179,15 +180,15 @@ def show_pools(found):
             str(max(run["held"] for run in runs)),
             str(max(run["preempted"] for run in runs)),
             spread([run["decode"] for run in runs]),
-            spread(against_stock(found, line, "decode"), 2),
+            spread(against_stock(lines, line, "decode"), 2),
             spread([run["whole"] for run in runs]),
-            spread(against_stock(found, line, "whole"), 2),
+            spread(against_stock(lines, line, "whole"), 2),
         )
     console.print(table)
-    for line in found:
+    for line in lines:
         if (line["contender"], line["blocks"], line["n_new"]) == ("keep 0.25", 230, 256):
             for name, least in LEAST.items():
-                ratio = statistics.median(against_stock(found, line, name))
+                ratio = statistics.median(against_stock(lines, line, name))
                 verdict = "holds" if ratio >= least else "does not hold"
                 console.print(f"keep 0.25 / stock, {name}: {ratio:.2f}, at least {least}: {verdict}", highlight=False)
 

@@ -51,13 +51,13 @@ def measure(arguments: argparse.Namespace) -> None:
     if "attention" in arguments.parts:
         from benchmarks.vllm.attention import measure_attention, show_attention
 
-        made = measure_attention(arguments.rounds, arguments.processor_time)
-        (arguments.results / "attention.json").write_text(json.dumps(made) + "\n")
-        show_attention(made["found"])
+        results = measure_attention(arguments.rounds, arguments.processor_time)
+        (arguments.results / "attention.json").write_text(json.dumps(results) + "\n")
+        show_attention(results["found"])
     if "pools" in arguments.parts:
-        made = measure_pools([tuple(case) for case in arguments.case or CASES], arguments.processor_time)
-        (arguments.results / "pools.json").write_text(json.dumps(made, indent=1) + "\n")
-        show_pools(made["found"])
+        results = measure_pools([tuple(case) for case in arguments.case or CASES], arguments.processor_time)
+        (arguments.results / "pools.json").write_text(json.dumps(results, indent=1) + "\n")
+        show_pools(results["found"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The operations of the suite, a file each: its cases, its mistakes, how it is called. A new one is a file and a line.
 
-They are checked, and stand in files, in this order.
+Checks and files of vectors follow the order below.
 """
 
 from importlib import import_module
@@ -23,5 +23,5 @@ FILES = (
     "recall_attention",
     "recall_cache",
 )
-FOUND: list[Operation] = [import_module(f".{name}", __name__).OPERATION for name in FILES]
-OPERATIONS = {operation.name: operation for operation in FOUND}
+LOADED: list[Operation] = [import_module(f".{name}", __name__).OPERATION for name in FILES]
+OPERATIONS = {operation.name: operation for operation in LOADED}

@@ -25,10 +25,10 @@ def attention_cases(base: int) -> Iterator[tuple[str, dict[str, np.ndarray], dic
     shapes = ((1, 1, 1), (3, 65, 64), (4, 200, 80), (1, 63, 16), (2, 2, 5))
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("normal", "signs", "smooth", "tiny")):
         group, tokens, dim = shapes[index % len(shapes)]
-        made = attention_arrays(kind, (2,), group, tokens, dim, dtype, base + 40 + index)
+        arrays = attention_arrays(kind, (2,), group, tokens, dim, dtype, base + 40 + index)
         for scale in (None, 0.3):
             name = f"{kind}-G{group}-T{tokens}-D{dim}-{dtype}-scale{scale or ''}"
-            yield name, made, {} if scale is None else {"scale": scale}
+            yield name, arrays, {} if scale is None else {"scale": scale}
 
 
 def refused() -> Iterator[Case]:
@@ -74,7 +74,7 @@ def dealt_in_turn(query: np.ndarray) -> np.ndarray:
 
 
 def dealt_back(output: np.ndarray) -> np.ndarray:
-    """The outputs that belong to `dealt_in_turn`, in the order of the query heads."""
+    """The outputs for queries of `dealt_in_turn`, back in the order of the query heads."""
     if output.ndim < 3:
         return output
     *lead, heads, group, dim = output.shape

@@ -87,11 +87,11 @@ def decisions(case: Case) -> Iterator[str]:
 def matches(centroids: np.ndarray, n_merged: int) -> Iterator[str]:
     """A line for each source: its destination, what ties with it, and whether it merges."""
     sources, destinations = alternating_partition(len(centroids))
-    alike = similarity(centroids[sources], centroids[destinations])
-    best = alike.max(axis=-1)
+    similarities = similarity(centroids[sources], centroids[destinations])
+    best = similarities.max(axis=-1)
     merged = np.argsort(-best, kind="stable")[:n_merged]
     for index, source in enumerate(sources):
-        tied = destinations[alike[index] == best[index]]
+        tied = destinations[similarities[index] == best[index]]
         line = f"  source {source} matches destination {tied[0]} (similarity {best[index]:.17g})"
         if len(tied) > 1:
             line += f"; {', '.join(map(str, tied))} tie exactly: the smallest index wins"
@@ -105,15 +105,15 @@ def matches(centroids: np.ndarray, n_merged: int) -> Iterator[str]:
 def wrong_round(
     *, last_destination: bool = False, last_source: bool = False, is_reordered: bool = False
 ) -> tuple[Patch, ...]:
-    """`match_round` with ties to the largest index, or with the entries that stay in another order."""
+    """`match_round` with ties to the largest index, or with the remaining entries in another order."""
 
     def match_round(centroids: np.ndarray, n_merged: int) -> np.ndarray:
         sources, destinations = alternating_partition(len(centroids))
-        alike = similarity(centroids[sources], centroids[destinations])
-        chosen = alike.argmax(axis=-1)
+        similarities = similarity(centroids[sources], centroids[destinations])
+        chosen = similarities.argmax(axis=-1)
         if last_destination:
-            chosen = alike.shape[-1] - 1 - alike[:, ::-1].argmax(axis=-1)
-        best = alike.max(axis=-1)
+            chosen = similarities.shape[-1] - 1 - similarities[:, ::-1].argmax(axis=-1)
+        best = similarities.max(axis=-1)
         best_first = np.argsort(-best, kind="stable")
         if last_source:
             best_first = len(best) - 1 - np.argsort(-best[::-1], kind="stable")
@@ -132,7 +132,7 @@ def wrong_round(
 
 
 def rounds_with(mean: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
-    """`match_chunk` whose rounds go on from `mean(keys, labels, centroids before, entry of each)`."""
+    """`match_chunk` whose next round starts from `mean(keys, labels, centroids before, entry of each)`."""
 
     def match_chunk(keys: np.ndarray, target: int) -> np.ndarray:
         labels, size, centroids = np.arange(len(keys)), len(keys), keys.astype(np.float32)
@@ -148,7 +148,7 @@ def rounds_with(mean: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
 
 
 def mean_of_centroids(keys: np.ndarray, labels: np.ndarray, centroids: np.ndarray, entry: np.ndarray) -> np.ndarray:
-    """Each centroid of the round before weighs the same, whatever its count."""
+    """Every centroid of the previous round weighs the same, whatever its count."""
     return merge(centroids, Clustering(entry, np.bincount(entry)))
 
 
@@ -168,36 +168,37 @@ def rounded_down(keep_ratio: float, chunk_size: int) -> int:
 
 
 def of_first_head(keys: np.ndarray, **parameters: Any) -> Clustering:
-    made = right_matching(keys, **parameters)
+    clustering = right_matching(keys, **parameters)
     if keys.ndim == 2:
-        return made
-    return Clustering(*(np.broadcast_to(x[..., :1, :], x.shape) for x in (made.labels, made.counts)))
+        return clustering
+    return Clustering(*(np.broadcast_to(x[..., :1, :], x.shape) for x in (clustering.labels, clustering.counts)))
 
 
 def with_partial_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 64) -> Clustering:
     """The trailing partial chunk is clustered too."""
-    whole = keys.shape[-2] // chunk_size * chunk_size
-    spans = [(keys[..., :whole, :], chunk_size), (keys[..., whole:, :], keys.shape[-2] - whole)]
+    n_whole = keys.shape[-2] // chunk_size * chunk_size
+    spans = [(keys[..., :n_whole, :], chunk_size), (keys[..., n_whole:, :], keys.shape[-2] - n_whole)]
     return joined([right_matching(x, keep_ratio=keep_ratio, chunk_size=n) for x, n in spans if n])
 
 
 def without_last_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 64) -> Clustering:
     """The last whole chunk is left as it is."""
-    whole = max(0, keys.shape[-2] // chunk_size - 1) * chunk_size
-    rest = np.broadcast_to(np.arange(keys.shape[-2] - whole), (*keys.shape[:-2], keys.shape[-2] - whole))
-    first = right_matching(keys[..., :whole, :], keep_ratio=keep_ratio, chunk_size=chunk_size)
-    return joined([first, Clustering(rest, np.ones(rest.shape, int))])
+    n_whole = max(0, keys.shape[-2] // chunk_size - 1) * chunk_size
+    labels_of_rest = np.broadcast_to(np.arange(keys.shape[-2] - n_whole), (*keys.shape[:-2], keys.shape[-2] - n_whole))
+    first = right_matching(keys[..., :n_whole, :], keep_ratio=keep_ratio, chunk_size=chunk_size)
+    return joined([first, Clustering(labels_of_rest, np.ones(labels_of_rest.shape, int))])
 
 
 def joined(clusterings: list[Clustering]) -> Clustering:
     labels, n_entries = [], 0
-    for one in clusterings:
-        labels.append(one.labels + n_entries)
-        n_entries += one.counts.shape[-1]
-    return Clustering(np.concatenate(labels, axis=-1), np.concatenate([one.counts for one in clusterings], axis=-1))
+    for clustering in clusterings:
+        labels.append(clustering.labels + n_entries)
+        n_entries += clustering.counts.shape[-1]
+    counts = [clustering.counts for clustering in clusterings]
+    return Clustering(np.concatenate(labels, axis=-1), np.concatenate(counts, axis=-1))
 
 
-def in_place_of_it(wrong: object) -> tuple[Patch, ...]:
+def replaced_matching(wrong: object) -> tuple[Patch, ...]:
     return tuple((place, "chunked_soft_matching", wrong) for place in ("", "soft_matching"))
 
 
@@ -230,7 +231,7 @@ CHUNKS = (
     Mistake(
         "all leading indices share one matching: each is its own problem",
         "1.1",
-        in_place_of_it(of_first_head),
+        replaced_matching(of_first_head),
     ),
     Mistake(
         "later rounds average centroids without their counts: a centroid is the mean of its original tokens",
@@ -254,7 +255,7 @@ LAST = (
     Mistake(
         "the last whole chunk is left out: every whole chunk is clustered",
         "5.2",
-        in_place_of_it(without_last_chunk),
+        replaced_matching(without_last_chunk),
     ),
 )
 BEFORE, AFTER = (*PARTITION, *ROUNDS, *SIMILARITY, *TARGET, *CHUNKS), (*LAST, *MEANS, *ROUNDED)

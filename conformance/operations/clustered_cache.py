@@ -1,4 +1,4 @@
-"""`ClusteredCache`: also with a budget, which a `BoundedCache` keeps, and by another method."""
+"""`ClusteredCache`, also by another method, and with a budget, which a `BoundedCache` keeps."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -109,33 +109,33 @@ def spelling(port: Port, case: Case) -> Spelling:
         method = parameters["method"]
         has_method = "method" in known or (takes_others and hasattr(port.namespace, type(method).__name__))
         if has_bounded and not has_method:  # it can only refuse, and must
-            return (lambda **given: port.namespace.BoundedCache(**given)), parameters
+            return (lambda **options: port.namespace.BoundedCache(**options)), parameters
         if not has_method:
             del parameters["method"]
             parameters |= asdict(method)
     return cache, parameters
 
 
-def made_cache(port: Port, case: Case) -> Any:
+def new_cache(port: Port, case: Case) -> Any:
     cache, parameters = spelling(port, case)
     if "method" in parameters:
         method = parameters["method"]
-        own = getattr(port.namespace, type(method).__name__, type(method))
-        parameters["method"] = own(**asdict(method))
+        method_class = getattr(port.namespace, type(method).__name__, type(method))
+        parameters["method"] = method_class(**asdict(method))
     return cache(**parameters)
 
 
 def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
-    cache = made_cache(port, case)
+    cache = new_cache(port, case)
     returned = fill(port, cache, case)
-    seen = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
+    results = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
     if isinstance(returned, tuple) and len(returned) == 3:  # the entries before the last clustering
-        seen["n_returned"] = np.array(port.to_numpy(returned[2]).shape[-1])
-    return seen | held_by(port, cache, ("keys", "values", "counts")) | attended(port, cache, case)
+        results["n_returned"] = np.array(port.to_numpy(returned[2]).shape[-1])
+    return results | held_by(port, cache, ("keys", "values", "counts")) | attended(port, cache, case)
 
 
 def oracle(case: Case) -> tuple[Any, ...]:
-    cache = made_cache(THE_REFERENCE, case)
+    cache = new_cache(THE_REFERENCE, case)
     fill(THE_REFERENCE, cache, case)
     return case.arrays["query"], cache.keys, cache.values, cache.counts, case.parameters.get("scale")
 
@@ -161,10 +161,10 @@ class ByArrival(reference.ClusteredCache):
     """Single tokens cluster nothing: chunks that are due wait for the next prompt."""
 
     def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
-        kept, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
-        made = super().append(keys, values)
-        self.n_recent = kept
-        return made
+        n_recent, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
+        entries = super().append(keys, values)
+        self.n_recent = n_recent
+        return entries
 
 
 class Late(reference.ClusteredCache):
@@ -176,11 +176,11 @@ class Late(reference.ClusteredCache):
 
 class OneChunkAnAppend(reference.ClusteredCache):
     def _cluster_what_left_the_window(self) -> None:
-        kept, recent = self.n_recent, self.n_seen - self.n_sink - self.n_clustered
+        n_recent, recent = self.n_recent, self.n_seen - self.n_sink - self.n_clustered
         if recent - self.n_recent >= self.chunk_size:
             self.n_recent = recent - self.chunk_size
         super()._cluster_what_left_the_window()
-        self.n_recent = kept
+        self.n_recent = n_recent
 
 
 class BudgetAtTheEnd(reference.BoundedCache):
@@ -190,7 +190,7 @@ class BudgetAtTheEnd(reference.BoundedCache):
         return reference.ClusteredCache.append(self, keys, values)
 
 
-def in_place_of_both(wrong: type) -> tuple[Patch, ...]:
+def replaced_caches(wrong: type) -> tuple[Patch, ...]:
     """A wrong cache, without and with a budget."""
     bounded = type(wrong.__name__, (wrong, reference.BoundedCache), {})
     return ("", "ClusteredCache", wrong), ("", "BoundedCache", bounded)
@@ -216,17 +216,17 @@ WINDOW = (
     Mistake(
         "a chunk is clustered a token late: it is due as soon as n_recent tokens are younger",
         "9.4",
-        in_place_of_both(Late),
+        replaced_caches(Late),
     ),
     Mistake(
         "an append clusters one chunk at most: every chunk that is due is clustered",
         "9.4",
-        in_place_of_both(OneChunkAnAppend),
+        replaced_caches(OneChunkAnAppend),
     ),
     Mistake(
         "the cache depends on how the tokens arrived: chunks lie at absolute positions",
         "9.6",
-        in_place_of_both(ByArrival),
+        replaced_caches(ByArrival),
     ),
 )
 OPTIONS = (

@@ -29,7 +29,7 @@ right_distinctiveness = MODULE.distinctiveness
 
 @dataclass(frozen=True)
 class Distinctive:
-    """The method of a cache in a case. A port gets its own of this name, and this one if it has none."""
+    """The method of a cache in a case. A port gets its own class of this name, or this one if it has none."""
 
     n_shared: int
 
@@ -39,9 +39,11 @@ def cases(base: int) -> Iterator[Case]:
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in KINDS):
         keep_ratio, chunk_size, n_shared = settings[index % len(settings)]
         lead, tokens = (2, 1 + index % 3), 2 * chunk_size + index % 4
-        made = keys_and_values(kind, (*lead, tokens), ((16, 5), (64, 80), (7, 7))[index % 3], dtype, base + 150 + index)
+        arrays = keys_and_values(
+            kind, (*lead, tokens), ((16, 5), (64, 80), (7, 7))[index % 3], dtype, base + 150 + index
+        )
         name = f"{kind}-C{chunk_size}-keep{keep_ratio}-shared{n_shared}-{dtype}"
-        yield case(name, made, {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_shared": n_shared})
+        yield case(name, arrays, {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_shared": n_shared})
     plan = {"keep_ratio": 0.4, "chunk_size": 20, "n_shared": 3}
     for dtype in DTYPES:  # the ends of chunks, where fewer neighbours count, and the bits of means
         yield case(f"chunks-{dtype}", keys_and_values("smooth", (2, 2, 180), (16, 16), dtype, base + 180), plan)
@@ -97,8 +99,8 @@ def decisions(case: Case) -> Iterator[str]:
     yield f"a chunk of {chunk_size} tokens becomes {target} entries, the last {n_shared} of them shared"
     for chunk in range(keys.shape[-2] // chunk_size if target < chunk_size else 0):
         span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
-        of_chunk = keys[..., span, :], values[..., span, :]
-        scores, labels = right_distinctiveness(*of_chunk), right_match(*of_chunk, target, n_shared)
+        chunk_arrays = keys[..., span, :], values[..., span, :]
+        scores, labels = right_distinctiveness(*chunk_arrays), right_match(*chunk_arrays, target, n_shared)
         for token, score in enumerate(scores):
             entries = np.ravel(labels[..., token]).tolist()  # of each head
             where = "it stays exact, entry" if entries[0] < target - n_shared else "ordinary, in entry"
@@ -159,14 +161,14 @@ def match_each_head_alone(keys: np.ndarray, values: np.ndarray, target: int, n_s
 
 def match_all_heads_together(keys: np.ndarray, values: np.ndarray, **rules: Any) -> Clustering:
     """As if batch rows were heads of one layer."""
-    made = right_matching(*(array.reshape(-1, *array.shape[-2:]) for array in (keys, values)), **rules)
-    return Clustering(*(x.reshape(*keys.shape[:-2], x.shape[-1]) for x in (made.labels, made.counts)))
+    clustering = right_matching(*(array.reshape(-1, *array.shape[-2:]) for array in (keys, values)), **rules)
+    return Clustering(*(x.reshape(*keys.shape[:-2], x.shape[-1]) for x in (clustering.labels, clustering.counts)))
 
 
 def with_partial_chunk(keys: np.ndarray, values: np.ndarray, *, chunk_size: int = 256, **rules: Any) -> Clustering:
     tokens = keys.shape[-2]
-    whole = tokens // chunk_size * chunk_size
-    spans = ((slice(whole), chunk_size), (slice(whole, tokens), tokens - whole))
+    n_whole = tokens // chunk_size * chunk_size
+    spans = ((slice(n_whole), chunk_size), (slice(n_whole, tokens), tokens - n_whole))
     arrays = [(keys[..., span, :], values[..., span, :], size) for span, size in spans if size]
     return joined([right_matching(*pair, chunk_size=size, **rules) for *pair, size in arrays])
 

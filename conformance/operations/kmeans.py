@@ -79,7 +79,7 @@ def assign_to_the_last(keys: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def lloyd_mistakes(max_iter: int) -> tuple[Mistake, ...]:
-    """In k-means of so many rounds by default."""
+    """Mistakes in k-means that does `max_iter` rounds by default."""
     return (
         Mistake(
             "an empty cluster becomes zero: it keeps the centroid that it last had",

@@ -21,7 +21,7 @@ __all__ = ["MEANS", "OPERATION", "ROUNDED", "rounded_mean"]
 
 right_update = sys.modules["kvcluster.reference.kmeans"].update
 # What a clustering looks like to a port, whatever its arrays are.
-Given = namedtuple("Given", ("labels", "counts"))
+PortClustering = namedtuple("PortClustering", ("labels", "counts"))
 
 
 def cases(base: int) -> Iterator[Case]:
@@ -62,7 +62,7 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def positional(operation: Operation, port: Port, case: Case) -> list[Any]:
     array, labels, counts = (port.from_numpy(case.arrays[name]) for name in ("array", "labels", "counts"))
-    return [array, Given(labels, counts)]
+    return [array, PortClustering(labels, counts)]
 
 
 def mean_by(add: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:

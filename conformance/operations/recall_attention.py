@@ -20,25 +20,25 @@ from .select_clusters import SELECTION
 __all__ = ["OPERATION"]
 
 # What clusters look like to a port, whatever its arrays are.
-Given = namedtuple("Given", ("labels", "counts", "centroids", "members", "first_member"))
+PortClusters = namedtuple("PortClusters", ("labels", "counts", "centroids", "members", "first_member"))
 
 
 def cases(base: int) -> Iterator[Case]:
     for index, dtype in enumerate(DTYPES):
         arrays = with_clusters(attention_arrays("smooth", (2,), 3, 90, 16, dtype, base + 100 + index), 11, 3)
-        parameters: dict[str, dict[str, Any]] = {f"budget{budget}": {"budget": budget} for budget in (1, 25, 90, 500)}
-        parameters |= {
+        variants: dict[str, dict[str, Any]] = {f"budget{budget}": {"budget": budget} for budget in (1, 25, 90, 500)}
+        variants |= {
             "scale": {"budget": 30, "scale": 0.7},
             "spread0": {"budget": 30, "spread": 0.0},
             "rest": {"budget": 30, "centroids_for_rest": True},
         }
-        for name, given in parameters.items():
-            yield Case("recall_attention", f"{dtype}-{name}", arrays, given)
+        for name, parameters in variants.items():
+            yield Case("recall_attention", f"{dtype}-{name}", arrays, parameters)
 
 
 def with_clusters(arrays: dict[str, np.ndarray], n_clusters: int, max_iter: int) -> dict[str, np.ndarray]:
-    found = kmeans(arrays["keys"], n_clusters=n_clusters, max_iter=max_iter)
-    return {**arrays, "labels": found.labels, "counts": found.counts, "centroids": found.centroids}
+    clusters = kmeans(arrays["keys"], n_clusters=n_clusters, max_iter=max_iter)
+    return {**arrays, "labels": clusters.labels, "counts": clusters.counts, "centroids": clusters.centroids}
 
 
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -50,7 +50,7 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def positional(operation: Operation, port: Port, case: Case) -> list[Any]:
     labels, counts, centroids = (case.arrays[name] for name in ("labels", "counts", "centroids"))
     members, first_member = labels.argsort(axis=-1, kind="stable"), counts.cumsum(axis=-1) - counts
-    clusters = Given(*map(port.from_numpy, (labels, counts, centroids, members, first_member)))
+    clusters = PortClusters(*map(port.from_numpy, (labels, counts, centroids, members, first_member)))
     return [*(port.from_numpy(case.arrays[name]) for name in ("query", "keys", "values")), clusters]
 
 
@@ -65,8 +65,8 @@ def oracle(case: Case) -> tuple[Any, ...]:
         deviations=mean_deviations(arrays["keys"], clusters),
         **{name: parameters[name] for name in ("spread",) if name in parameters},
     )
-    of_values = mean_of_members(arrays["values"], clusters) if parameters.get("centroids_for_rest") else None
-    entries = recalled_entries(arrays["keys"], arrays["values"], clusters, selection, of_values)
+    mean_values = mean_of_members(arrays["values"], clusters) if parameters.get("centroids_for_rest") else None
+    entries = recalled_entries(arrays["keys"], arrays["values"], clusters, selection, mean_values)
     return arrays["query"], *entries, parameters.get("scale")
 
 

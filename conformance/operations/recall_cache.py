@@ -67,15 +67,15 @@ def filled_cache(port: Port, case: Case) -> Any:
 
 def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     cache = filled_cache(port, case)
-    seen = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
-    seen |= held_by(port, cache, ("keys", "values"))
+    results = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
+    results |= held_by(port, cache, ("keys", "values"))
     if getattr(cache, "clusters", None) is not None:
-        seen |= port.parts(CLUSTERS, cache.clusters)
+        results |= port.parts(CLUSTERS, cache.clusters)
     if hasattr(cache, "select_clusters"):
         selection = cache.select_clusters(port.from_numpy(case.arrays["query"]))
         if selection is not None:
-            seen |= port.parts(("taken",), selection)
-    return seen | attended(port, cache, case)
+            results |= port.parts(("taken",), selection)
+    return results | attended(port, cache, case)
 
 
 def oracle(case: Case) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ def zero_is_none(case: Case) -> Case:
 
 
 class WithCountsChanged(reference.RecallCache):
-    """Entries whose counts are other ones: `n_sink` sinks come first, then recent tokens, then what is recalled."""
+    """A cache with other counts of entries: `n_sink` sinks come first, then recent tokens, then what is recalled."""
 
     def entries(self, selection: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys, values, counts = super().entries(selection)
@@ -120,14 +120,14 @@ class WithOneTwice(WithCountsChanged):
         counts[..., n_sink] = 2
 
 
-def in_place_of_it(wrong: type) -> tuple[Patch, ...]:
+def replaced_cache(wrong: type) -> tuple[Patch, ...]:
     return (("", "RecallCache", wrong),)
 
 
 ATTENDED = (
-    Mistake("sinks are not attended to: they always are", "13.11", in_place_of_it(WithoutSinks)),
-    Mistake("recent tokens are not attended to: they always are", "13.11", in_place_of_it(WithoutRecent)),
-    Mistake("the token before a segment boundary is attended to twice", "13.11", in_place_of_it(WithOneTwice)),
+    Mistake("sinks are not attended to: they always are", "13.11", replaced_cache(WithoutSinks)),
+    Mistake("recent tokens are not attended to: they always are", "13.11", replaced_cache(WithoutRecent)),
+    Mistake("the token before a segment boundary is attended to twice", "13.11", replaced_cache(WithOneTwice)),
     Mistake(
         "sinks are not counted: budget is all tokens attended to, sinks and recent included",
         "13.10",

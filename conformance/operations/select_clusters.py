@@ -74,7 +74,7 @@ def decisions(case: Case) -> Iterator[str]:
 
 
 def scores_by(combine: Callable[[np.ndarray], np.ndarray], *, has_mean: bool = True) -> tuple[Patch, ...]:
-    """Cluster scores that the queries of a group are combined to otherwise."""
+    """Cluster scores that combine the queries of a group by `combine`."""
 
     def cluster_scores(
         query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, deviations: np.ndarray, spread: float
@@ -97,19 +97,19 @@ def choosing(wrong: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
     """`select_clusters` whose taken tokens are `wrong(scores, counts, budget, right ones)`."""
 
     def select_clusters(
-        query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, *, budget: int, **more: Any
+        query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, *, budget: int, **options: Any
     ) -> Selection:
-        right = right_select(query, centroids, counts, budget=budget, **more)
-        deviations = more.get("deviations")
+        right = right_select(query, centroids, counts, budget=budget, **options)
+        deviations = options.get("deviations")
         deviations = np.zeros_like(centroids) if deviations is None else deviations
-        scores = right_scores(query, centroids, counts, deviations, more.get("spread", 0.5))
+        scores = right_scores(query, centroids, counts, deviations, options.get("spread", 0.5))
         return Selection(wrong(scores, counts.astype(np.int64), budget, right.taken))
 
     return tuple((place, "select_clusters", select_clusters) for place in ("", "selection", "recall", "recall_cache"))
 
 
 def spend(counts: np.ndarray, ranking: np.ndarray, budget: int) -> np.ndarray:
-    """Tokens taken of each cluster by another ranking, or with another budget, than the right one."""
+    """Tokens taken of each cluster, for a ranking or a budget that is not the right one."""
     ranked = np.take_along_axis(counts, ranking, axis=-1)
     taken = np.empty_like(ranked)
     np.put_along_axis(taken, ranking, np.clip(budget - (ranked.cumsum(axis=-1) - ranked), 0, ranked), axis=-1)
@@ -117,12 +117,12 @@ def spend(counts: np.ndarray, ranking: np.ndarray, budget: int) -> np.ndarray:
 
 
 def with_budget(by: int) -> tuple[Patch, ...]:
-    """`select_clusters` of a budget that is so much larger."""
+    """`select_clusters` with a budget larger by `by`."""
 
-    def more(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:
+    def taken_with_budget(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:
         return spend(counts, np.argsort(-scores, axis=-1, kind="stable"), budget + by)
 
-    return choosing(more)
+    return choosing(taken_with_budget)
 
 
 def untrimmed(scores: np.ndarray, counts: np.ndarray, budget: int, right: np.ndarray) -> np.ndarray:

@@ -48,8 +48,8 @@ def without_sign(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    found = right_similarity(a, b)
-    return np.sign(found) * np.sqrt(np.abs(found))
+    signed_squares = right_similarity(a, b)
+    return np.sign(signed_squares) * np.sqrt(np.abs(signed_squares))
 
 
 def euclidean(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def draw(path: Path) -> None:
     query = np.array([QUERY], dtype=np.float32)
     clustering = chunked_soft_matching(keys, keep_ratio=3 / 8, chunk_size=8)
     centroids = merge(keys, clustering)  # (entries, 2)
-    of_tokens = attention(query, keys, np.eye(8, dtype=np.float32))[0]  # values that name their token: the weights
+    of_tokens = attention(query, keys, np.eye(8, dtype=np.float32))[0]  # unit vectors as values give the weights
     identity = np.eye(len(centroids), dtype=np.float32)
     of_entries = clustered_attention(query, centroids, identity, clustering.counts)[0]
     without = attention(query, centroids, identity)[0]
@@ -69,7 +69,7 @@ def draw(path: Path) -> None:
 
 
 def boxes(axis: Axes, first: float, keys: np.ndarray, colours: Sequence[str]) -> None:
-    """A row of coloured boxes from the place `first` on, with a key's direction in each."""
+    """A row of coloured boxes from the position `first` on, with a key's direction in each."""
     for index, (key, colour) in enumerate(zip(keys, colours, strict=True)):
         middle = np.array([first + index, 0])
         corner = middle - BOX / 2

@@ -1,4 +1,4 @@
-"""Build the site: `make site`. It lies in .cache/site and is read without a network."""
+"""Build the site: `make site`. It is written to .cache/site and can be read without a network."""
 
 import shutil
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE))
 from source_pages import stage  # noqa: E402
 
 CACHE = HERE.parents[1] / ".cache"
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "STIXGeneral.ttf"  # for formulas, where no better one is
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "STIXGeneral.ttf"  # for formulas, without a better font
 
 
 def build(site: Path, work: Path) -> int:

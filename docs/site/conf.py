@@ -35,7 +35,7 @@ html_css_files = ["site.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 FUNCTION = r"\\(?:log|exp|cosh|sinh|tanh|dim|operatorname\{\w+\})"
-LONG_FORMULA = 40  # characters of TeX: what may be wider than a telephone
+LONG_FORMULA = 40  # characters of TeX; a longer formula may be wider than a telephone
 ROOT = HERE.parents[1]
 MEASURED = ["demo", "kept", "speed", "recall"]
 USE = sorted({path.stem for path in HERE.parent.glob("*.md")} - {*MEASURED, "reading", "papers"})
@@ -61,7 +61,7 @@ CONTENTS = {
 
 
 def add_contents(app, docname, source):
-    """The start page is README, which knows nothing of Sphinx: what leads to all other pages is added here."""
+    """The start page is README, which knows nothing of Sphinx: the links to all other pages are added here."""
     if docname == root_doc:
         for caption, entries in CONTENTS.items():
             lines = [f":caption: {caption}", ":hidden:", ":glob:", ":maxdepth: 1", "", *entries]

@@ -57,7 +57,7 @@ def stage(folder: Path) -> None:
 
 
 def without_controls(text: str) -> str:
-    """A notebook without sliders, which need a kernel; the picture that each of them moves stands beside it."""
+    """A notebook without sliders, which need a kernel; the picture that each slider moves stands beside it."""
     notebook = json.loads(text)
     notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
@@ -72,7 +72,7 @@ def write(place: Path, text: str) -> None:
 
 
 def reading_order() -> list[str]:
-    """Names of the reference's files, as the docstring of its package lists them, then those that it lists nowhere."""
+    """Names of the reference's files, as the docstring of its package lists them, then those that it does not list."""
     text = ast.get_docstring(ast.parse((ROOT / "reference" / "__init__.py").read_text()))
     lines = re.findall(r"(?m)^\d+\. .*$", text)
     names = [name for line in lines for name in re.findall(r"`(\w+)`", line)]
@@ -84,7 +84,7 @@ def reading_order() -> list[str]:
 
 
 def targets(page: Path, text: str) -> Iterator[Path]:
-    """Files and folders of the repository that a page links to; of what does not exist Sphinx tells."""
+    """Files and folders of the repository that a page links to; Sphinx reports what does not exist."""
     for _, name in LINK.findall(text):
         target = Path(os.path.normpath(page.parent / name))
         if not re.match(r"[a-z]+:", name) and target.exists():
@@ -98,7 +98,7 @@ def with_listed(wanted: set[Path]) -> list[Path]:
 
 
 def listing(folder: Path) -> list[Path]:
-    """Its files and those of the folders in it."""
+    """The files in a folder and in the folders below it."""
     return sorted(path for path in folder.rglob("[!.]*.*") if path.suffix in LISTED and path.name != "README.md")
 
 
@@ -150,7 +150,7 @@ def file_page(path: Path) -> str:
 
 
 def as_words(name: Path | str) -> str:
-    """A name with underscores that Markdown leaves alone."""
+    """A name whose underscores Markdown leaves alone."""
     return str(name).replace("_", r"\_")
 
 

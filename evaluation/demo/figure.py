@@ -23,7 +23,7 @@ __all__ = ["check_figure_path", "draw"]
 
 
 def check_figure_path(path: Path) -> None:
-    """Raise ValueError unless a figure may be saved as `path`."""
+    """Raise ValueError unless a figure can be saved as `path`."""
     if not path.parent.is_dir():
         raise ValueError(f"figure must lie in an existing folder, got {path}")
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""The reference looks over the fast path's shoulder: every assignment, every stored bit, every attention output."""
+"""The reference checks the fast path: every assignment, every stored bit, every attention output."""
 
 import copy
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = ["NextTokenAttention", "Verdict", "check_against_reference", "next_tok
 
 @dataclass(frozen=True, eq=False)
 class NextTokenAttention:
-    """What attention was given and gave for the next token, one item a layer.
+    """Inputs and outputs of attention for the next token, one item per layer.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class NextTokenAttention:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The line of truth, whether it is good news, and the reference's labels per layer (kv_heads, body tokens)."""
+    """The verdict in one line, whether the two agree, and the reference's labels per layer (kv_heads, body tokens)."""
 
     line: str
     agrees: bool
@@ -46,7 +46,7 @@ class Verdict:
 
 
 class Listen:
-    """Notes inputs and output of every attention that the model runs while it is active, and changes nothing."""
+    """Records inputs and output of every attention that the model runs while it is active, and changes nothing."""
 
     def __init__(self) -> None:
         self.calls: list[list[torch.Tensor]] = []
@@ -65,7 +65,7 @@ class Listen:
 
 
 def next_token_attention(model: Any, full: Any, clustered: Any, token: torch.Tensor) -> NextTokenAttention:
-    """Both caches take `token` (1, 1); what happened in every attention layer. The caches are left as they were."""
+    """What happens in every attention layer when both caches take `token` (1, 1). The caches are left as they were."""
     heard = {}
     for name, cache in (("full", full), ("clustered", clustered)):
         with Listen() as listen:
@@ -102,12 +102,12 @@ def check_against_reference(full: Any, clustered: Any, attention: NextTokenAtten
         labels.append(reference.chunked_soft_matching(body.numpy(), **parameters).labels)
         compared += labels[-1].size
         differing += int((ours != labels[-1]).sum())
-        for held, expected in (
+        for stored, expected in (
             (entries.keys, cache.keys),
             (entries.values, cache.values),
             (entries.counts, cache.counts),
         ):
-            differing_bytes += int((held[0].numpy().view(np.uint8) != expected.view(np.uint8)).sum())
+            differing_bytes += int((stored[0].numpy().view(np.uint8) != expected.view(np.uint8)).sum())
 
         keys_now, values_now, counts_now = cache.append(attention.new_keys[index], attention.new_values[index])
         agreement = attention_agreement(

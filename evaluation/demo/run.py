@@ -38,7 +38,7 @@ BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Tim
 
 @dataclass
 class Measured:
-    """A cache of the context and what it is judged by."""
+    """A cache of the context, and the numbers by which it is judged."""
 
     cache: Any
     entries: int
@@ -88,7 +88,7 @@ def run_demo(
 
 
 def check_arguments(keep_ratio: float, chunk_size: int, n_context: int, figure_path: Path) -> None:
-    """What can be refused before a model is loaded."""
+    """Refuse what can be refused before a model is loaded."""
     try:
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
@@ -99,7 +99,7 @@ def check_arguments(keep_ratio: float, chunk_size: int, n_context: int, figure_p
 
 
 def check_length(n_context: int, n_positions: int) -> None:
-    """Whether a model of `n_positions` can read the context and what follows."""
+    """Refuse a context that, with what follows, is too long for a model of `n_positions`."""
     if n_positions < N_CONTEXT_LEAST + N_NEXT:
         raise UnusableInputError(
             f"model must know at least {N_CONTEXT_LEAST + N_NEXT} positions (max_position_embeddings), "
@@ -118,7 +118,7 @@ def measure(
     chunk_size: int,
     progress: Progress,
 ) -> tuple[Measured, Measured]:
-    """The full and the clustered cache of `context` (1, tokens), each with what it is judged by."""
+    """The full and the clustered cache of `context` (1, tokens), each with the numbers by which it is judged."""
     full, first = prefill(model, context, progress)
     clustered = ClusteredCache.for_model(
         model, keep_ratio=keep_ratio, method=SoftMatching(), chunk_size=chunk_size, n_recent=64
@@ -187,27 +187,29 @@ def table(full: Measured, clustered: Measured, tokenizer: Any, n_context: int) -
     """Full and clustered cache side by side."""
     ratios = sorted(a / b for a, b in zip(clustered.seconds, full.seconds, strict=True))
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-    made = Table(title=f"The same {n_context:,} tokens in two caches", show_lines=True)
-    made.add_column("")
+    comparison = Table(title=f"The same {n_context:,} tokens in two caches", show_lines=True)
+    comparison.add_column("")
     for column in ("full", "clustered"):
-        made.add_column(column, ratio=2)
-    made.add_column("clustered / full")
-    made.add_row(
+        comparison.add_column(column, ratio=2)
+    comparison.add_column("clustered / full")
+    comparison.add_row(
         "entries per head", f"{full.entries:,}", f"{clustered.entries:,}", f"{clustered.entries / full.entries:.3f}"
     )
-    made.add_row(
+    comparison.add_row(
         "bytes of the cache", f"{full.nbytes:,}", f"{clustered.nbytes:,}", f"{clustered.nbytes / full.nbytes:.3f}"
     )
-    made.add_row(
+    comparison.add_row(
         "ms per token (median)",
         *(f"{1000 * statistics.median(result.seconds):.1f}" for result in (full, clustered)),
         f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})",
     )
-    made.add_row(
+    comparison.add_row(
         f"perplexity of the next {N_NEXT}",
         f"{full.perplexity:.2f}",
         f"{clustered.perplexity:.2f}",
         f"{clustered.perplexity / full.perplexity:.3f}",
     )
-    made.add_row("continuation", *(tokenizer.decode(result.continuation).strip() for result in (full, clustered)), "")
-    return made
+    comparison.add_row(
+        "continuation", *(tokenizer.decode(result.continuation).strip() for result in (full, clustered)), ""
+    )
+    return comparison

@@ -1,4 +1,4 @@
-"""Quality of a compressed cache: what the model still knows of a context that its cache read before it was asked."""
+"""Quality of a compressed cache: what the model still knows of a context that its cache read before any question."""
 
 from .cases import Case, Needle, Prompt
 from .methods import METHODS, Method

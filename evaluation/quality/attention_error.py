@@ -1,4 +1,4 @@
-"""How far a compressed cache bends what attention gives back, layer by layer."""
+"""How far a compressed cache changes the output of attention, layer by layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ __all__ = ["attention_errors"]
 
 @torch.inference_mode()
 def attention_errors(model: Any, full: Any, cache: Any, tokens: list[int], *, is_stepwise: bool = False) -> list[float]:
-    """Relative error of the output of each attention module, with `cache` in the place of `full`.
+    """Relative error of the output of each attention module, with `cache` in place of `full`.
 
     Parameters
     ----------
@@ -26,24 +26,26 @@ def attention_errors(model: Any, full: Any, cache: Any, tokens: list[int], *, is
 
     Returns
     -------
-    For each layer `|output - true| / |true|`, Euclidean lengths over all tokens and features, where the output is the
-    one of the whole attention module, after its last projection.
+    For each layer `|output - true| / |true|`, Euclidean lengths over all tokens and features, where the output is
+    that of the whole attention module, after its last projection.
 
     Notes
     -----
-    Both are given the same queries: the tokens run through the model with `full`, and what came into each attention
-    module is put there again when they run with `cache`. So a layer's error is its own, none of the layers before it.
+    Both get the same queries: the tokens run through the model with `full`, and the input of each attention module is
+    used again when they run with `cache`. So a layer's error is its own, without that of the layers before it.
     """
     row = torch.tensor([tokens], device=model.device)
     modules = attention_modules(model)
     inputs, true = [list[Tensor]() for _ in modules], [list[Tensor]() for _ in modules]
     with watched(modules, inputs, true, None):
         read(model, copy_rows(full), row)
-    found = [list[Tensor]() for _ in modules]
-    with watched(modules, [list[Tensor]() for _ in modules], found, [each[0] for each in inputs]):
+    outputs = [list[Tensor]() for _ in modules]
+    with watched(
+        modules, [list[Tensor]() for _ in modules], outputs, [input_of_module[0] for input_of_module in inputs]
+    ):
         read(model, copy_rows(cache), row, is_stepwise=is_stepwise)
     errors = []
-    for ours, theirs in zip(found, true, strict=True):
+    for ours, theirs in zip(outputs, true, strict=True):
         difference = torch.cat(ours, dim=1) - theirs[0]
         errors.append(float(difference.norm() / theirs[0].norm()))
     return errors
@@ -59,8 +61,8 @@ def watched(
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (batch, tokens, features)
         index = modules.index(module)
         if replaced is not None:
-            seen = sum(each.shape[1] for each in inputs[index])
-            hidden = replaced[index][:, seen : seen + hidden.shape[1]]
+            n_seen = sum(states.shape[1] for states in inputs[index])
+            hidden = replaced[index][:, n_seen : n_seen + hidden.shape[1]]
         inputs[index].append(hidden)
         return ((), {**kwargs, "hidden_states": hidden}) if "hidden_states" in kwargs else ((hidden, *args[1:]), kwargs)
 

@@ -1,4 +1,4 @@
-"""A case of an evaluation: a context that a cache reads before anything is asked, and what is asked then."""
+"""A case of an evaluation: a context that a cache reads before anything is asked, and the questions."""
 
 import hashlib
 import json
@@ -32,10 +32,10 @@ class Prompt:
     Attributes
     ----------
     question : tokens, read after the context.
-    answers : right ones; what that means is up to the metric.
+    answers : the right ones; the metric decides what that means.
     metric : a name of `METRICS`.
     n_new : the most tokens to generate.
-    classes : what can be answered, for metrics that ask for a class.
+    classes : the possible answers, for metrics that ask for a class.
     """
 
     question: list[int]
@@ -70,5 +70,5 @@ class Case:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of all tokens and answers: equal cases have equal results."""
+        """A digest of all tokens and answers; cases with equal digests have equal results."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]

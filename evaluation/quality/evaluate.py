@@ -85,7 +85,7 @@ def make_cases(settings: Settings, tokenizer: Any, text: str, n_positions: int) 
     wanted, tokens = set(settings.tasks), encode(tokenizer, text)
     cases: list[Case] = []
     if wanted & {"needles", "perplexity", "attention"}:
-        made = needle_cases(
+        planted = needle_cases(
             tokenizer,
             tokens,
             settings.which,
@@ -95,7 +95,7 @@ def make_cases(settings: Settings, tokenizer: Any, text: str, n_positions: int) 
             n_following=settings.n_following,
             kinds=settings.kinds,
         )
-        cases += [only(case, wanted) for case in made]
+        cases += [only(case, wanted) for case in planted]
     if "ruler" in wanted:
         for length in settings.lengths:
             for name in TASKS:
@@ -106,7 +106,7 @@ def make_cases(settings: Settings, tokenizer: Any, text: str, n_positions: int) 
         if folder is not None:
             cases += read(tokenizer, folder, n_tokens=longest, n_cases=settings.n_contexts)
     for case in cases:
-        n_after = [len(case.following), *(len(each.question) + len(each.answer) for each in case.needles)]
+        n_after = [len(case.following), *(len(needle.question) + len(needle.answer) for needle in case.needles)]
         n_after += [len(prompt.question) + prompt.n_new for prompt in case.prompts]
         if len(case.tokens) + max(n_after) > n_positions:
             raise ValueError(
@@ -117,21 +117,21 @@ def make_cases(settings: Settings, tokenizer: Any, text: str, n_positions: int) 
 
 
 def only(case: Case, wanted: set[str]) -> Case:
-    """The same context, without what is not measured."""
+    """The same context, with only what is measured."""
     needles = case.needles if "needles" in wanted else []
     return replace(case, needles=needles, following=case.following if wanted & {"perplexity", "attention"} else [])
 
 
 def draw(folder: Path, results: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> None:
-    """The figures, of what there is."""
-    for each in summaries:
-        if "needles" in each:
-            name, keep = each["method"], each["keep"]
+    """The figures of all results there are."""
+    for summary in summaries:
+        if "needles" in summary:
+            name, keep = summary["method"], summary["keep"]
             chosen = [x for x in results if (x["key"]["method"], x["key"]["keep"]) == (name, keep)]
             title = f"{name}, {keep:g} kept" if METHODS[name].has_keep else name
             file = f"needles-{name}-{keep:g}.png" if METHODS[name].has_keep else f"needles-{name}.png"
             draw_heat_map(folder / file, chosen, title)
     if any(map(has_both, summaries)):
         draw_frontier(folder / "frontier.png", summaries, "What is kept of a context, at equal stored entries")
-    if any("attention_errors" in each for each in summaries):
+    if any("attention_errors" in summary for summary in summaries):
         draw_attention_errors(folder / "attention-error.png", summaries, "Error of the attention output, by layer")

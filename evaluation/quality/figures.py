@@ -1,4 +1,4 @@
-"""What the evaluation found, drawn."""
+"""Figures of the evaluation's results."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ MOST_DEPTHS = 10
 
 
 def draw_heat_map(path: Path, results: list[dict[str, Any]], title: str) -> None:
-    """Token accuracy by depth and length of context, of the runs of one method; numbers are needles in a cell."""
-    needles = [(each["n_tokens"], needle) for each in results for needle in each.get("needles", [])]
+    """Token accuracy by depth and length of context, for the runs of one method; in brackets: needles per cell."""
+    needles = [(result["n_tokens"], needle) for result in results for needle in result.get("needles", [])]
     lengths = sorted({length for length, _ in needles})
-    n_depths = min(MOST_DEPTHS, max(len(each["needles"]) for each in results if "needles" in each))
+    n_depths = min(MOST_DEPTHS, max(len(result["needles"]) for result in results if "needles" in result))
     right, n_tokens, n_needles = np.zeros((3, n_depths, len(lengths)))
     for length, needle in needles:
         cell = int(needle["depth"] * n_depths), lengths.index(length)
@@ -48,14 +48,14 @@ def draw_heat_map(path: Path, results: list[dict[str, Any]], title: str) -> None
 
 
 def draw_frontier(path: Path, summaries: list[dict[str, Any]], title: str) -> None:
-    """Token accuracy of needles against perplexity over the full cache's: a line a method, a point a share kept."""
+    """Token accuracy of needles against perplexity over the full cache's: a line per method, a point per share kept."""
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    for place, method in enumerate(dict.fromkeys(each["method"] for each in summaries)):
-        shown = [each for each in summaries if each["method"] == method and has_both(each)]
-        shown.sort(key=lambda each: each["keep"])
-        x = [each["perplexity"]["of_full"]["value"] for each in shown]
-        y = [each["needles"]["token_accuracy"]["value"] for each in shown]
-        bars = [bar_lengths(each["needles"]["token_accuracy"]) for each in shown]
+    for place, method in enumerate(dict.fromkeys(summary["method"] for summary in summaries)):
+        shown = [summary for summary in summaries if summary["method"] == method and has_both(summary)]
+        shown.sort(key=lambda summary: summary["keep"])
+        x = [summary["perplexity"]["of_full"]["value"] for summary in shown]
+        y = [summary["needles"]["token_accuracy"]["value"] for summary in shown]
+        bars = [bar_lengths(summary["needles"]["token_accuracy"]) for summary in shown]
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         if shown:
             axis.errorbar(
@@ -67,9 +67,9 @@ def draw_frontier(path: Path, summaries: list[dict[str, Any]], title: str) -> No
                 color=colour,
                 marker=marker,
             )
-        for each, point in zip(shown, zip(x, y, strict=True), strict=True):
+        for summary, point in zip(shown, zip(x, y, strict=True), strict=True):
             axis.annotate(
-                f"{each['keep']:g}" if METHODS[method].has_keep else "all", point, (6, 6), textcoords="offset points"
+                f"{summary['keep']:g}" if METHODS[method].has_keep else "all", point, (6, 6), textcoords="offset points"
             )
     axis.set(
         xlabel="perplexity of what follows / that of the full cache", ylabel="token accuracy of needles", title=title
@@ -86,7 +86,7 @@ def has_both(summary: dict[str, Any]) -> bool:
 
 
 def bar_lengths(estimate: dict[str, Any]) -> tuple[float, float]:
-    """Below and above the value; none without an interval."""
+    """Lengths of the interval below and above the value; 0 without an interval."""
     if estimate["low"] is None:
         return 0.0, 0.0
     return max(0.0, estimate["value"] - estimate["low"]), max(0.0, estimate["high"] - estimate["value"])
@@ -95,14 +95,14 @@ def bar_lengths(estimate: dict[str, Any]) -> tuple[float, float]:
 def draw_attention_errors(path: Path, summaries: list[dict[str, Any]], title: str) -> None:
     """Relative error of the attention output of each layer, one line for each method and share kept."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    shown = [each for each in summaries if "attention_errors" in each and each["method"] != "full"]
-    methods = list(dict.fromkeys(each["method"] for each in shown))
-    for each in shown:
+    shown = [summary for summary in summaries if "attention_errors" in summary and summary["method"] != "full"]
+    methods = list(dict.fromkeys(summary["method"] for summary in shown))
+    for summary in shown:
         style = ("-", "--", ":", "-.")[
-            [s["keep"] for s in shown if s["method"] == each["method"]].index(each["keep"]) % 4
+            [s["keep"] for s in shown if s["method"] == summary["method"]].index(summary["keep"]) % 4
         ]
-        colour = COLOURS[methods.index(each["method"]) % len(COLOURS)]
-        axis.plot(each["attention_errors"], style, color=colour, label=f"{each['method']} {each['keep']:g}")
+        colour = COLOURS[methods.index(summary["method"]) % len(COLOURS)]
+        axis.plot(summary["attention_errors"], style, color=colour, label=f"{summary['method']} {summary['keep']:g}")
     axis.set(xlabel="layer", ylabel="|output - true| / |true|", title=title)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

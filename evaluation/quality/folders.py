@@ -1,6 +1,6 @@
 """Cases from files that the user has: LongBench's and RULER's JSON lines. Nothing is downloaded.
 
-Either is split where its question begins, which the cache must not see.
+Each line is split where its question begins, which the cache must not see.
 """
 
 import json
@@ -12,7 +12,7 @@ from .cases import Case, Prompt
 
 __all__ = ["longbench_cases", "ruler_cases"]
 
-# Metric of each dataset of LongBench, its tokens to generate, and what is asked after the context.
+# Of each dataset of LongBench: its metric, the tokens to generate, and what is asked after the context.
 ANSWER = "\n\nAnswer the question about the text above, briefly.\n\nQuestion: {input}\nAnswer:"
 CHINESE = "\n\n请根据上文简短回答问题。\n\n问题: {input}\n回答: "
 SUMMARY, CHINESE_SUMMARY = "\n\nSummarize the text above.\n\nSummary:", "\n\n请总结上文。\n\n总结: "
@@ -46,7 +46,7 @@ def longbench_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int
 
     Prompts are LongBench's own if `dataset2prompt.json` and `dataset2maxlen.json` of its repository lie there too, in
     `config/` or beside the data; otherwise short ones of ours, and results are not to be compared with published ones.
-    An ending `_e` of a dataset's name, as LongBench-E has, is left out.
+    The ending `_e` of a dataset's name, as in LongBench-E, is ignored.
 
     Raises
     ------
@@ -115,15 +115,15 @@ def ruler_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int) ->
 
 def files(folder: Path) -> list[Path]:
     """All files of JSON lines, in order."""
-    found = sorted(folder.rglob("*.jsonl"))
-    if not found:
+    paths = sorted(folder.rglob("*.jsonl"))
+    if not paths:
         raise ValueError(f"folder must have files of JSON lines, *.jsonl, got {folder}")
-    return found
+    return paths
 
 
 def lines(path: Path, fields: tuple[str, ...], n_most: int) -> list[dict[str, Any]]:
     """The first `n_most` lines, each with all of `fields`."""
-    made: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for number, text in enumerate(path.read_text("utf-8").rstrip("\n").split("\n")[:n_most], 1):
         try:
             line = json.loads(text)
@@ -132,16 +132,16 @@ def lines(path: Path, fields: tuple[str, ...], n_most: int) -> list[dict[str, An
         missing = [name for name in fields if not isinstance(line, dict) or name not in line]
         if missing:
             raise ValueError(f"{path}:{number} must have the fields {', '.join(fields)}, got none called {missing[0]}")
-        made.append(line)
-    return made
+        objects.append(line)
+    return objects
 
 
 def known(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file of LongBench's, if it is there."""
-    found = next((path for path in (folder / name, folder / "config" / name) if path.is_file()), None)
-    return {} if found is None else json.loads(found.read_text("utf-8"))
+    path = next((path for path in (folder / name, folder / "config" / name) if path.is_file()), None)
+    return {} if path is None else json.loads(path.read_text("utf-8"))
 
 
 def without_middle(tokens: list[int], n_most: int) -> list[int]:
-    """The first and the last of them."""
+    """At most `n_most` tokens, the first and the last ones."""
     return tokens if len(tokens) <= n_most else tokens[: n_most - n_most // 2] + tokens[len(tokens) - n_most // 2 :]

@@ -1,4 +1,4 @@
-"""A Llama of transformers, layer by layer, with attention by whoever asks: what benchmarks score with."""
+"""A Llama of transformers, layer by layer, with attention by the caller; benchmarks score with it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["Attend", "forward", "logits_of", "read_layers"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # Output (batch, heads, tokens, dim) of a layer from its number, its query (batch, heads, tokens, dim), and its new keys
-# and values (batch, kv_heads, tokens, dim), of which query and keys stand at their positions.
+# and values (batch, kv_heads, tokens, dim), where query and keys have their positions applied.
 
 
 def read_layers(
@@ -28,7 +28,7 @@ def read_layers(
 def forward(
     model: Any, tokens: Int64[Tensor, "batch tokens"], positions: Int64[Tensor, "rows tokens"], attend: Attend
 ) -> Float[Tensor, "batch tokens features"]:
-    """Hidden states after all layers; `positions` are one row for all of the batch, or one for each."""
+    """Hidden states after all layers; `positions` have one row for the whole batch, or one for each of its rows."""
     hidden = model.model.embed_tokens(tokens)
     cos, sin = model.model.rotary_emb(hidden, positions)
     for number, layer in enumerate(model.model.layers):

@@ -28,8 +28,8 @@ class Method:
     has_keep : whether it depends on `keep`.
     stores_all : whether it stores every token, so that no budget of entries binds it.
     is_stepwise : whether tokens must come one by one for the method to be at work.
-    is_blind : whether it decides by keys and values alone, so that its cache can be filled from a full one; any other
-        method reads each context itself.
+    is_blind : whether it decides by keys and values alone, so that its cache can be filled from a full one; for any
+        other method the model reads each context again.
     """
 
     make: Callable[[Any, float, int], Any]
@@ -43,17 +43,17 @@ class Method:
 def chunked_keep_ratio(keep: float, n_tokens: int) -> float:
     """The largest `keep_ratio` with which `n_tokens` tokens become at most `keep * n_tokens` entries, all included.
 
-    Chunks give whole numbers of entries, so that a few may be left over.
+    Every chunk becomes a whole number of entries, so a few may be left over.
     """
     n_chunks = max(0, n_tokens - N_SINK - N_RECENT) // CHUNK_SIZE
     exact = n_tokens - n_chunks * CHUNK_SIZE
-    each = int(keep * n_tokens - exact) // n_chunks if n_chunks else 0
-    if each < 1:
+    n_entries = int(keep * n_tokens - exact) // n_chunks if n_chunks else 0
+    if n_entries < 1:
         raise ValueError(
             f"keep must leave an entry for each of {n_chunks} chunks beside {exact} exact tokens, got {keep:g} of "
             f"{n_tokens:,} tokens"
         )
-    return min(each, CHUNK_SIZE) / CHUNK_SIZE
+    return min(n_entries, CHUNK_SIZE) / CHUNK_SIZE
 
 
 def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
@@ -64,7 +64,7 @@ def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
 
 
 def body_ratio(keep: float, n_tokens: int) -> float:
-    """Entries / tokens of the chunks of distinctive matching with which all entries are `keep * n_tokens`."""
+    """Entries / tokens in the chunks of distinctive matching, so that all entries are `keep * n_tokens`."""
     size = DISTINCTIVE["chunk_size"]
     n_chunks = max(0, n_tokens - DISTINCTIVE["n_sink"] - DISTINCTIVE["n_recent"]) // size
     exact = n_tokens - n_chunks * size

@@ -1,4 +1,4 @@
-"""How right a generated text is, from 0 to 1: metrics of RULER and of LongBench, written anew from their definitions.
+"""How right a generated text is, from 0 to 1: metrics of RULER and of LongBench, written from their definitions.
 
 RULER: arXiv:2404.06654. LongBench: arXiv:2308.14508, whose scores are the best over the right answers.
 """
@@ -14,7 +14,7 @@ __all__ = ["METRICS", "rouge_l"]
 
 
 def match_all(text: str, answers: list[str]) -> float:
-    """Share of the answers that occur in the text, whatever the case."""
+    """Share of the answers that occur in the text, ignoring case."""
     return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
 
 
@@ -36,7 +36,7 @@ def english_words(text: str) -> list[str]:
 
 
 def chinese_words(text: str) -> list[str]:
-    """Words as jieba cuts them."""
+    """Words as jieba segments them."""
     try:
         import jieba
     except ModuleNotFoundError as error:
@@ -50,7 +50,7 @@ def chinese_f1(text: str, answer: str) -> float:
     def cleaned(word: str) -> str:
         return "".join(c for c in word.lower() if unicodedata.category(c)[0] not in "PSZC")
 
-    words, right = ([word for word in map(cleaned, chinese_words(each)) if word] for each in (text, answer))
+    words, right = ([word for word in map(cleaned, chinese_words(part)) if word] for part in (text, answer))
     return f1(words, right)
 
 
@@ -61,12 +61,12 @@ def rouge_l(text: str, answer: str) -> float:
     with all sentences of the text are counted, a word once in all; F1 of that number against the distinct words.
     """
     sentences, right = (
-        [" ".join(part.split()).split(" ") for part in each.split(".") if part] for each in (text, answer)
+        [" ".join(part.split()).split(" ") for part in string.split(".") if part] for string in (text, answer)
     )
     if not sentences or not right:
         return 0.0
     shared = {word for sentence in right for other in sentences for word in common_subsequence(sentence, other)}
-    n_words, n_right = (len({word for sentence in each for word in sentence}) for each in (sentences, right))
+    n_words, n_right = (len({word for sentence in string for word in sentence}) for string in (sentences, right))
     precision, recall = len(shared) / n_words, len(shared) / n_right
     return 2 * precision * recall / (precision + recall + 1e-8)
 
@@ -79,22 +79,22 @@ def common_subsequence(a: list[str], b: list[str]) -> list[str]:
         for j, other in enumerate(b):
             row.append(last[j] + 1 if word == other else max(last[j + 1], row[j]))
         lengths.append(row)
-    i, j, found = len(a), len(b), []
+    i, j, words = len(a), len(b), []
     while i and j:
         if a[i - 1] == b[j - 1]:
             i, j = i - 1, j - 1
-            found.append(a[i])
+            words.append(a[i])
         elif lengths[i - 1][j] > lengths[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found[::-1]
+    return words[::-1]
 
 
 def share_of_numbers(text: str, number: str) -> float:
     """Share of the numbers in the text that are the right one."""
-    found = re.findall(r"\d+", text)
-    return found.count(number) / len(found) if found else 0.0
+    numbers = re.findall(r"\d+", text)
+    return numbers.count(number) / len(numbers) if numbers else 0.0
 
 
 def paragraph(text: str, answer: str) -> float:
@@ -123,11 +123,11 @@ def first_line(text: str) -> str:
 
 
 def best(score: Callable[[str, str], float], cut: Callable[[str], str] = str) -> Callable[..., float]:
-    """The best over all right answers."""
+    """The best score over all right answers."""
     return lambda text, answers, classes: max(score(cut(text), answer) for answer in answers)
 
 
-# Each of generated text, right answers and classes.
+# Each takes the generated text, the right answers and the classes.
 METRICS: dict[str, Callable[[str, list[str], list[str]], float]] = {
     "match all": lambda text, answers, classes: match_all(text, answers),
     "match part": lambda text, answers, classes: match_part(text, answers),
@@ -136,7 +136,7 @@ METRICS: dict[str, Callable[[str, list[str], list[str]], float]] = {
     "Chinese F1": best(chinese_f1),
     "ROUGE-L": best(rouge_l),
     "ROUGE-L of first line": best(rouge_l, first_line),
-    "Chinese ROUGE-L": best(lambda text, answer: rouge_l(*(" ".join(chinese_words(each)) for each in (text, answer)))),
+    "Chinese ROUGE-L": best(lambda text, answer: rouge_l(*(" ".join(chinese_words(part)) for part in (text, answer)))),
     "classification": lambda text, answers, classes: max(
         classification(first_line(text), answer, classes) for answer in answers
     ),

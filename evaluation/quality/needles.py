@@ -1,7 +1,7 @@
-"""Contexts with planted needles: sentences that end in something nobody can guess, each asked for afterwards.
+"""Contexts with planted needles: sentences with an ending that nobody can guess, each asked for afterwards.
 
-Everything follows from the set's name and the context's number, so that every method is asked the same, on every
-machine that has the same text.
+Everything follows from the set's name and the context's number, so every method is asked the same, on every machine
+that has the same text.
 """
 
 import random

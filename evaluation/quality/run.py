@@ -1,4 +1,4 @@
-"""Every method on every case; a pair that is in the store is not run again."""
+"""Every method on every case; a pair that is already in the store is not run again."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ __all__ = ["Options", "check_methods", "run_all"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured beside needles and prompts.
+    """What is measured besides needles and prompts.
 
     Attributes
     ----------
@@ -34,17 +34,17 @@ class Options:
 
 
 def check_methods(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Each method with each of its `keep`, without those that are the same: a method without one is run once, with 1.
+    """Each method with each of its `keep`, without duplicates: a method that has none is run once, with 1.
 
     Raises
     ------
     ValueError : an unknown method or none; a `keep` that is not in (0, 1].
     """
     checked = []
-    given = list(pairs)
-    if not given:
+    unchecked = list(pairs)
+    if not unchecked:
         raise ValueError(f"method must be of {', '.join(METHODS)}, got none")
-    for name, keep in given:
+    for name, keep in unchecked:
         if name not in METHODS:
             raise ValueError(f"method must be of {', '.join(METHODS)}, got {name!r}")
         if not 0 < keep <= 1:
@@ -63,7 +63,7 @@ def run_all(
     options: Options = Options(),
     on_run: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Results of every pair of method and `keep` on every case, in that order of cases; `runs` gets the new ones.
+    """Results of every pair of method and `keep` on every case, case by case; new ones are added to `runs`.
 
     Raises
     ------
@@ -86,18 +86,18 @@ def run_all(
                 "is_stepwise": options.is_stepwise or METHODS[name].is_stepwise,
                 "has_attention_error": options.has_attention_error,
             }
-            found = runs.found(key)
-            if found is None:
-                found = {"key": key, "task": case.task, "name": case.name, "n_tokens": len(case.tokens)}
-                found |= measure(model, tokenizer, context, key)
-                found = runs.add(found)
-            results.append(found)
+            result = runs.found(key)
+            if result is None:
+                result = {"key": key, "task": case.task, "name": case.name, "n_tokens": len(case.tokens)}
+                result |= measure(model, tokenizer, context, key)
+                result = runs.add(result)
+            results.append(result)
             on_run()
     return results
 
 
 class Context:
-    """A case and its full cache, which is made when it is first needed."""
+    """A case and its full cache, which is computed when it is first needed."""
 
     def __init__(self, model: Any, case: Case) -> None:
         self.model, self.case = model, case
@@ -127,35 +127,37 @@ def measure(model: Any, tokenizer: Any, context: Context, key: dict[str, Any]) -
     n_most = keep * len(case.tokens) * len(n_stored)
     if not method.stores_all and sum(n_stored) > n_most:
         raise RuntimeError(f"a cache must store at most {n_most:,.0f} entries in all layers, got {sum(n_stored):,}")
-    made: dict[str, Any] = {"n_stored": n_stored, "nbytes": nbytes}
+    measured: dict[str, Any] = {"n_stored": n_stored, "nbytes": nbytes}
     if case.needles:
         scores = score_needles(model, cache, case.needles, nbytes=nbytes, is_stepwise=is_stepwise)
-        made["needles"] = [
+        measured["needles"] = [
             {"kind": needle.kind, "depth": needle.depth, "is_right": score.is_right, "nll": rounded(score.nll)}
             for needle, score in zip(case.needles, scores, strict=True)
         ]
     if case.following:
-        made["following_nll"] = rounded(following_nll(model, cache, case.following, is_stepwise=is_stepwise))
+        measured["following_nll"] = rounded(following_nll(model, cache, case.following, is_stepwise=is_stepwise))
     if key["has_attention_error"] and case.following:
         errors = attention_errors(model, context.full, cache, case.following, is_stepwise=is_stepwise)
-        made["attention_errors"] = rounded(errors)
+        measured["attention_errors"] = rounded(errors)
     if case.prompts:
-        made["prompts"] = []
+        measured["prompts"] = []
         for prompt in case.prompts:
             tokens = generate(
                 model, cache, prompt.question, n_new=prompt.n_new, stop=stops(model, tokenizer), is_stepwise=is_stepwise
             )
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             score = METRICS[prompt.metric](text, prompt.answers, prompt.classes)
-            made["prompts"].append({"text": text, "answers": prompt.answers, "metric": prompt.metric, "score": score})
+            measured["prompts"].append(
+                {"text": text, "answers": prompt.answers, "metric": prompt.metric, "score": score}
+            )
     seconds = {"clustering": clustering, "asking": time.perf_counter() - begun}
-    return made | {"seconds": {part: round(value, 4) for part, value in seconds.items()}}
+    return measured | {"seconds": {part: round(value, 4) for part, value in seconds.items()}}
 
 
 def stops(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a text."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    tokens = given if isinstance(given, list) else [given]
+    end = getattr(model.generation_config, "eos_token_id", None)
+    tokens = end if isinstance(end, list) else [end]
     return frozenset(token for token in (*tokens, tokenizer.eos_token_id) if token is not None)
 
 

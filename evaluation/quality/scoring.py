@@ -1,7 +1,7 @@
 """Answers from a cache that read its context before it was asked, and how good they are.
 
-The context is read once. Everything that is asked runs on a copy of that cache, so no question knows of another, and
-what the cache stored was decided before any.
+The context is read once. Every question runs on a copy of that cache, so no question affects another, and
+what the cache stores was decided before any of them.
 """
 
 import copy
@@ -18,21 +18,21 @@ from .cases import Needle
 
 __all__ = ["NeedleScore", "copy_rows", "fill", "following_nll", "generate", "prefill", "read", "score_needles"]
 
-COPIED_BYTES = 2**30  # of caches, the most that are asked side by side
+COPIED_BYTES = 2**30  # the most that caches side by side may take
 
 
 @torch.inference_mode()
 def prefill(model: Any, make: Callable[[Any], Any], tokens: list[int]) -> Any:
     """The cache of `make(model)`, transformers' own where that is None, after the model read `tokens` in one call."""
-    made = make(model)
-    cache = DynamicCache(config=model.config) if made is None else made
+    own = make(model)
+    cache = DynamicCache(config=model.config) if own is None else own
     model(torch.tensor([tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
     return cache
 
 
 @torch.inference_mode()
 def fill(cache: Any, full: Any) -> Any:
-    """`cache`, one of ours and empty, with the tokens of `full`, transformers' own: as if the model had read them anew.
+    """`cache`, one of ours and empty, with the tokens of `full`, transformers' own: as if the model had read them.
 
     A first call attends to its tokens exactly, whatever the cache; so keys and values are the same, bit for bit.
 
@@ -60,7 +60,7 @@ def copy_rows(cache: Any, n_rows: int = 1) -> Any:
 def read(
     model: Any, cache: Any, tokens: Int64[Tensor, "rows tokens"], *, is_stepwise: bool = False
 ) -> Float[Tensor, "rows tokens vocabulary"]:
-    """Logits after each of `tokens`, which `cache` has taken then: in one call, or each in a call of its own."""
+    """Logits after each of `tokens`, which `cache` takes in one call, or each in a call of its own."""
     steps = tokens.split(1, dim=1) if is_stepwise else (tokens,)
     return torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1)
 
@@ -127,12 +127,12 @@ def generate(
         raise ValueError("question must have at least one token, got none")
     copied = copy_rows(cache)
     logits = read(model, copied, torch.tensor([question], device=model.device), is_stepwise=is_stepwise)
-    made: list[int] = []
-    while len(made) < n_new:
+    generated: list[int] = []
+    while len(generated) < n_new:
         token = int(logits[0, -1].argmax())
         if token in stop:
             break
-        made.append(token)
-        if len(made) < n_new:
+        generated.append(token)
+        if len(generated) < n_new:
             logits = read(model, copied, torch.tensor([[token]], device=model.device))
-    return made
+    return generated

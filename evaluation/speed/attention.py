@@ -39,9 +39,9 @@ def attention_alone(
     numbers: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
         for batch in batches:
-            found = measured(dtype, batch, n_seen, rounds, advance, shape)
-            numbers.append(found)
-            lines += lines_of(dtype, batch, found)
+            times = measured(dtype, batch, n_seen, rounds, advance, shape)
+            numbers.append(times)
+            lines += lines_of(dtype, batch, times)
     heads = f"{shape['kv_heads']} KV heads of {shape['group']} query heads, dim {shape['dim']}"
     return Section(
         f"1. Attention alone, {n_seen:,} tokens seen, {heads}",
@@ -74,25 +74,25 @@ def measured(
         entries[name] = kept
         contenders[name] = partial(attend_entries, rows, keys, values, counts)
         reads[f"read {name}"] = partial(read_all, [keys, values])
-    contenders |= reads  # last, so that none reads what the one before it has left in the processor's cache
+    contenders |= reads  # last, so that none reads what its contender has just left in the processor's cache
     with torch.inference_mode():
         seconds = seconds_in_turn(contenders, rounds, advance)
     return {"dtype": str(dtype).removeprefix("torch."), "batch": batch, "seconds": seconds, "entries": entries}
 
 
-def lines_of(dtype: torch.dtype, batch: int, found: dict[str, Any]) -> list[Line]:
-    seconds: dict[str, list[float]] = found["seconds"]
+def lines_of(dtype: torch.dtype, batch: int, times: dict[str, Any]) -> list[Line]:
+    seconds: dict[str, list[float]] = times["seconds"]
     lines = []
-    for name, entries in found["entries"].items():
+    for name, entries in times["entries"].items():
         speedup = ratios(seconds["full"], seconds[name])
         share = ratios(seconds["read full" if name == "transformers" else f"read {name}"], seconds[name])
-        label = f"{name}, {found['dtype']}, batch {batch}"
+        label = f"{name}, {times['dtype']}, batch {batch}"
         cells = (label, f"{entries:,}", f"{1e3 * statistics.median(seconds[name]):.2f}", str(speedup), str(share))
         is_clustered = name.startswith("clustered")
         claim = Claim(f"bandwidth of {label}", share.median, LEAST_BANDWIDTH[dtype], is_least=True)
         lines.append(Line(cells, claim if is_clustered else None))
         if is_clustered:
-            least = LEAST_SPEEDUP * found["entries"]["full"] / entries
-            wanted = Claim(f"speedup of {label}", speedup.median, least, is_least=True)
-            lines.append(Line(("  its speedup", "", "", f"{speedup.median:.2f}", ""), wanted, "{:.2f}"))
+            least = LEAST_SPEEDUP * times["entries"]["full"] / entries
+            claim_of_speedup = Claim(f"speedup of {label}", speedup.median, least, is_least=True)
+            lines.append(Line(("  its speedup", "", "", f"{speedup.median:.2f}", ""), claim_of_speedup, "{:.2f}"))
     return lines

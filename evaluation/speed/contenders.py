@@ -18,7 +18,7 @@ CHUNK_SIZE, N_SINK, N_RECENT = 64, 4, 64
 
 
 class FullLayer(ClusteredLayer):
-    """A full cache with our growth in place and our attention: keeping every token, it would leave that to PyTorch."""
+    """A full cache with our growth in place and our attention; one that keeps every token leaves that to PyTorch."""
 
     def attends(self, queries: int) -> bool:
         return self.cache.n_stored > queries
@@ -53,7 +53,7 @@ CONTENDERS: dict[str, Callable[[Any], Any]] = {
 
 
 def filled(cache: Any, batch: int, n_tokens: int, model: Any) -> Any:
-    """`cache` after `n_tokens` random tokens: keys and values are the same numbers in every layer, memory is not."""
+    """`cache` after `n_tokens` random tokens: layers have the same keys and values, each in memory of its own."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.num_key_value_heads, n_tokens, config.head_dim)

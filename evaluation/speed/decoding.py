@@ -26,7 +26,7 @@ BEST = "clustered 0.2"
 def decoding(
     model: Any, contexts: tuple[int, ...], batches: tuple[int, ...], rounds: int, advance: Callable[[], object]
 ) -> Section:
-    """Seconds of one decoding step after `contexts` random tokens: the numbers matter to no time."""
+    """Seconds of one decoding step after `contexts` random tokens: their values do not affect the time."""
     weights = list(model.parameters())
     weight_bytes = sum(parameter.nbytes for parameter in weights)
     lines: list[Line] = []
@@ -112,12 +112,12 @@ def end_to_end(model: Any, prompt: torch.Tensor, n_new: int, rounds: int, advanc
         for name in CONTENDERS:
             run(name)
             advance()
-    totals = {name: [sum(part) for part in found] for name, found in parts.items()}
+    totals = {name: [sum(part) for part in turns] for name, turns in parts.items()}
     lines = []
-    for name, found in parts.items():
+    for name, turns in parts.items():
         speedup = ratios(totals["full"], totals[name])
-        first, rest = (f"{statistics.median(part[i] for part in found):.1f}" for i in range(2))
-        cells = (name, first, rest, str(ratios(totals["transformers"], totals[name])), str(speedup))
+        prompt_time, new_tokens = (f"{statistics.median(part[i] for part in turns):.1f}" for i in range(2))
+        cells = (name, prompt_time, new_tokens, str(ratios(totals["transformers"], totals[name])), str(speedup))
         claim = Claim(f"end to end, {name}", speedup.median, 1.0, is_least=True) if "clustered" in name else None
         lines.append(Line(cells, claim))
     return Section(

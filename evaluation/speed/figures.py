@@ -1,4 +1,4 @@
-"""What the benchmark found, drawn."""
+"""Figures of the benchmark's results."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def draw_decoding(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Time per step against context length, one panel a batch size; dashed: what the bytes alone would take."""
+    """Time per step against context length, one panel per batch size; dashed: reading the bytes alone."""
     batches = sorted({run["batch"] for run in runs})
     figure, axes = plt.subplots(1, len(batches), figsize=(6 * len(batches), 5), layout="constrained", squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):

@@ -1,4 +1,4 @@
-"""Linear layers of few rows at memory speed, which PyTorch's on CPUs are far from."""
+"""Linear layers of few rows at memory speed; PyTorch's are far from it on CPUs."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ MOST_ROWS = 64
 def hasten_linear_layers(model: Any) -> Any:
     """`model` with its float32 linear layers done in C++ where there are few rows.
 
-    It belongs to no cache, and every contender gets it: else decoding on a CPU waits for the linear layers, whatever
-    the cache is.
+    This belongs to no cache, and every contender gets it: otherwise decoding on a CPU waits for the linear layers,
+    whatever the cache.
     """
     for module in model.modules():
         is_plain = isinstance(module, nn.Linear) and module.bias is None and module.weight.dtype == torch.float32

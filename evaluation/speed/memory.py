@@ -20,12 +20,12 @@ def peak_memory(folder: Path, context: int, batch: int) -> Section:
     """Highest resident memory of `STEPS` decoding steps, above that of an idle interpreter with torch."""
     context_of = multiprocessing.get_context("spawn")
     with context_of.Pool(1) as pool:
-        found = pool.apply(measured, (folder, context, batch))
-    needed = found["weights"] + found["entries"] + found["working"]
-    share = found["peak"] / needed
+        nbytes = pool.apply(measured, (folder, context, batch))
+    needed = nbytes["weights"] + nbytes["entries"] + nbytes["working"]
+    share = nbytes["peak"] / needed
     cells = (
         f"clustered 0.2, {context:,} tokens, batch {batch}",
-        *(f"{found[name] / 2**20:,.0f}" for name in ("weights", "entries", "working", "peak")),
+        *(f"{nbytes[name] / 2**20:,.0f}" for name in ("weights", "entries", "working", "peak")),
         f"{share:.3f}",
     )
     return Section(
@@ -35,7 +35,7 @@ def peak_memory(folder: Path, context: int, batch: int) -> Section:
         "Above an interpreter that has decoded with a small cache, the C library told to give freed memory back. One "
         "layer's work: the full keys and values of the layer that is clustered while the cache is filled, as they are "
         "given and as the cache takes them, and its entries, as they are made and as they are kept.",
-        found,
+        nbytes,
     )
 
 
@@ -77,7 +77,7 @@ def measured(folder: Path, context: int, batch: int) -> dict[str, Any]:
 
 
 def resident(field: str) -> int:
-    """Bytes of resident memory, now (VmRSS) or at most so far (VmHWM), as Linux tells."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, f"/proc/self/status has no {field}"
-    return 1024 * int(found.group(1))
+    """Bytes of resident memory, now (VmRSS) or at most so far (VmHWM), as Linux reports it."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, f"/proc/self/status has no {field}"
+    return 1024 * int(match.group(1))

@@ -56,7 +56,7 @@ def run_bench(*, quick: bool, json_path: Path | None, figures: Path | None, sect
     model, tokenizer = load_llama(folder)
     hasten_linear_layers(model)
     turns = sizes.rounds + 1
-    made: list[Section] = []
+    measured: list[Section] = []
     with Progress(console=console, transient=True) as progress:
 
         def bar(name: str, steps: int) -> Callable[[], object]:
@@ -65,31 +65,31 @@ def run_bench(*, quick: bool, json_path: Path | None, figures: Path | None, sect
 
         if "1" in sections:
             steps = 2 * len(sizes.batches) * 7 * turns
-            made.append(attention_alone(sizes.seen, sizes.batches, sizes.rounds, bar("attention", steps)))
+            measured.append(attention_alone(sizes.seen, sizes.batches, sizes.rounds, bar("attention", steps)))
         if "2" in sections:
             steps = len(sizes.contexts) * len(sizes.decode_batches) * (len(CONTENDERS) + 1) * turns
-            made.append(decoding(model, sizes.contexts, sizes.decode_batches, sizes.rounds, bar("decode", steps)))
+            measured.append(decoding(model, sizes.contexts, sizes.decode_batches, sizes.rounds, bar("decode", steps)))
             if figures is not None:
-                draw_decoding(figures / "decoding.png", made[-1].numbers["runs"])
+                draw_decoding(figures / "decoding.png", measured[-1].numbers["runs"])
         if "3" in sections:
             prompt = load_tokens(None, tokenizer, sizes.prompt)
             advance = bar("end to end", END_TO_END_ROUNDS * len(CONTENDERS))
-            made.append(end_to_end(model, prompt, sizes.n_new, END_TO_END_ROUNDS, advance))
+            measured.append(end_to_end(model, prompt, sizes.n_new, END_TO_END_ROUNDS, advance))
         if "4" in sections:
             budgets = tuple(mib * 2**20 for mib in sizes.budgets_mib)
             steps = len(budgets) * len(SERVED) * turns
-            made.append(serving(model, sizes.served, budgets, sizes.rounds, bar("serve", steps)))
+            measured.append(serving(model, sizes.served, budgets, sizes.rounds, bar("serve", steps)))
             if figures is not None:
-                draw_serving(figures / "serving.png", made[-1].numbers["runs"], sizes.served)
+                draw_serving(figures / "serving.png", measured[-1].numbers["runs"], sizes.served)
         if "5" in sections:
-            made.append(peak_memory(folder, sizes.memory_context, 1))
+            measured.append(peak_memory(folder, sizes.memory_context, 1))
     if quick:
-        made = [without_targets(section) for section in made]
-    print_sections(console, made)
+        measured = [without_targets(section) for section in measured]
+    print_sections(console, measured)
     if json_path is not None:
-        content = {"machine": machine, "quick": quick, "sections": [section.as_json() for section in made]}
+        content = {"machine": machine, "quick": quick, "sections": [section.as_json() for section in measured]}
         json_path.write_text(json.dumps(content, indent=1) + "\n")
-    return all(claim.is_met for section in made for claim in section.claims)
+    return all(claim.is_met for section in measured for claim in section.claims)
 
 
 def without_targets(section: Section) -> Section:

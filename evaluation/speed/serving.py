@@ -39,9 +39,11 @@ def serving(model: Any, context: int, budgets: tuple[int, ...], rounds: int, adv
             if name == SERVED[0]:
                 lines.append(Line((*cells, "1")))
                 continue
-            more = at_once[name] / at_once[SERVED[0]]
-            claim = Claim(f"sequences at once, {budget / 2**20:,.0f} MiB", more, LEAST_SEQUENCES, is_least=True)
-            lines.append(Line((*cells, f"{gain}, {more:.2f} as many sequences"), claim))
+            times_as_many = at_once[name] / at_once[SERVED[0]]
+            claim = Claim(
+                f"sequences at once, {budget / 2**20:,.0f} MiB", times_as_many, LEAST_SEQUENCES, is_least=True
+            )
+            lines.append(Line((*cells, f"{gain}, {times_as_many:.2f} as many sequences"), claim))
     return Section(
         f"4. Serving sequences of {context:,} tokens under a fixed memory for keys and values",
         ("cache, memory", "sequences at once", "tokens per second", "this / full"),
