@@ -1,5 +1,4 @@
-"""Tests of the vLLM plugin: run in vLLM's own environment by `make test-vllm`. Where there is no vLLM only the tests of
-pages are left, which need none.
+"""Tests of the vLLM plugin: run in vLLM's own environment by `make test-vllm`; without vLLM, those of pages alone.
 
 Engines run inside the test's process, so that the scheduler's blocks and the worker's pages can be looked at.
 """
@@ -7,8 +6,6 @@ Engines run inside the test's process, so that the scheduler's blocks and the wo
 import importlib.util
 import os
 from pathlib import Path
-
-HERE = Path(__file__).parent
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -20,7 +17,9 @@ import pytest
 FOUND = importlib.util.find_spec("vllm")
 HAS_VLLM = FOUND is not None and FOUND.origin is not None  # this folder is a namespace of that name
 WITHOUT_VLLM = "test_paged.py"
-collect_ignore = [] if HAS_VLLM else [path.name for path in HERE.glob("test_*.py") if path.name != WITHOUT_VLLM]
+collect_ignore = (
+    [] if HAS_VLLM else [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != WITHOUT_VLLM]
+)
 
 
 @pytest.fixture(scope="session")
