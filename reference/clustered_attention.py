@@ -32,7 +32,8 @@ def clustered_attention(
 
     Raises
     ------
-    ValueError : as `attention`; a negative count; only counts of 0 at a leading index; counts of another shape or dtype.
+    ValueError : as `attention`; a negative count; a leading index with counts of 0 only; counts of another shape or
+        dtype.
 
     Notes
     -----
