@@ -92,7 +92,7 @@ class SpanRules:
         return min(chunks, before + 1, self.most_spans(recent))
 
     def n_steps(self, chunks: int, spans: int) -> int:
-        """What cannot be undone in `spans` spans made of `chunks` chunks: merges, and clusterings if they lose any."""
+        """What cannot be undone in `spans` spans made of `chunks` chunks: merges, and clusterings that merge tokens."""
         return chunks - spans + (chunks if self.entries < self.chunk_size else 0)
 
     def least_seen(self, spans: tuple[int, ...], n_seen: int) -> int:
