@@ -58,9 +58,9 @@ def evaluate(
         model=model,
         text=text,
         methods=parts(method),
-        keeps=[number("keep", each, float) for each in parts(keep)],
+        keeps=[number("keep", ratio, float) for ratio in parts(keep)],
         tasks=parts(tasks),
-        lengths=[number("tokens", each, int) for each in parts(tokens)],
+        lengths=[number("tokens", length, int) for length in parts(tokens)],
         n_contexts=contexts,
         n_needles=needles,
         kinds=parts(kinds),
@@ -76,13 +76,13 @@ def evaluate(
         fail("eval", str(error))
 
 
-def parts(given: str) -> list[str]:
-    """What commas separate."""
-    return [part.strip() for part in given.split(",") if part.strip()]
+def parts(text: str) -> list[str]:
+    """The parts that commas separate, without those that are empty."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def number(name: str, given: str, kind: type[Number]) -> Number:
+def number(name: str, text: str, kind: type[Number]) -> Number:
     try:
-        return kind(given)
+        return kind(text)
     except ValueError:
-        fail("eval", f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {given!r}")
+        fail("eval", f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {text!r}")

@@ -27,18 +27,18 @@ def kernels() -> None:
     numbers = ("registers", "spilled bytes", "shared bytes", "tensor-core products", "16-byte loads", "MB moved")
     for column in (*numbers, "predicted µs"):
         table.add_column(column, justify="right")
-    for made in track(compile_all(), description="Compile", total=len(KERNELS) * len(TYPES) * len(TARGETS)):
+    for kernel in track(compile_all(), description="Compile", total=len(KERNELS) * len(TYPES) * len(TARGETS)):
         table.add_row(
-            made.kernel,
-            made.dtype,
-            made.target,
-            str(made.registers),
-            str(made.spills),
-            f"{made.shared:,}",
-            str(made.tensor_core_products),
-            str(made.wide_loads),
-            f"{made.bytes_moved / 1e6:.0f}",
-            f"{1e6 * made.predicted_seconds:.0f}",
+            kernel.kernel,
+            kernel.dtype,
+            kernel.target,
+            str(kernel.registers),
+            str(kernel.spills),
+            f"{kernel.shared:,}",
+            str(kernel.tensor_core_products),
+            str(kernel.wide_loads),
+            f"{kernel.bytes_moved / 1e6:.0f}",
+            f"{1e6 * kernel.predicted_seconds:.0f}",
         )
     console.print(table)
     console.print(

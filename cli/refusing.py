@@ -14,7 +14,7 @@ def fail(command: str, message: str) -> NoReturn:
 
 
 def check_places(command: str, json: Path | None, figures: Path | None) -> None:
-    """Whether results can be written there."""
+    """Fail unless results can be written to these places."""
     if json is not None and not json.absolute().parent.is_dir():
         fail(command, f"{json} must be a file in an existing folder")
     if figures is not None and not figures.is_dir():

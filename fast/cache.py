@@ -21,12 +21,12 @@ from .soft_matching import SoftMatching
 
 __all__ = ["UNDO_TOKENS", "ClusteredCache"]
 
-# An append of at most so many tokens can be taken out again by `crop`, whatever was clustered.
+# `crop` can take out an append of at most so many tokens, whatever was clustered because of them.
 UNDO_TOKENS = 256
 
 
 class ClusteredCache:
-    """A key-value cache whose old tokens are centroids: sinks, centroids of whole chunks, recent tokens.
+    """A key-value cache in which centroids stand for old tokens: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
     device of what is appended. `backend` as in `choose`, for the chunks.
@@ -99,14 +99,14 @@ class ClusteredCache:
 
     @property
     def nbytes(self) -> int:
-        held = (self.keys, self.values, self.counts)
-        return sum(view.nbytes for view in held if view is not None)
+        views = (self.keys, self.values, self.counts)
+        return sum(view.nbytes for view in views if view is not None)
 
     @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, with room to grow and with what `crop` may need."""
-        kept = 0 if self._overwritten is None else self._overwritten.nbytes
-        return kept + sum(tensor.untyped_storage().nbytes() for tensor in self._held or ())
+        for_crop = 0 if self._overwritten is None else self._overwritten.nbytes
+        return for_crop + sum(tensor.untyped_storage().nbytes() for tensor in self._held or ())
 
     @property
     def n_croppable(self) -> int:
@@ -179,9 +179,9 @@ class ClusteredCache:
 
         Notes
         -----
-        Tokens can be removed if no chunk was clustered and no spans were merged because of them. What the last `append`
-        of at most `UNDO_TOKENS` tokens caused to be clustered is undone, and done again for the tokens that are left.
-        With keep_ratio 1 a chunk is its tokens, so that only merges count.
+        Tokens can be removed if no chunk was clustered and no spans were merged because of them. An exception is the
+        last `append`, if of at most `UNDO_TOKENS` tokens: its clustering is undone, then redone for the tokens that are
+        left. With keep_ratio 1 a chunk is its tokens, so that only merges count.
         """
         check_integer("n_tokens", n_tokens, least=0)
         if n_tokens > self.n_croppable:
@@ -213,7 +213,7 @@ class ClusteredCache:
             self._overwritten = self._overwritten.select(indices)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and numbers that `restore` makes the same cache of; no tensors before the first `append`.
+        """Tensors and numbers from which `restore` makes the same cache; no tensors before the first `append`.
 
         What `crop` would undo is not part of the state.
         """
@@ -224,7 +224,7 @@ class ClusteredCache:
         return tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty."""
+        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
         if tensors:
             self.extend(tensors["keys"], tensors["values"])
             self.counts.copy_(tensors["counts"])
@@ -244,9 +244,9 @@ class ClusteredCache:
 
     def _compress(self, start: int, stop: int) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
-        whole = self.keys[..., start:stop, :], self.values[..., start:stop, :]
+        in_chunks = self.keys[..., start:stop, :], self.values[..., start:stop, :]
         compressed = self.method.compress(
-            *whole, chunk_size=self.chunk_size, target=self._rules.entries, backend=self.backend
+            *in_chunks, chunk_size=self.chunk_size, target=self._rules.entries, backend=self.backend
         )
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         entries = compressed.keys, compressed.values, compressed.counts.unsqueeze(-1)
@@ -264,8 +264,8 @@ class ClusteredCache:
             return None
         lost = [entry for slot in sorted(replaced) for entry in extents[slot]]
         places = [place for place, slot in enumerate(plan.slots) if slot in replaced]
-        made = [self.n_sink + place * size + entry for place in places for entry in range(size)]
-        return keep(self._held, self.spans, lost, made)
+        replacing = [self.n_sink + place * size + entry for place in places for entry in range(size)]
+        return keep(self._held, self.spans, lost, replacing)
 
     def _undo(self, overwritten: Overwritten) -> None:
         """Make the entries what they were before the last clustering."""

@@ -64,6 +64,6 @@ def distinctive_matching(
     if target == chunk_size or body == 0:
         labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
         return Clustering(labels, torch.ones_like(labels))
-    whole = [array[..., :body, :].detach() for array in (keys, values)]
-    compressed = method.compress(*whole, chunk_size=chunk_size, target=target, backend=backend)
+    in_chunks = [array[..., :body, :].detach() for array in (keys, values)]
+    compressed = method.compress(*in_chunks, chunk_size=chunk_size, target=target, backend=backend)
     return Clustering(*clustering_of_chunks(compressed, lead, body, tokens - body))

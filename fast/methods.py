@@ -52,11 +52,11 @@ def spelled(method: Method) -> dict[str, Any]:
 
 
 def method_of(name: str = "", **parameters: Any) -> Method:
-    """The method that is spelled so.
+    """The method of that name with these parameters: the inverse of `spelled`.
 
     Raises
     ------
-    ValueError : an unknown name, or a parameter that the method has not.
+    ValueError : an unknown name, or a parameter that the method does not have.
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")

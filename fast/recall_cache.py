@@ -19,20 +19,20 @@ from .selection import Selection
 
 __all__ = ["RecallCache"]
 
-BEFORE = "n_clustered_before", "n_clusters_before"  # how saved numbers call what was there before the last append
+BEFORE = "n_clustered_before", "n_clusters_before"  # names, in saved numbers, of what was there before the last append
 
 
 class RecallCache:
     """A key-value cache that forgets nothing and attends to at most `budget` tokens per KV head.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.RecallCache`: the same clusters and the
-    same recalled tokens, on the device of what is appended. `backend` is the one of steps, as in `choose`.
+    same recalled tokens, on the device of what is appended. `backend`, as in `choose`, is that of decoding steps.
 
     Notes
     -----
     The tokens of a cluster lie side by side in memory, so that recalling it reads one span. There is room to grow (1 /
     32 of the tokens, at least one segment): `nbytes` counts what is there, `nbytes_reserved` the memory. Appending a
-    token moves no other one but where the room ends, clustering a segment moves its own. `stored` are views that the
+    token moves others only where the room ends, clustering a segment moves only its own. `stored` are views that the
     next `append` may overwrite, enough for dense attention; `keys` and `values` are copies once there is a body.
 
     A step reads centroids and deviations, in bfloat16, and `budget` keys and values. No gradient flows through it.
@@ -169,13 +169,13 @@ class RecallCache:
                 part.copy_(rows_of(self._flat(held), start + places))
 
     def crop(self, n_tokens: int) -> None:
-        """Take the last `n_tokens` tokens out: what is left is the cache of the others, as if these had never come.
+        """Remove the last `n_tokens` tokens: the cache is then as if they had never come.
 
-        Clusters that the last append made of them are made again, of what is left: that costs what `cluster` did.
+        Clusters that the last append made with them are made again without them, which costs what `cluster` did.
 
         Raises
         ------
-        TypeError : no integer.
+        TypeError : not an integer.
         ValueError : less than 0 or more than `n_croppable`. The cache is then as it was.
         """
         check_integer("n_tokens", n_tokens, least=0)
@@ -233,7 +233,7 @@ class RecallCache:
         self._held = tuple(array.index_select(0, indices) for array in self._held)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Tensors and integers that `restore` makes the same cache of; no tensors before the first `append`."""
+        """Tensors and integers from which `restore` makes the same cache; no tensors before the first `append`."""
         if self._held is None:
             return {}, {}
         tensors = dict(zip(("keys", "values"), self.stored, strict=True)) | self.body.state()
@@ -241,10 +241,10 @@ class RecallCache:
         return tensors, numbers | dict(zip(BEFORE, self._before, strict=True))
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
-        """Hold copies of what `state` gave of a cache with the same parameters; this one must be empty.
+        """Take over copies of the `state` of a cache with the same parameters; this one must be empty.
 
-        What that could crop can be cropped here. Numbers that an older version wrote do not say what the last append
-        clustered: all of that stays whole.
+        What could be cropped there can be cropped here. Numbers that an older version wrote do not say what the last
+        append clustered: then all clusters stay whole.
         """
         if tensors:
             self.extend(tensors["keys"], tensors["values"])
@@ -275,7 +275,7 @@ class RecallCache:
         return min(self.settings.budget - self._n_exact, self.n_clustered)
 
     def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> Reached:
-        """Where a step that takes so much of each cluster finds its tokens."""
+        """Where a step that takes so many tokens of each cluster finds them."""
         first_row = None if taken is None else self.body.first_member
         keys, values = map(self._flat, self._held)
         return Reached(keys, values, first_row, self.settings.n_sink, self.n_clustered, self._n_exact)

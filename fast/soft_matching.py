@@ -54,10 +54,10 @@ def match_chunks(keys: Tensor, target: int, chunk_size: int, backend: str) -> tu
     """Labels (..., tokens) and counts (..., entries), int64: an operator that `torch.compile` goes around."""
     check_finite("keys", keys)
     *lead, tokens, _ = keys.shape
-    rest = tokens % chunk_size
-    body = keys[..., : tokens - rest, :]
+    n_trailing = tokens % chunk_size
+    body = keys[..., : tokens - n_trailing, :]
     compressed = implementation("soft_matching", backend, keys)(body, None, chunk_size=chunk_size, target=target)
-    return clustering_of_chunks(compressed, lead, tokens - rest, rest)
+    return clustering_of_chunks(compressed, lead, tokens - n_trailing, n_trailing)
 
 
 @match_chunks.register_fake

@@ -32,7 +32,7 @@ class BodyOfSlowTokens(BodyClusters):
 
 
 class TieredRecallCache(RecallCache):
-    """A `RecallCache` whose keys and values lie in slow memory, but for those of the last steps' clusters.
+    """A `RecallCache` whose keys and values lie in slow memory, except those of the clusters recalled last.
 
     Clusters, recalled tokens and outputs are those of a `RecallCache`, bit for bit. Slow memory is a file for CPU
     tensors, mapped into the address space, and pinned host memory for CUDA tensors.
@@ -53,14 +53,14 @@ class TieredRecallCache(RecallCache):
 
     Raises
     ------
-    ValueError : a folder that is none, or a folder for CUDA tensors; and all that `RecallCache` raises.
+    ValueError : a folder that does not exist, or a folder for CUDA tensors; and all that `RecallCache` raises.
     OSError : from `append`, `extend` and `select`, where the disk is full. The cache is then as it was, and usable.
 
     Notes
     -----
-    The file has no name from the moment it is mapped, so the system removes it when the process ends in any way, and
-    no run can read that of another. Its blocks are reserved before it is written to: a full disk is an error of
-    `append`, not a signal later. It moves to a larger one, at times beside the old one, where its room (1 / 8) ends.
+    The file has no name from the moment it is mapped, so the system removes it however the process ends, and no run
+    can read that of another. Its blocks are reserved before it is written to: a full disk is an error of
+    `append`, not a signal later. Where its room (1 / 8) ends it moves to a larger one, and for that time both exist.
 
     On CUDA a step copies on a stream of its own, which waits for the attention that may still read what is overwritten,
     and for which the attention of this step waits. This part was written without a GPU and has never run.
@@ -104,14 +104,14 @@ class TieredRecallCache(RecallCache):
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
         if self._held is None:
-            self._of_steps = super()._step_backend(keys, values)
+            self._backend_of_steps = super()._step_backend(keys, values)
         self.device = device
         super().extend(keys.detach().cpu(), values.detach().cpu())
         self.body.device = device
 
     def _step_backend(self, keys: Tensor, values: Tensor) -> str:
         """The one for the fast tier: `keys` and `values` have come to the host already."""
-        return self._of_steps
+        return self._backend_of_steps
 
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
@@ -145,8 +145,8 @@ class TieredRecallCache(RecallCache):
         sizes = near.replace(taken > 0, counts, self.n_steps, self.statistics)
         near.make_room(n_exact, sizes)
         rows = torch.arange(near.first_new_exact(self.n_clustered, n_sink), n_exact, device=self.device)
-        of = torch.where(rows < n_sink, rows, rows + self.n_clustered)
-        near.copy(self._held, of.expand(problems, -1), rows.expand(problems, -1))
+        slow_rows = torch.where(rows < n_sink, rows, rows + self.n_clustered)
+        near.copy(self._held, slow_rows.expand(problems, -1), rows.expand(problems, -1))
         near.n_exact, near.n_clustered = n_exact, self.n_clustered
         near.copy(self._held, recalled_places(n_sink + first_member, sizes), near.place(sizes))
         self.statistics.nbytes_moved += int(sizes.sum()) * near.nbytes_of_token
@@ -173,7 +173,7 @@ class TieredRecallCache(RecallCache):
 
 
 def mapped_memory(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:
-    """Memory that a file without a name stands behind, its blocks reserved, as a tensor."""
+    """Memory backed by a file without a name, its blocks reserved, as a tensor."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if nbytes == 0:
         return torch.empty(shape, dtype=dtype)

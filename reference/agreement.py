@@ -119,8 +119,8 @@ def plain_attention(
     query32, keys32, values32 = (array.astype(np.float32) for array in (query, keys, values))
     bias = rounded(log_counts(counts))  # (..., entries)
     outputs = []
-    for one in range(query.shape[-2]):
-        logits = rounded(rounded(sum_in_order(query32[..., one, None, :] * keys32)) * np.float32(scale))
+    for row in range(query.shape[-2]):
+        logits = rounded(rounded(sum_in_order(query32[..., row, None, :] * keys32)) * np.float32(scale))
         logits = rounded(logits + bias)  # (..., entries)
         exponentials = rounded(np.exp(rounded(logits - logits.max(axis=-1, keepdims=True))))
         weights = rounded(exponentials / rounded(sum_in_order(exponentials))[..., None])

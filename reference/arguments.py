@@ -52,7 +52,7 @@ def check_share(name: str, share: float) -> None:
 
 
 def check_method(method: object) -> None:
-    """Refuse what does not cluster; a class is no value."""
+    """Refuse what does not cluster, and a class in place of an instance."""
     if isinstance(method, type) or not callable(getattr(method, "cluster", None)):
         raise TypeError(f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {method!r}")
 
@@ -204,7 +204,7 @@ def check_scored(query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, d
 
 
 def check_half_range(keys: np.ndarray) -> None:
-    """Refuse keys that less their mean might overflow float32."""
+    """Refuse keys that might overflow float32 when their mean is subtracted."""
     half = float(np.finfo(np.float32).max) / 2
     largest = float(np.abs(keys.astype(np.float64)).max(initial=0))
     if largest > half:

@@ -37,7 +37,7 @@ def attention(
     Notes
     -----
     Costs `queries * tokens * (dim + dim_value)` multiply-adds per leading index and reads every key and
-    value once: while decoding, time is the bytes of the cache.
+    value once: while decoding, the bytes of the cache set the time.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def attention(
 
 
 def softmax(logits: Float64[np.ndarray, "*shape"]) -> Float64[np.ndarray, "*shape"]:
-    """Exponentials over the last axis, divided by their sum; the maximum is taken off first."""
+    """Exponentials over the last axis, divided by their sum; the maximum is subtracted first."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 

@@ -11,7 +11,7 @@ __all__ = ["BoundedCache"]
 
 
 class BoundedCache(ClusteredCache):
-    """A `ClusteredCache` by soft matching whose body becomes coarser, the older the more, to keep a budget.
+    """A `ClusteredCache` by soft matching that keeps a budget: its body becomes coarser, most where it is oldest.
 
     Parameters
     ----------
@@ -22,22 +22,22 @@ class BoundedCache(ClusteredCache):
     Notes
     -----
     The body is a list of spans with `ceil(keep_ratio * chunk_size)` entries each, at first one for each chunk. As soon
-    as a token makes the entries too many, the two neighbouring spans with the fewest tokens together (of equal pairs
-    the oldest) become one span by `merge_entries`, until the entries are within the budget. That is decided by numbers
-    of tokens alone, after every single token, so this cache does not depend on how they arrived either. With keep_ratio
+    as a token brings the entries above the budget, the two neighbouring spans with the fewest tokens together (of equal
+    pairs the oldest) become one span by `merge_entries`, until the budget is kept again. This is decided by numbers of
+    tokens alone, after every single token, so this cache does not depend on how they arrived either. With keep_ratio
     1 nothing is merged while `n_seen <= budget`.
 
     All of it is our choice, from no paper.
 
     Examples
     --------
-    Thirteen tokens: one sink, two chunks of four of which each becomes two entries, four recent tokens. These are nine
-    entries, one too many for a budget of 8: the two spans become one.
+    Thirteen tokens: one sink, two chunks of four, each of which becomes two entries, four recent tokens. These are
+    nine entries, one too many for a budget of 8: the two spans become one.
 
     >>> cache = BoundedCache(budget=8, keep_ratio=0.5, chunk_size=4, n_sink=1, n_recent=2)
     >>> tokens = np.random.default_rng(0).standard_normal((12, 2)).astype(np.float32)
-    >>> for some in (tokens, tokens[:1]):
-    ...     _ = cache.append(some, some)
+    >>> for new in (tokens, tokens[:1]):
+    ...     _ = cache.append(new, new)
     >>> cache.n_seen, cache.n_stored, cache.counts
     (13, 7, array([1, 2, 6, 1, 1, 1, 1], dtype=int32))
     """
@@ -54,10 +54,10 @@ class BoundedCache(ClusteredCache):
     def append(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `ClusteredCache.append`, but the budget is kept after every single token.
 
-        What is returned has all the new tokens, beyond the budget.
+        What is returned holds all the new tokens, even beyond the budget.
         """
         check_append(keys, values, (self.keys, self.values))
-        super().append(keys[..., :0, :], values[..., :0, :])  # the first append says what is stored
+        super().append(keys[..., :0, :], values[..., :0, :])  # a first append sets shapes and dtypes
         seen = self._with(keys, values)
         for token in range(keys.shape[-2]):
             super().append(keys[..., token : token + 1, :], values[..., token : token + 1, :])

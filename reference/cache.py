@@ -21,7 +21,7 @@ class Method(Protocol):
 
 
 class ClusteredCache:
-    """A key-value cache whose old tokens are centroids.
+    """A key-value cache in which centroids stand for the old tokens.
 
     The stored entries are, in this order: the first `n_sink` tokens (sinks), the centroids of the clustered
     chunks (body), and the last tokens (recent). Sinks and recent tokens are exact.
@@ -54,7 +54,7 @@ class ClusteredCache:
 
     Examples
     --------
-    Twelve tokens: one sink, two chunks of four of which each becomes two entries, three recent tokens.
+    Twelve tokens: one sink, two chunks of four, each of which becomes two entries, three recent tokens.
 
     >>> cache = ClusteredCache(keep_ratio=0.5, chunk_size=4, n_sink=1, n_recent=2)
     >>> tokens = np.random.default_rng(0).standard_normal((12, 2)).astype(np.float32)
@@ -107,8 +107,8 @@ class ClusteredCache:
         Returns
         -------
         keys, values, counts : the entries just before this clustering, the new tokens last. A model lets the new
-            tokens attend to these, so a prompt given at once is attended to exactly. To be read only: they may be
-            the cache's own arrays.
+            tokens attend to these, so a prompt given at once is attended to exactly. Do not write to them: they may
+            be the cache's own arrays.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class ClusteredCache:
         )
 
     def _replace(self, start: int, stop: int, keys: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
-        """Put entries in the place of those from `start` to `stop`, rounded to the cache's dtypes."""
+        """Put these entries, rounded to the cache's dtypes, in the place of those from `start` to `stop`."""
         for name, new, axis in (("keys", keys, -2), ("values", values, -2), ("counts", counts, -1)):
             before, _, after = np.split(getattr(self, name), (start, stop), axis=axis)
             setattr(self, name, np.concatenate([before, new.astype(before.dtype), after], axis=axis))

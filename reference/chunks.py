@@ -1,4 +1,4 @@
-"""Chunks: spans of as many tokens each, clustered alone into as many entries each."""
+"""Chunks: spans of equal length, each clustered alone into the same number of entries."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ __all__ = ["cluster_chunks", "entries_of_chunk"]
 def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
     """Entries that a chunk of `chunk_size` tokens becomes, its target: `ceil(keep_ratio * chunk_size)`.
 
-    The product is the float64 one, so every language with IEEE arithmetic finds the same number.
+    The product is taken in float64, so every language with IEEE arithmetic gets the same number.
     """
     return math.ceil(float(keep_ratio) * int(chunk_size))
 
@@ -33,12 +33,13 @@ def cluster_chunks(
     match : given the tokens of one chunk, (..., chunk, dim) of each array, and the target; returns the entry of each
         token, (..., chunk), from 0 to target - 1.
     arrays : what `match` decides by, keys or keys and values.
-    alone : the first leading axes, of which every index is a problem of its own; `match` gets the others together.
+    alone : sizes of the first leading axes, in which every index is a problem of its own; `match` gets the other
+        leading axes together.
     keep_ratio, chunk_size : the target is that of `entries_of_chunk`.
 
     Examples
     --------
-    Chunks of three tokens; all but the first of a chunk share its second entry. Token 6 is in no whole chunk:
+    Chunks of three tokens; all but the first token of a chunk share its second entry. Token 6 is in no whole chunk:
 
     >>> keys = np.zeros((7, 1), dtype=np.float32)
     >>> cluster_chunks(lambda chunk, target: np.array([0, 1, 1]), keys, alone=(), keep_ratio=0.5, chunk_size=3)
@@ -47,17 +48,17 @@ def cluster_chunks(
     *lead, tokens, _ = arrays[0].shape
     target = entries_of_chunk(keep_ratio, chunk_size)
     chunks = tokens // chunk_size
-    rest = tokens - chunks * chunk_size
+    n_trailing = tokens - chunks * chunk_size
 
     labels = np.empty((*lead, tokens), dtype=np.int64)
     for problem in np.ndindex(*alone):
         for chunk in range(chunks):
             span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
-            of_chunk = (array[problem][..., span, :] for array in arrays)
-            labels[problem][..., span] = chunk * target + match(*of_chunk, target)
-    labels[..., tokens - rest :] = chunks * target + np.arange(rest)
+            chunk_arrays = (array[problem][..., span, :] for array in arrays)
+            labels[problem][..., span] = chunk * target + match(*chunk_arrays, target)
+    labels[..., tokens - n_trailing :] = chunks * target + np.arange(n_trailing)
 
-    counts = np.empty((*lead, chunks * target + rest), dtype=np.int64)
+    counts = np.empty((*lead, chunks * target + n_trailing), dtype=np.int64)
     for problem in np.ndindex(*lead):
         counts[problem] = np.bincount(labels[problem], minlength=counts.shape[-1])
     return Clustering(labels, counts)

@@ -25,7 +25,7 @@ def cluster_scores(
         q . centroid_c + spread * |q| . deviation_c   minus the same of the mean cluster
 
     where |q| and the mean over all clusters that are not empty are taken feature by feature. The second term finds
-    clusters of which some key may lie well although their centroid does not. Without the third, a query to which all
+    clusters in which some key may score well although their centroid does not. Without the third, a query to which all
     keys are near would outvote the others. For one query without deviations the ranking is that of `q . centroid`,
     as in ClusterKV (arXiv:2412.03213, without log counts); deviations and group are our choices.
 

@@ -23,7 +23,7 @@ def clustered_attention(
     ----------
     query : (..., queries, dim), float16, bfloat16 or float32: the query heads of one KV head, or several positions.
     keys, values : (..., entries, dim) and (..., entries, dim_value): tokens and centroids, entries >= 1.
-    counts : (..., entries), any integer dtype: tokens per entry. An entry of count 0 takes no part.
+    counts : (..., entries), any integer dtype: tokens per entry. An entry of count 0 is left out.
     scale : factor of the logits; `1 / sqrt(dim)` by default.
 
     Returns
@@ -32,7 +32,8 @@ def clustered_attention(
 
     Raises
     ------
-    ValueError : as `attention`; a negative count; all counts of one leading index 0; counts of another shape or dtype.
+    ValueError : as `attention`; a negative count; a leading index with counts of 0 only; counts of another shape or
+        dtype.
 
     Notes
     -----

@@ -1,10 +1,10 @@
 """Distinctive matching: the distinctive tokens of a chunk stay exact, the ordinary ones share a few centroids.
 
-All of it is our choice; no paper defines it. What led here, measured in benchmarks/quality/QUALITY.md: chunked soft
+All of it is our choice; no paper defines it. What led to it, measured in benchmarks/quality/QUALITY.md: chunked soft
 matching merges neighbours, whose keys are alike while their values are not, so it blurs the digits of a number first.
 A token that a later question may ask for is one that stands out. The mean key and the mean value of a chunk point where
-its ordinary tokens do, and a token stands out as far as its own key and value point elsewhere. Tokens are kept or not
-for all KV heads of a layer together, and a moving average over neighbours keeps whole phrases.
+its ordinary tokens do, and the further a token's own key and value point elsewhere, the more it stands out. A token is
+kept for all KV heads of a layer or for none, and a moving average over neighbours keeps whole phrases.
 
 That keys unlike the mean key matter is also the idea of KeyDiff (arXiv:2504.15364), which evicts the most alike.
 """
@@ -65,7 +65,8 @@ def distinctive_matching(
         tokens may be 0. Without a leading axis they are those of one head.
     keep_ratio : entries kept / tokens seen, in (0, 1].
     chunk_size : tokens in a chunk, at least 1. A trailing partial chunk is left as it is.
-    n_shared : entries of a chunk that its ordinary tokens share, at least 1; of few entries half, but one at least.
+    n_shared : entries of a chunk that its ordinary tokens share, at least 1. At most half of the entries are shared,
+        but never less than one.
 
     Returns
     -------
@@ -84,7 +85,7 @@ def distinctive_matching(
 
     Examples
     --------
-    Tokens that are all alike but for a phrase, 7 to 9. Kept are the tokens whose neighbourhood stands out most.
+    Tokens that are all alike except for a phrase, 7 to 9. Those whose neighbourhood stands out most are kept:
 
     >>> keys = np.tile(np.float32([1, 0]), (16, 1))
     >>> keys[7:10] = [0, 1]
@@ -119,9 +120,9 @@ def match_distinctive(keys: np.ndarray, values: np.ndarray, target: int, n_share
     labels[..., exact] = np.arange(n_exact)
     destinations = np.arange(n_shared) * len(ordinary) // n_shared  # evenly spaced, the first included
     for head in np.ndindex(*heads):
-        of_head = keys[head][ordinary]
-        match = similarity(of_head, of_head[destinations]).argmax(axis=-1)  # argmax: of ties, the first
-        match[destinations] = np.arange(n_shared)  # a destination stays, though an equal one come before it
+        head_keys = keys[head][ordinary]
+        match = similarity(head_keys, head_keys[destinations]).argmax(axis=-1)  # argmax: of ties, the first
+        match[destinations] = np.arange(n_shared)  # a destination stays, even if an equal one comes before it
         labels[head][ordinary] = n_exact + match
     return labels
 
@@ -129,10 +130,10 @@ def match_distinctive(keys: np.ndarray, values: np.ndarray, target: int, n_share
 def distinctiveness(
     keys: Float[np.ndarray, "*heads chunk dim"], values: Float[np.ndarray, "*heads chunk dim_value"]
 ) -> Float64[np.ndarray, " chunk"]:
-    """How far each token of one chunk points away from the chunk's mean: a moving average, the heads' sums.
+    """How far each token points away from the mean of its chunk: added over the heads, averaged over neighbours.
 
-    Of each head `2 - similarity(key, mean key) - similarity(value, mean value)`. The heads are added in their order,
-    then the tokens of a window of 7, of which fewer lie in the chunk near its ends, in theirs; divided by their number.
+    Each head adds `2 - similarity(key, mean key) - similarity(value, mean value)`, the heads in their order. Then the
+    tokens of a window of 7 are added in theirs and divided by their number, which is smaller near the chunk's ends.
 
     >>> keys = np.float32([[1, 0], [1, 0], [1, 0], [-1, 0]])
     >>> distinctiveness(keys, keys)  # 0, 0, 0 and 4, averaged over up to three neighbours on each side

@@ -53,20 +53,20 @@ def kmeans(
     ----------
     keys : (..., tokens, dim), float16, bfloat16 or float32.
     n_clusters : from 1 to tokens.
-    init : where the centroids begin: token indices (..., n_clusters), or centroids (..., n_clusters, dim); by default
+    init : the first centroids: token indices (..., n_clusters), or centroids (..., n_clusters, dim); by default
         the tokens `i * tokens // n_clusters`, evenly spaced.
     max_iter : rounds of assigning and updating, at least 1.
-    is_centred : assign by the keys minus their mean (rounded to float32), which takes out what all keys share. The
-        centroids that are returned are means of the keys as they are.
+    is_centred : assign by the keys minus their mean (rounded to float32), which removes what all keys share. The
+        returned centroids are means of the keys as they are.
 
     Returns
     -------
-    Clusters : every centroid is the mean of its cluster; an empty cluster has the centroid that it last had.
+    Clusters : every centroid is the mean of its cluster; an empty cluster keeps its last centroid.
 
     Raises
     ------
     ValueError : n_clusters or max_iter out of range; an init that does not fit; keys of a wrong dtype or shape, NaN or
-        infinite; keys so large that less their mean they overflow float32.
+        infinite; keys so large that they overflow float32 when their mean is subtracted.
 
     Notes
     -----
@@ -84,7 +84,7 @@ def kmeans(
 
     Examples
     --------
-    Three keys in two directions; token 1 is between but nearer to token 2, whatever their lengths:
+    Three keys in two directions; token 1 lies between the others but nearer to token 2, whatever their lengths:
 
     >>> keys = np.array([[1, 0], [2, 4], [0, 1]], dtype=np.float32)
     >>> clusters = kmeans(keys, n_clusters=2, init=np.array([0, 2]))
@@ -113,7 +113,7 @@ def kmeans(
 
 
 def lloyd(keys: np.ndarray, centroids: np.ndarray, max_iter: int, is_centred: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (tokens,) and centroids (clusters, dim) of keys (tokens, dim), from the given centroids on."""
+    """Labels (tokens,) and centroids (clusters, dim) of keys (tokens, dim), starting from the given centroids."""
     if is_centred:
         mean = update(keys, np.zeros(len(keys), dtype=np.int64), centroids[:1])  # (1, dim)
         labels, shifted = lloyd(shift(keys, -mean), shift(centroids, -mean), max_iter, is_centred=False)
@@ -134,7 +134,7 @@ def assign(keys: Float[np.ndarray, "tokens dim"], centroids: Float32[np.ndarray,
 
 
 def update(keys: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> Float32[np.ndarray, "clusters dim"]:
-    """Mean of each cluster's rows of `keys` (tokens, dim); where there are none, what `centroids` has."""
+    """Mean of each cluster's rows of `keys` (tokens, dim); for an empty cluster, its row of `centroids`."""
     sums = np.full((len(centroids), keys.shape[-1]), -0.0)  # -0.0, not 0.0: only -0.0 + x is x for every x
     for token, label in enumerate(labels):
         sums[label] += keys[token].astype(np.float64)
@@ -143,7 +143,7 @@ def update(keys: np.ndarray, labels: np.ndarray, centroids: np.ndarray) -> Float
 
 
 def shift(keys: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """`keys + by`, added in float64 and rounded to float32, so that every machine finds the same."""
+    """`keys + by`, added in float64 and rounded to float32, so that every machine gets the same."""
     with np.errstate(over="ignore"):
         shifted = (keys.astype(np.float64) + by.astype(np.float64)).astype(np.float32)
     if not np.isfinite(shifted).all():

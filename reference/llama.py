@@ -54,7 +54,7 @@ class LlamaConfig:
                 raise ValueError(f"{name} must be {rule!r}, got {config[name]!r}")
         heads = config["num_attention_heads"]
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        made = cls(
+        parsed = cls(
             num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
@@ -63,8 +63,8 @@ class LlamaConfig:
             rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
             rope_scaling=rope,
         )
-        made.rope_frequencies()
-        return made
+        parsed.rope_frequencies()  # raises for an unknown variant
+        return parsed
 
     def rope_frequencies(self) -> Float32[np.ndarray, " half_dim"]:
         """Radians per position of each pair of features of a head."""
@@ -125,14 +125,14 @@ class Llama:
     def forward(
         self, tokens: Sequence[int], caches: Sequence[FullCache | ClusteredCache]
     ) -> Float64[np.ndarray, "tokens vocabulary"]:
-        """Logits after each of `tokens`, the next positions of the sequence in `caches` (one a layer, which grow).
+        """Logits after each of `tokens`, the next positions of the sequence in `caches` (one per layer; they grow).
 
         The new tokens attend to the entries that the cache holds and, causally, to each other as they are; only then
         are they clustered. So a prompt given at once is attended to exactly, whatever the cache does later.
 
         Raises
         ------
-        ValueError : no tokens, a token that is not in the vocabulary, another number of caches than layers.
+        ValueError : no tokens, a token that is not in the vocabulary, a number of caches other than that of layers.
         """
         check_integer("number of tokens", len(tokens), least=1)
         vocabulary = len(self.weights["model.embed_tokens.weight"])

@@ -47,9 +47,10 @@ def recall_attention(
 
     Notes
     -----
-    Reads `n_clusters` centroids and `budget` keys and values instead of all. That a trimmed cluster's rest has the
-    centroid of the whole cluster: our choice. Exact tokens for the clusters that matter and centroids for the rest is
-    the idea of Multipole Attention (arXiv:2506.13059). What a budget guarantees: theory/recall, R1 to R4.
+    Reads `n_clusters` centroids and `budget` keys and values instead of all. That the tokens left out of a
+    trimmed cluster have the centroid of the whole cluster is our choice. Exact tokens for the clusters that matter and
+    centroids for the rest are the idea of Multipole Attention (arXiv:2506.13059). What a budget guarantees:
+    theory/recall, R1 to R4.
 
     Examples
     --------
@@ -62,8 +63,8 @@ def recall_attention(
     >>> clusters = kmeans(keys, n_clusters=2, init=np.array([0, 1]))
     >>> recall_attention(query, keys, values, clusters, budget=2)
     array([[2.]])
-    >>> rest = recall_attention(query, keys, values, clusters, budget=2, centroids_for_rest=True)
-    >>> bool(abs(rest - attention(query, keys, values)) < 1e-12)
+    >>> output = recall_attention(query, keys, values, clusters, budget=2, centroids_for_rest=True)
+    >>> bool(abs(output - attention(query, keys, values)) < 1e-12)
     True
     """
     check_attention(query, keys, values)
@@ -88,7 +89,7 @@ def recalled_entries(
     """What a query attends to: keys, values and counts (..., entries, .) of the recalled tokens, then of the centroids.
 
     A centroid stands for the tokens of its cluster that were not taken, and counts them; without `value_centroids`
-    there are no centroids. Where lists of tokens are filled up, counts are 0.
+    there are no centroids. The -1 that fill up shorter lists get count 0.
     """
     tokens = selection.tokens(clusters)  # (..., recalled)
     keys, values = (np.take_along_axis(array, tokens[..., None], axis=-2) for array in (keys, values))
@@ -101,7 +102,7 @@ def recalled_entries(
 
 
 def mean_of_members(values: np.ndarray, clusters: Clusters) -> np.ndarray:
-    """Value centroids (..., clusters, dim_value), float32, by the same rules; 0 for an empty cluster."""
+    """Value centroids (..., clusters, dim_value), float32, by the rules for keys; 0 for an empty cluster."""
     means = np.zeros((*clusters.counts.shape, values.shape[-1]), dtype=np.float32)
     for problem in np.ndindex(*values.shape[:-2]):
         means[problem] = update(values[problem], clusters.labels[problem], means[problem])
@@ -116,13 +117,13 @@ def mean_deviations(keys: np.ndarray, clusters: Clusters) -> np.ndarray:
     deviations = np.zeros_like(clusters.centroids)
     for problem in np.ndindex(*keys.shape[:-2]):
         labels = clusters.labels[problem]
-        away = keys[problem].astype(np.float64) - clusters.centroids[problem].astype(np.float64)[labels]
-        deviations[problem] = update(np.abs(away), labels, deviations[problem])
+        differences = keys[problem].astype(np.float64) - clusters.centroids[problem].astype(np.float64)[labels]
+        deviations[problem] = update(np.abs(differences), labels, deviations[problem])
     return deviations
 
 
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
-    """Nearest bfloat16 numbers of float32 ones, ties to even, none beyond the largest; as float32.
+    """float32 numbers rounded to bfloat16, ties to even, at most to its largest finite number; still of dtype float32.
 
     >>> round_to_bfloat16(np.array([1.0, 1.00390625, 1.01171875, 3.4e38], dtype=np.float32))
     array([1.0000000e+00, 1.0000000e+00, 1.0156250e+00, 3.3895314e+38],

@@ -28,8 +28,8 @@ class RecallCache:
     tokens_per_cluster : a segment of n tokens becomes `ceil(n / tokens_per_cluster)` clusters.
     segment_size : tokens that are clustered together, alone and once, as soon as that many are older than the
         `n_recent` last; by default 320, or half of what the budget leaves beside `n_sink` and `n_recent` if less.
-    prompt_segment_size : the first append is clustered at once, but for sinks and `n_recent` tokens, in segments of
-        this size of which the last may be shorter; None: in one. 0: it gets no segments of its own.
+    prompt_segment_size : the first append, except for sinks and `n_recent` tokens, is clustered at once, in segments of
+        this size, the last of which may be shorter. None: in one segment. 0: it is clustered like any other append.
     max_iter, is_centred : as in `kmeans`.
     spread : as in `select_clusters`.
     centroids_for_rest : as in `recall_attention`.
@@ -37,7 +37,7 @@ class RecallCache:
     Attributes
     ----------
     keys, values : (..., n_seen, dim) and (..., n_seen, dim_value), in the order of arrival; None at first.
-    clusters : of the body; labels go on from segment to segment. None while there is no body.
+    clusters : of the body; labels continue from segment to segment. None while there is no body.
     deviations : (..., clusters, dim), float32: see `mean_deviations`. These and the centroids are rounded to bfloat16,
         which halves what a faster implementation reads to select.
     n_seen, n_stored : tokens appended so far, all of which are held.
@@ -47,8 +47,8 @@ class RecallCache:
     Notes
     -----
     With `prompt_segment_size=0` segments lie at absolute positions and the cache does not depend on how the tokens
-    arrived: a prompt at once, token by token or any split gives the same bytes. With any but None, building it is
-    linear in the number of tokens.
+    arrived: a prompt at once, token by token or any split gives the same bytes. With any value but None, building
+    it is linear in the number of tokens.
 
     From the paper (arXiv:2412.03213, DAC 2025): 16 sinks; a prompt of L tokens in L / 80 clusters; every 320 generated
     tokens clustered alone into 4 new clusters, older ones never changed. That is `tokens_per_cluster=80,
@@ -100,10 +100,10 @@ class RecallCache:
 
     @property
     def nbytes(self) -> int:
-        held = [self.keys, self.values, self.deviations]
+        arrays = [self.keys, self.values, self.deviations]
         if self.clusters is not None:
-            held += [self.clusters.labels, self.clusters.counts, self.clusters.centroids]
-        return sum(array.nbytes for array in held if array is not None)
+            arrays += [self.clusters.labels, self.clusters.counts, self.clusters.centroids]
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def append(
         self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
@@ -118,7 +118,7 @@ class RecallCache:
         Raises
         ------
         ValueError : wrong dtype or shape, NaN or infinity; with `is_centred`, keys above half of the largest float32
-            number, which less their mean might overflow. The cache is then as it was.
+            number, which might overflow when their mean is subtracted. The cache is then as it was.
         """
         check_append(keys, values, (self.keys, self.values))
         if self.is_centred:
@@ -139,18 +139,18 @@ class RecallCache:
         start = self.plan.n_sink + self.n_clustered
         keys = self.keys[..., start : start + size, :]
         n_clusters = self.plan.n_clusters(size)
-        made = kmeans(keys, n_clusters=n_clusters, max_iter=self.max_iter, is_centred=self.is_centred)
-        deviations = round_to_bfloat16(mean_deviations(keys, made))
-        made = Clusters(made.labels, made.counts, round_to_bfloat16(made.centroids))
+        fitted = kmeans(keys, n_clusters=n_clusters, max_iter=self.max_iter, is_centred=self.is_centred)
+        deviations = round_to_bfloat16(mean_deviations(keys, fitted))
+        new = Clusters(fitted.labels, fitted.counts, round_to_bfloat16(fitted.centroids))
         self.n_clustered += size
         if self.clusters is None:
-            self.clusters, self.deviations = made, deviations
+            self.clusters, self.deviations = new, deviations
             return
-        held = self.clusters
+        old = self.clusters
         self.clusters = Clusters(
-            np.concatenate([held.labels, made.labels + held.counts.shape[-1]], axis=-1),
-            np.concatenate([held.counts, made.counts], axis=-1),
-            np.concatenate([held.centroids, made.centroids], axis=-2),
+            np.concatenate([old.labels, new.labels + old.counts.shape[-1]], axis=-1),
+            np.concatenate([old.counts, new.counts], axis=-1),
+            np.concatenate([old.centroids, new.centroids], axis=-2),
         )
         self.deviations = np.concatenate([self.deviations, deviations], axis=-2)
 
@@ -180,7 +180,7 @@ class RecallCache:
         return clustered_attention(query, *self.entries(self.select_clusters(query)), scale=scale)
 
     def entries(self, selection: Selection | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys, values and counts of what is attended to: sinks, recent tokens, then as `recalled_entries`."""
+        """Keys, values and counts of what is attended to: sinks, recent tokens, then what `recalled_entries` gives."""
         n_sink = self.plan.n_sink
         body = slice(n_sink, n_sink + self.n_clustered)
         exact = np.r_[: min(n_sink, self.n_seen), body.stop : max(body.stop, self.n_seen)]

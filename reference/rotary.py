@@ -26,7 +26,7 @@ def rope_frequencies(
     Notes
     -----
     Variants: `default`; `linear` (long Llama 2 models), all slowed by `factor`; `llama3`, where only wavelengths
-    that the original context did not cover are slowed, with a smooth passage between.
+    that the original context did not cover are slowed, with a smooth transition between.
 
     Raises
     ------

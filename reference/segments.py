@@ -9,7 +9,7 @@ __all__ = ["SegmentPlan"]
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """When what is clustered; parameters, with their errors, as in `RecallCache`.
+    """Which tokens are clustered together, and when; parameters and errors as in `RecallCache`.
 
     Examples
     --------
@@ -49,12 +49,13 @@ class SegmentPlan:
     def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones.
 
-        What is left over of them stays unclustered until more have gathered; of the first append nothing is.
+        Tokens left over stay unclustered until more have gathered; with `prompt_segment_size` not 0, the first append
+        leaves none over.
         """
         if is_first and self.prompt_segment_size != 0:
             size = self.prompt_segment_size or max(1, leaving)
-            rest = leaving % size
-            return [size] * (leaving // size) + [rest] * (rest > 0)
+            last = leaving % size
+            return [size] * (leaving // size) + [last] * (last > 0)
         return [self.segment_size] * (leaving // self.segment_size)
 
     def n_clusters(self, size: int) -> int:

@@ -33,7 +33,7 @@ class Selection:
         tokens = np.full((*lead, n_recalled.max(initial=0)), -1)
         for problem in np.ndindex(*lead):
             spans = zip(first_member[problem], self.taken[problem], strict=True)
-            recalled = [members[problem][first : first + taken] for first, taken in spans]
+            recalled = [members[problem][first : first + n_taken] for first, n_taken in spans]
             tokens[problem][: n_recalled[problem]] = np.concatenate(recalled)
         return tokens
 
@@ -54,7 +54,7 @@ def select_clusters(
     query : (..., group, dim), float16, bfloat16 or float32: the query heads that share one KV head, and one selection.
     centroids : (..., clusters, dim), clusters >= 1.
     counts : (..., clusters): tokens of each cluster; 0 where it is empty.
-    budget : tokens to take, at least 0. Where there are no more, all are taken.
+    budget : tokens to take, at least 0. Where there are fewer, all are taken.
     deviations : (..., clusters, dim), how far a cluster's keys lie from its centroid, see `mean_deviations`.
     spread : how much of the deviations is added to the scores, from 0 to 1.
 
@@ -76,7 +76,7 @@ def select_clusters(
 
     Examples
     --------
-    The second cluster is nearest, then the third; the budget ends inside of it:
+    The second cluster is nearest, then the third; the budget ends inside it:
 
     >>> query = np.array([[1, 0]], dtype=np.float32)
     >>> centroids = np.array([[-1, 5], [3, 0], [1, 1]], dtype=np.float32)

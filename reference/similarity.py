@@ -1,7 +1,7 @@
 """Canonical similarity: how alike two keys are, bit for bit the same on every machine.
 
 Whether two tokens share a cluster is decided by comparing similarities, and a difference in the last
-bit can turn a decision round. So the similarity is made only from operations that IEEE 754 rounds
+bit can reverse a decision. So the similarity is made only from operations that IEEE 754 rounds
 correctly everywhere (`+`, `*`, `/` in float64), in an order that is written down here.
 """
 

@@ -1,8 +1,8 @@
 """Keeping within a budget: two neighbouring spans of the body become one.
 
 A span is what a chunk became, or two spans that were merged; all spans have the same number of entries. Merging the
-stored centroids of a bounded cache again and again, each by its count, is our choice, as is all of this page: no paper
-defines it. It makes the body coarse where it is old and leaves it fine where it is young.
+stored centroids of a bounded cache again and again, each by its count, is our choice, as is everything in this file: no
+paper defines it. It makes the body coarse where it is old and leaves it fine where it is young.
 """
 
 import itertools
@@ -16,15 +16,15 @@ __all__ = ["merge_entries", "smallest_pair"]
 
 
 def smallest_pair(spans: list[int]) -> int:
-    """Index of the first of the two neighbours with the fewest tokens together; of equal pairs, the oldest.
+    """Index of the older of the two neighbours with the fewest tokens together; of equal pairs, the oldest.
 
     `spans` holds at least two numbers, the chunks or tokens of each span, oldest first:
 
     >>> smallest_pair([4, 2, 1, 2, 1])
     1
     """
-    together = [older + younger for older, younger in itertools.pairwise(spans)]
-    return together.index(min(together))
+    pair_sizes = [older + younger for older, younger in itertools.pairwise(spans)]
+    return pair_sizes.index(min(pair_sizes))
 
 
 def merge_entries(
@@ -69,7 +69,7 @@ def weighted_mean(
     counts: Int32[np.ndarray, " entries"],
     labels: Int64[np.ndarray, " entries"],
 ) -> Float32[np.ndarray, "half dim"]:
-    """Mean of each label's entries, each as often as its count says.
+    """Mean of each label's entries, weighted by their counts.
 
     As in `merge` the terms, here `count * entry` in float64, are added in ascending order, starting from -0.0; the sum
     is divided by the total count and rounded once to float32.

@@ -33,8 +33,8 @@ def main(
         raise typer.BadParameter(f"figures must be an existing folder, got {figures}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     verdicts_of = {}
-    for one in track(chosen, description="Check", console=Console(stderr=True), transient=True):
-        verdicts_of[one] = attempt(one)
+    for attacked in track(chosen, description="Check", console=Console(stderr=True), transient=True):
+        verdicts_of[attacked] = attempt(attacked)
     console.print(table_of(verdicts_of))
     if figures is not None:
         from .figures import draw_all
@@ -61,9 +61,9 @@ def chosen_claims(number: str | None) -> list[Claim]:
     """
     if number is None:
         return list(CLAIMS)
-    chosen = [one for one in CLAIMS if one.number == number.upper()]
+    chosen = [claim for claim in CLAIMS if claim.number == number.upper()]
     if not chosen:
-        raise typer.BadParameter(f"claim must be one of {' '.join(one.number for one in CLAIMS)}, got {number}")
+        raise typer.BadParameter(f"claim must be one of {' '.join(claim.number for claim in CLAIMS)}, got {number}")
     return chosen
 
 
@@ -80,7 +80,7 @@ def attempt(claim: Claim) -> list[Check | str]:
     return verdicts
 
 
-def table_of(found: dict[Claim, list[Check | str]]) -> Table:
+def table_of(verdicts_of: dict[Claim, list[Check | str]]) -> Table:
     """A row for each claim, one for each of its checks, and what these noted."""
     table = Table(title="The claims of theory/*/README.md, and the attempts to break them", box=box.SIMPLE_HEAD)
     table.add_column("claim", style="bold")
@@ -88,7 +88,7 @@ def table_of(found: dict[Claim, list[Check | str]]) -> Table:
     for name in ("cases", "worst", "bound"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("holds")
-    for claim, checks in found.items():
+    for claim, checks in verdicts_of.items():
         table.add_row(claim.number, f"[bold]{escape(claim.statement)}[/]")
         for verdict in checks:
             if isinstance(verdict, str):

@@ -15,7 +15,7 @@ class NotInstalledError(Exception):
 class Check:
     """How far the worst of `cases` attempts to break `claim` got: `measured`, at most `bound` if the claim is true.
 
-    `note` says what else was found on the way, in numbers.
+    `note` says what else came out, in numbers.
     """
 
     claim: str

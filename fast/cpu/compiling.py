@@ -28,7 +28,7 @@ FLAGS = (
 def compiler() -> str | None:
     """The C++ compiler: the environment's `CXX`, else c++, g++ or clang++; None if there is none."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 @functools.cache
@@ -48,14 +48,14 @@ def library(name: str) -> ctypes.CDLL:
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
     about = run([program, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(sources + " ".join(FLAGS).encode() + about).hexdigest()[:16]
-    made = user_cache_path("kvcluster") / f"{name}-{key}.so"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:  # whole or not at all, whoever else compiles now
-            fresh = Path(folder) / made.name
+    compiled = user_cache_path("kvcluster") / f"{name}-{key}.so"
+    if not compiled.exists():
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:  # whole or not at all, if others compile too
+            fresh = Path(folder) / compiled.name
             run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
-            fresh.replace(made)
-    return ctypes.CDLL(str(made))
+            fresh.replace(compiled)
+    return ctypes.CDLL(str(compiled))
 
 
 def run(command: list[str]) -> bytes:

@@ -32,15 +32,15 @@ class CompressedChunks:
 
 
 def clustering_of_chunks(
-    compressed: CompressedChunks, lead: list[int], body: int, rest: int
+    compressed: CompressedChunks, lead: list[int], body: int, n_trailing: int
 ) -> tuple[Int64[Tensor, "*lead tokens"], Int64[Tensor, "*lead entries"]]:
-    """Labels and counts of problems of shape `lead`: `body` tokens in whole chunks, then `rest` tokens as they are."""
+    """Labels and counts of problems of shape `lead`: `body` tokens in whole chunks, then `n_trailing` as they are."""
     chunk_size, target = compressed.labels.shape[-1], compressed.counts.shape[-1]
     chunks = body // chunk_size  # of each problem
     first = torch.arange(chunks, device=compressed.labels.device)[:, None] * target  # first entry of each chunk
     labels = (compressed.labels.reshape(*lead, chunks, chunk_size) + first).reshape(*lead, body)
     counts = compressed.counts.reshape(*lead, chunks * target)
-    tail = torch.arange(rest, device=labels.device).expand(*lead, rest)
+    tail = torch.arange(n_trailing, device=labels.device).expand(*lead, n_trailing)
     return torch.cat([labels, chunks * target + tail], dim=-1), torch.cat([counts, torch.ones_like(tail)], dim=-1)
 
 

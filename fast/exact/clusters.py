@@ -1,4 +1,4 @@
-"""Clusters of keys, and the rounds of k-means, whoever assigns tokens and makes means."""
+"""Clusters of keys, and the rounds of k-means, whichever backend assigns tokens and makes means."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,13 +56,13 @@ def fit(
     assign_to: AssignTo,
     means: Means,
 ) -> Fit:
-    """k-means of keys from the given centroids on.
+    """k-means of keys, starting from the given centroids.
 
     Parameters
     ----------
-    assign_to : of keys, gives what gives them their labels for such and such centroids, and how many of them needed
-        canonical scores.
-    means : of keys, labels and centroids, gives counts and means; an empty cluster keeps its centroid.
+    assign_to : given keys, returns a function that, given centroids, returns the keys' labels and how many of them
+        needed canonical scores.
+    means : given keys, labels and centroids, returns counts and means; an empty cluster keeps its centroid.
     """
     if not is_centred:
         return lloyd(keys, centroids, max_iter, assign_to, means)
@@ -74,7 +74,7 @@ def fit(
 
 
 def lloyd(keys: Tensor, centroids: Tensor, max_iter: int, assign_to: AssignTo, means: Means) -> Fit:
-    """The rounds. A problem whose labels repeat goes on without changing until those of all do."""
+    """The rounds. A problem whose labels repeat stays unchanged until those of all repeat."""
     labels_of = assign_to(keys)
     labels = torch.full(keys.shape[:2], -1, device=keys.device)
     counts = labels.new_zeros(centroids.shape[:2])

@@ -25,7 +25,7 @@ Shape = tuple[int, int, int, int]  # layers, heads that share their scores, chun
 
 
 def shape_of_layers(keys: Float[Tensor, "*lead tokens dim"], chunk_size: int) -> Shape:
-    """The last leading axis is that of the heads of a layer, which is all that shares its scores."""
+    """`Shape` of keys whose last leading axis is the heads of a layer; only these share their scores."""
     heads = keys.shape[-3] if keys.ndim > 2 else 1
     return keys.shape[:-3].numel(), heads, keys.shape[-2] // chunk_size, chunk_size
 
@@ -39,24 +39,24 @@ def numbers_of_entries(target: int, n_shared: int) -> tuple[int, int]:
 def compress_by_likeness(
     in_chunks: list[Float[Tensor, "chunks chunk _"]],
     likeness: list[Float64[Tensor, "chunks chunk"]],
-    of_layers: Shape,
+    shape: Shape,
     target: int,
     n_shared: int,
 ) -> CompressedChunks:
-    """Distinctive matching of `in_chunks`, keys and values, whose tokens are so much like their chunk's mean.
+    """Distinctive matching of `in_chunks`, keys and values, given the likeness of each token to its chunk's mean.
 
-    The chunks are those of all layers, heads and rows in their order; they become fewer entries than they have tokens.
+    The chunks are those of all layers, heads and rows in their order; each becomes fewer entries than it has tokens.
     """
     n_exact, n_shared = numbers_of_entries(target, n_shared)
-    scores = distinctiveness(*(array.reshape(of_layers) for array in likeness))
-    exact, ordinary = split_by_score(scores, of_layers[1], n_exact)  # (chunks, n_exact), (chunks, the others)
-    rest = [rows_of(array, ordinary) for array in in_chunks]
-    destination, is_scored = match_ordinary(rest[0], n_shared)
+    scores = distinctiveness(*(array.reshape(shape) for array in likeness))
+    exact, ordinary = split_by_score(scores, shape[1], n_exact)  # (chunks, n_exact), (chunks, the others)
+    ordinary_parts = [rows_of(array, ordinary) for array in in_chunks]
+    destination, is_scored = match_ordinary(ordinary_parts[0], n_shared)
     labels = labels_of(exact, ordinary, destination)
     shared = count_members(destination, n_shared)
     entries = []
-    for array, ordinary_rows in zip(in_chunks, rest, strict=True):
-        means = certified_mean(ordinary_rows.double(), sums_are_exact(ordinary_rows), destination, shared)
+    for array, part in zip(in_chunks, ordinary_parts, strict=True):
+        means = certified_mean(part.double(), sums_are_exact(part), destination, shared)
         entries.append(torch.cat([rows_of(array, exact).float(), means], dim=1))
     counts = count_members(labels, target)
     return CompressedChunks(labels, counts, entries[0], entries[1], is_scored.numel(), int(is_scored.sum()))
@@ -65,14 +65,14 @@ def compress_by_likeness(
 def distinctiveness(
     keys: Float64[Tensor, "layers heads chunks chunk"], values: Float64[Tensor, "layers heads chunks chunk"]
 ) -> Float64[Tensor, "layers chunks chunk"]:
-    """Of the likeness of each token's key and value to their means: the heads in their order, then the window in its.
+    """From the likeness of each token's key and value to their means; heads, then tokens of the window, in order.
 
-    Additions, and one division, of elements: the same bits on every device.
+    Only elementwise additions and a division: the same bits on every device.
     """
     layers, _, chunks, size = keys.shape
     total = keys.new_zeros(layers, chunks, size)
-    for of_head in (2.0 - keys - values).unbind(dim=1):
-        total = total + of_head
+    for head_scores in (2.0 - keys - values).unbind(dim=1):
+        total = total + head_scores
     padded = torch.nn.functional.pad(total, (WINDOW // 2, WINDOW // 2))
     inside = torch.nn.functional.pad(torch.ones(size, dtype=total.dtype, device=total.device), (WINDOW // 2,) * 2)
     sums, numbers = torch.zeros_like(total), torch.zeros_like(inside[:size])
@@ -84,7 +84,7 @@ def distinctiveness(
 def split_by_score(scores: Float64[Tensor, "layers chunks chunk"], heads: int, n_exact: int) -> tuple[Tensor, Tensor]:
     """Places of the `n_exact` tokens of highest score, of ties the first, and of the others, both ascending.
 
-    (layers * heads * chunks, tokens): all heads of a layer have the same.
+    (layers * heads * chunks, tokens) each, the same for all heads of a layer.
     """
     best_first = scores.argsort(dim=-1, descending=True, stable=True)
     exact, ordinary = best_first[..., :n_exact].sort(dim=-1).values, best_first[..., n_exact:].sort(dim=-1).values
@@ -105,7 +105,7 @@ def labels_of(
 
 
 def evenly_spaced(n_shared: int, size: int, device: torch.device) -> Int64[Tensor, " n_shared"]:
-    """Which of `size` ordinary tokens are destinations: the first among them."""
+    """Which of `size` ordinary tokens are destinations, the first included."""
     return torch.arange(n_shared, device=device) * size // n_shared
 
 

@@ -41,7 +41,7 @@ class ScoredClusters:
 
 
 def score_clusters(features: Float[Tensor, "problems clusters two_dims"], counts: Tensor) -> ScoredClusters:
-    """With the mean over the clusters (problems, clusters) that are not empty, and the lengths."""
+    """`features` with their mean over the clusters that are not empty, and with the lengths."""
     nothing = torch.zeros_like(features[:, :1], dtype=torch.float32).expand(-1, 2, -1)
     mean = cluster_means(features, (counts == 0).long(), nothing)[1][:, :1].contiguous()
     halves = features.float().unflatten(-1, (2, -1))  # (problems, clusters, 2, dim)
@@ -57,12 +57,12 @@ def make_probe(query: Tensor, spread: float) -> Float32[Tensor, "problems group 
 def approximate_scores(probe: Tensor, clusters: ScoredClusters) -> tuple[Tensor, Tensor]:
     """Scores (problems, clusters) in float32, and the lead (problems, 1) above which their order is certain.
 
-    theory/exactness, E9. The mean cluster's score is made in float64: its error, other for each query of the group,
-    would count as much as a cluster's.
+    theory/exactness, E9. The mean cluster's score is made in float64: its error, different for each query of the
+    group, would count as much as a cluster's.
     """
     with torch.autocast(probe.device.type, enabled=False):
-        of_mean = (probe.double() * clusters.mean.double()).sum(dim=-1, keepdim=True).float()
-        scores = probe @ clusters.features.float().mT - of_mean  # (problems, group, clusters)
+        mean_scores = (probe.double() * clusters.mean.double()).sum(dim=-1, keepdim=True).float()
+        scores = probe @ clusters.features.float().mT - mean_scores  # (problems, group, clusters)
     lengths = torch.linalg.vector_norm(probe.unflatten(-1, (2, -1)), dim=-1)  # (problems, group, 2)
     reached = (lengths * clusters.largest.unsqueeze(1)).sum(dim=-1).amax(dim=-1, keepdim=True)
     unit = matmul_unit(probe.device)
@@ -76,7 +76,7 @@ def approximate_scores(probe: Tensor, clusters: ScoredClusters) -> tuple[Tensor,
 def canonical_scores(
     probe: Tensor, clusters: ScoredClusters, chosen: Int64[Tensor, "problems chosen"]
 ) -> Float64[Tensor, "problems chosen"]:
-    """Of the clusters `chosen`, with the bits of the reference."""
+    """Scores of the clusters `chosen`, with the bits of the reference."""
 
     def dots(features: Tensor) -> Tensor:
         """(problems, group, rows)"""

@@ -33,7 +33,7 @@ MAX_DIM = 8192  # as far as claim E4 is proved
 
 
 def canonical_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Of each row of `a` (..., dim) with the row of `b` (..., dim) at the same place, after broadcasting."""
+    """That of each row of `a` (..., dim) with the row of `b` (..., dim) at the same place, after broadcasting."""
     a, b = a.double(), b.double()
     dot = halving_sum(a * b)
     norms = halving_sum(a * a) * halving_sum(b * b)  # both squared

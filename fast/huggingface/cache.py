@@ -105,21 +105,21 @@ class ClusteredCache(ModelCache):
             return BoundedCache(budget=most, keep_ratio=ratio, **shared)
 
         layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
-        given = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers, "method": method}
-        return cls(layers, ModelHooks.of(model), given | shared)
+        parameters = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers, "method": method}
+        return cls(layers, ModelHooks.of(model), parameters | shared)
 
 
-def one_for_each_layer(name: str, given: Any, n_layers: int) -> list[Any]:
-    """`given` for every layer, or the numbers of a sequence."""
-    if isinstance(given, str) or not isinstance(given, Sequence):
-        return [given] * n_layers
-    if len(given) != n_layers:
-        raise ValueError(f"{name} must be one number or one for each of the {n_layers} layers, got {len(given)}")
-    return list(given)
+def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
+    """`value` for every layer, or the numbers of a sequence."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * n_layers
+    if len(value) != n_layers:
+        raise ValueError(f"{name} must be one number or one for each of the {n_layers} layers, got {len(value)}")
+    return list(value)
 
 
 class ClusteredLayer(EntryLayer):
-    """One layer of a `ClusteredCache`; with other layers that are not like it, transformers' one mask fits not all."""
+    """One layer of a `ClusteredCache`; unless all layers are alike, transformers' one mask does not fit them all."""
 
     def __init__(self, make: Callable[[], LayerCache], *, are_alike: bool) -> None:
         self.make, self.are_alike = make, are_alike
@@ -136,13 +136,13 @@ class ClusteredLayer(EntryLayer):
         return self.cache.n_stored < self.cache.n_seen
 
     def attends(self, queries: int) -> bool:
-        """A first call, and all calls without centroids, are left to transformers, whose bits are stock's."""
+        """A first call, and all calls without centroids, are left to transformers, so that their bits are stock's."""
         return not self.is_first and not self.has_plain_mask
 
     def attend_to(self, cache: LayerCache, query: Tensor, scale: float) -> Tensor:
         rows = self.by_kv_head(query)
-        held = cache.keys, cache.values, cache.counts
-        output = attend_entries(rows, *held, queries=query.shape[2], scale=scale)
+        entries = cache.keys, cache.values, cache.counts
+        output = attend_entries(rows, *entries, queries=query.shape[2], scale=scale)
         return output.reshape(*query.shape[:-1], -1)
 
     def mask_with_log_counts(self, mask: Tensor | None, queries: int, group: int) -> Tensor | None:
@@ -158,10 +158,10 @@ class ClusteredLayer(EntryLayer):
     def counts_with(self, queries: int) -> Tensor:
         """Counts (batch, kv_heads, entries + queries) of what is stored and of the next tokens, 0 for padding."""
         if self.cache.is_padded:
-            held = self.cache.side_by_side(self.cache.n_stored, "counts")
-            padding = torch.tensor(self.padding, device=held.device) - self.cache.n_seen  # among the next tokens
-            new = torch.arange(queries, device=held.device) >= padding[:, None]  # (batch, queries)
+            stored = self.cache.side_by_side(self.cache.n_stored, "counts")
+            padding = torch.tensor(self.padding, device=stored.device) - self.cache.n_seen  # among the next tokens
+            new = torch.arange(queries, device=stored.device) >= padding[:, None]  # (batch, queries)
         else:
-            held = self.cache.caches[0].counts
-            new = held.new_ones(len(held), queries)
-        return torch.cat([held, new[:, None].expand(-1, held.shape[1], -1).to(held.dtype)], dim=-1)
+            stored = self.cache.caches[0].counts
+            new = stored.new_ones(len(stored), queries)
+        return torch.cat([stored, new[:, None].expand(-1, stored.shape[1], -1).to(stored.dtype)], dim=-1)

@@ -70,7 +70,7 @@ class ModelHooks:
     model : weak reference to the base model, without head, of the one that was given.
     """
 
-    _of_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["ModelHooks"]]] = weakref.WeakKeyDictionary()
+    _by_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["ModelHooks"]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
@@ -84,7 +84,7 @@ class ModelHooks:
         self.serve(model.config._attn_implementation)
 
     def serve(self, attention: str) -> None:
-        """Have the modules run ours in the place of `sdpa`, and as they did before if the model changed to another."""
+        """Let the modules run our attention in place of `sdpa`, and their own if the model has changed to another."""
         if attention == self.served:
             return
         for module, config in self.configs:
@@ -102,13 +102,13 @@ class ModelHooks:
         hooks = cls.known(base)
         if hooks is None:
             hooks = cls(base)
-            cls._of_model[base] = weakref.ref(hooks)
+            cls._by_model[base] = weakref.ref(hooks)
         return hooks
 
     @classmethod
     def known(cls, base: nn.Module) -> "ModelHooks | None":
         """The hooks on a base model, if there are any."""
-        reference = cls._of_model.get(base)
+        reference = cls._by_model.get(base)
         return None if reference is None else reference()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelHooks":
@@ -170,15 +170,15 @@ def left_padding(mask: Any, cache: Any) -> list[int] | None:
     ValueError : a mask of another kind; padding that is not on the left; padding that earlier calls did not have.
     """
     name = f"attention_mask with a {type(cache).__name__}"
-    held = cache.padding
+    earlier = cache.padding
     if mask is None:
-        if held is not None:
+        if earlier is not None:
             raise ValueError(f"{name} must repeat the padding of earlier calls, got None")
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise ValueError(f"{name} must be (batch, tokens), got {tuple(getattr(mask, 'shape', ())) or type(mask)}")
     is_real = mask != 0
-    if held is None and bool(is_real.all()):
+    if earlier is None and bool(is_real.all()):
         return None
     if bool((is_real[:, :-1] & ~is_real[:, 1:]).any()):
         raise ValueError(f"{name} must have its padding on the left, before all tokens of a row, got zeros after ones")
@@ -186,9 +186,9 @@ def left_padding(mask: Any, cache: Any) -> list[int] | None:
     n_seen = cache.n_seen
     if n_seen:
         before = [min(n_seen, n) for n in padding]
-        held = [0] * len(padding) if held is None else held
-        if before != held:
-            raise ValueError(f"{name} must repeat the padding of earlier calls, {held}, got {before}")
+        earlier = [0] * len(padding) if earlier is None else earlier
+        if before != earlier:
+            raise ValueError(f"{name} must repeat the padding of earlier calls, {earlier}, got {before}")
     return padding
 
 

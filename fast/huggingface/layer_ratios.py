@@ -25,13 +25,14 @@ def layer_ratios(
     n_layers : layers of the model.
     keep_ratio : entries / tokens of what is clustered, the mean over the layers, in (0, 1].
     chunk_size : as the cache has it.
-    n_least : entries of a chunk in each other layer, where there are too few for more.
-    n_middle : as many of the first reading layers stay whole as leaves the others of them this many entries of a chunk.
+    n_least : entries of a chunk in each other layer, unless there are enough for more.
+    n_middle : as many of the first reading layers stay whole as possible, while each of the other reading layers gets
+        this many entries of a chunk.
 
     Raises
     ------
-    ValueError : a number out of range; a layer that the model has not, or twice; too small a ratio for `n_least`
-        entries in each layer.
+    ValueError : a number out of range; a layer that the model does not have, or one given twice; too small a ratio
+        for `n_least` entries in each layer.
 
     Notes
     -----
@@ -59,15 +60,17 @@ def layer_ratios(
             f"keep_ratio * chunk_size must be at least n_least, got {keep_ratio} * {chunk_size} < {n_least}"
         )
     reading, others = len(reading_layers), n_layers - len(reading_layers)
-    left = entries - n_least * others
-    if left >= chunk_size * reading:
+    n_left = entries - n_least * others
+    if n_left >= chunk_size * reading:
         shared = (entries - chunk_size * reading) // others if others else chunk_size
-        of_layer = dict.fromkeys(range(n_layers), min(chunk_size, shared))
-        of_layer |= dict.fromkeys(reading_layers, chunk_size)
+        entries_of_layer = dict.fromkeys(range(n_layers), min(chunk_size, shared))
+        entries_of_layer |= dict.fromkeys(reading_layers, chunk_size)
     else:
-        whole = max(0, *(n for n in range(reading) if left - chunk_size * n >= n_middle * (reading - n)), 0)
-        middle = min(chunk_size, (left - chunk_size * whole) // (reading - whole))
-        of_layer = dict.fromkeys(range(n_layers), n_least)
-        of_layer |= dict.fromkeys(reading_layers[:whole], chunk_size) | dict.fromkeys(reading_layers[whole:], middle)
+        n_whole = max(0, *(n for n in range(reading) if n_left - chunk_size * n >= n_middle * (reading - n)), 0)
+        middle = min(chunk_size, (n_left - chunk_size * n_whole) // (reading - n_whole))
+        entries_of_layer = dict.fromkeys(range(n_layers), n_least)
+        entries_of_layer |= dict.fromkeys(reading_layers[:n_whole], chunk_size)
+        entries_of_layer |= dict.fromkeys(reading_layers[n_whole:], middle)
     # half an entry less than n / chunk_size: whatever the rounding, `ceil(ratio * chunk_size)` is n
-    return [1.0 if n == chunk_size else (n - 0.5) / chunk_size for n in (of_layer[layer] for layer in range(n_layers))]
+    entries_in_order = (entries_of_layer[layer] for layer in range(n_layers))
+    return [1.0 if n == chunk_size else (n - 0.5) / chunk_size for n in entries_in_order]

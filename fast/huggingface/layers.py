@@ -58,8 +58,8 @@ class ModelCache(Cache):
 
         Notes
         -----
-        Models are told apart by their config and by a sample of the weights: those that differ in their feed-forward
-        layers or in layers between the first and the last only are taken for one.
+        Models are told apart by their config and by a sample of the weights: those that differ only in feed-forward
+        layers, or only in layers between the first and the last, are taken for the same.
         """
         return load_cache(cls, path, model, {})
 
@@ -99,8 +99,8 @@ class ModelCache(Cache):
     @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory that all layers hold, room to grow included."""
-        of_windows = sum(x.untyped_storage().nbytes() for x in self.windows)
-        return sum(layer.cache.nbytes_reserved for layer in self.own_layers) + of_windows
+        window_bytes = sum(x.untyped_storage().nbytes() for x in self.windows)
+        return sum(layer.cache.nbytes_reserved for layer in self.own_layers) + window_bytes
 
     def reset(self) -> None:
         """Empty all layers."""
@@ -123,8 +123,8 @@ class ModelCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: `-tokens_to_remove` of them, as assisted decoding does with rejected candidates.
 
-        The cache is then, bit for bit, the one that never saw them. A number that is not negative is how many tokens
-        shall be left, where the installed transformers means that by it (5.23 does not).
+        The cache is then, bit for bit, the one that never saw them. A number that is not negative is how many tokens to
+        keep, if that is what the installed transformers means by it (5.23 does not).
 
         Raises
         ------
@@ -136,7 +136,7 @@ class ModelCache(Cache):
                 f"crop must remove at most the {self.n_croppable} tokens that were not clustered by earlier calls, "
                 f"got {n_tokens}"
             )
-        for layer in sorted(self.layers, key=lambda layer: not layer.is_sliding):  # those of transformers may refuse
+        for layer in sorted(self.layers, key=lambda layer: not layer.is_sliding):  # transformers' own may refuse
             layer.crop(tokens_to_remove if layer.is_sliding else n_tokens)
 
 
@@ -192,7 +192,7 @@ class EntryLayer(AnyVersionLayer):
         width = self.cache.n_stored + key_states.shape[2]
         self.cache.extend(key_states, value_states, self.padding)
         if self.is_first or (self.has_own_attention and self.attends(key_states.shape[2])):
-            return key_states, value_states  # of the second no use is made
+            return key_states, value_states  # own attention does not use them
         if self.cache.is_padded:
             return self.cache.side_by_side(width, "keys"), self.cache.side_by_side(width, "values")
         return self.held()

@@ -19,7 +19,7 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
 
     Raises
     ------
-    ValueError : nothing is clustered yet, or a batch row that is none.
+    ValueError : nothing is clustered yet, or a batch row that does not exist.
     """
     from matplotlib.figure import Figure
 
@@ -29,12 +29,12 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
             continue
         if not 0 <= row < layer.cache.n_rows:
             raise ValueError(f"row must be from 0 to {layer.cache.n_rows - 1}, got {row}")
-        of_row, place = layer.cache.of_row(row)
-        if not of_row.n_clustered:
+        row_cache, place = layer.cache.of_row(row)
+        if not row_cache.n_clustered:
             continue
-        sizes, per_span, spans, width = sizes_of(of_row)
-        for head, of_head in enumerate(sizes[place]):
-            largest = torch.stack([part.max() for part in of_head.split(per_span)])
+        sizes, per_span, spans, width = sizes_of(row_cache)
+        for head, head_sizes in enumerate(sizes[place]):
+            largest = torch.stack([part.max() for part in head_sizes.split(per_span)])
             lines.append(largest.repeat_interleave(torch.tensor(spans, device=largest.device)))
             labels.append(f"{index}.{head}")
     if not lines:
@@ -57,7 +57,7 @@ def is_recall(cache: Any) -> bool:
 
 
 def sizes_of(cache: Any) -> tuple[torch.Tensor, int, tuple[int, ...], int]:
-    """Sizes (batch, kv_heads, clusters) along the sequence; of a span clusters and pixels; a pixel's tokens."""
+    """Cluster sizes (batch, kv_heads, clusters); clusters of a span; pixels of each span; tokens of a pixel."""
     if isinstance(cache, RecallCache):
         size = int(cache.settings.prompt_segment_size or cache.settings.segment_size or 1)
         clusters: Any = cache.clusters  # not None: something is clustered

@@ -64,7 +64,7 @@ class RecallCache(ModelCache):
         n_dense_layers : first layers that attend to all tokens (sliding ones are counted, but keep to their window);
             2 in the paper (arXiv:2412.03213).
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
-        offloading : keep keys and values in slow memory, but for those of the clusters that were recalled in the last
+        offloading : keep keys and values in slow memory, except those of the clusters that were recalled in the last
             `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder`. Dense layers, whose steps
             read all of them, stay in fast memory. The tokens generated are the same.
 
@@ -100,9 +100,9 @@ class RecallCache(ModelCache):
             config,
             lambda index: RecallLayer(index < n_dense_layers, settings, {} if index < n_dense_layers else tiers),
         )
-        given = asdict(settings) | {"segment_size": segment_size, "n_dense_layers": n_dense_layers}
-        del given["is_centred"]  # never asked for here
-        return cls(layers, ModelHooks.of(model), given)
+        parameters = asdict(settings) | {"segment_size": segment_size, "n_dense_layers": n_dense_layers}
+        del parameters["is_centred"]  # never asked for here
+        return cls(layers, ModelHooks.of(model), parameters)
 
     @classmethod
     def load(

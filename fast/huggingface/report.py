@@ -100,9 +100,9 @@ def report_layer(index: int, layer: Any) -> LayerReport:
     cache = getattr(layer, "cache", None)
     if cache is None:
         seen = layer.get_seq_length()
-        held = [x for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
-        stored = held[0].shape[-2] if held else 0
-        nbytes = sum(x.nbytes for x in held)
+        window = [x for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
+        stored = window[0].shape[-2] if window else 0
+        nbytes = sum(x.nbytes for x in window)
         return LayerReport(index, "stock", seen, stored, nbytes, stored / seen if seen else None, None, 0.0, None)
     kind = "clustered"
     if isinstance(cache.caches[0], RecallCache):

@@ -1,4 +1,4 @@
-"""The rows of a batch: those of the same left padding share a cache, to which their first real token is the first."""
+"""The rows of a batch: those with the same left padding share a cache that begins with their first real token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,8 +103,8 @@ class RowGroups:
     @property
     def padding(self) -> list[int]:
         """Padding of each row, in the order of the rows."""
-        of_rows = {row: group.padding for group in self.groups for row in self._rows_of(group)}
-        return [of_rows[row] for row in sorted(of_rows)]
+        padding_of_row = {row: group.padding for group in self.groups for row in self._rows_of(group)}
+        return [padding_of_row[row] for row in sorted(padding_of_row)]
 
     def of_row(self, row: int) -> tuple[Any, int]:
         """The cache that has a row of the batch, and the row's number there."""
@@ -114,9 +114,9 @@ class RowGroups:
         return group.cache, self._rows_of(group).index(row)
 
     def extend(self, keys: Tensor, values: Tensor, padding: Sequence[int] | None = None) -> None:
-        """Take the next tokens (batch, kv_heads, tokens, dim); each row has seen `padding` of padding after them."""
+        """Take the next tokens (batch, kv_heads, tokens, dim); `padding` of each row includes theirs."""
         if padding is None:
-            if self.is_padded:  # of rows that were dropped again before their first token
+            if self.is_padded:  # of rows that were cropped before their first token
                 self.groups = [RowGroup(0, None, self.make())]
             self.groups[0].cache.extend(keys, values)
             return
@@ -141,8 +141,8 @@ class RowGroups:
         begun = [group for group in self.groups if group.cache.n_seen]
         in_begun = {row for group in begun for row in self._rows_of(group)}
         others = [row for row in range(n_rows) if row not in in_begun]
-        of_size = {size: [row for row in others if padding[row] == size] for size in padding}
-        new = [RowGroup(size, row_indices(rows, device), self.make()) for size, rows in of_size.items() if rows]
+        rows_of_size = {size: [row for row in others if padding[row] == size] for size in padding}
+        new = [RowGroup(size, row_indices(rows, device), self.make()) for size, rows in rows_of_size.items() if rows]
         return begun + new
 
     def _remember(self, keys: Tensor, values: Tensor) -> None:
@@ -195,14 +195,14 @@ class RowGroups:
         if not self.is_padded:
             self.groups[0].cache.select(indices)
             return
-        kept, wanted = [], indices.tolist()
+        groups, wanted = [], indices.tolist()
         for group in self.groups:
             place = {row: number for number, row in enumerate(self._rows_of(group))}
             rows = [number for number, row in enumerate(wanted) if row in place]
             if rows:
                 group.cache.select(row_indices([place[wanted[number]] for number in rows], indices.device))
-                kept.append(RowGroup(group.padding, row_indices(rows, indices.device), group.cache))
-        self.groups = kept
+                groups.append(RowGroup(group.padding, row_indices(rows, indices.device), group.cache))
+        self.groups = groups
 
     def crop(self, n_tokens: int) -> None:
         """Remove the last `n_tokens` tokens of all rows."""
@@ -210,19 +210,19 @@ class RowGroups:
             self.groups[0].cache.crop(n_tokens)
             return
         for group in self.groups:
-            of_real = min(n_tokens, group.cache.n_seen)
-            group.cache.crop(of_real)
-            group.padding -= n_tokens - of_real
+            n_real = min(n_tokens, group.cache.n_seen)
+            group.cache.crop(n_real)
+            group.padding -= n_tokens - n_real
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As that of the caches, for `restore`: of one without padding its own, else that of each group."""
+        """For `restore`: without padding the state of the one cache, else that of each group's."""
         if not self.is_padded:
             return self.groups[0].cache.state()
         tensors: dict[str, Tensor] = {}
         described = []
         for number, group in enumerate(self.groups):
-            held, numbers = group.cache.state()
-            tensors |= {f"{number}.{name}": array for name, array in held.items()}
+            group_tensors, numbers = group.cache.state()
+            tensors |= {f"{number}.{name}": array for name, array in group_tensors.items()}
             described.append({"padding": group.padding, "rows": self._rows_of(group), "numbers": numbers})
         return tensors, {"groups": described}
 
@@ -235,11 +235,11 @@ class RowGroups:
         device = next(iter(tensors.values())).device
         for number, described in enumerate(numbers["groups"]):
             prefix = f"{number}."
-            held = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            group_tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             cache = self.make()
-            cache.restore(held, described["numbers"])
-            if held:
-                self._remember(held["keys"], held["values"])
+            cache.restore(group_tensors, described["numbers"])
+            if group_tensors:
+                self._remember(group_tensors["keys"], group_tensors["values"])
             self.groups.append(RowGroup(described["padding"], row_indices(described["rows"], device), cache))
 
 

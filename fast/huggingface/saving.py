@@ -70,8 +70,8 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     layers = []
     for index, layer in enumerate(cache.layers):
-        held, numbers = state(layer)
-        tensors |= {f"layers.{index}.{name}": array.cpu().contiguous() for name, array in held.items()}
+        layer_tensors, numbers = state(layer)
+        tensors |= {f"layers.{index}.{name}": array.cpu().contiguous() for name, array in layer_tensors.items()}
         layers.append(numbers)
     description = json.dumps(
         {
@@ -184,16 +184,16 @@ def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], path: str | 
 
 def check_names(names: set[str], expected: set[str], path: str | Path) -> None:
     if names != expected:
-        lacking, more = sorted(expected - names), sorted(names - expected)
-        raise ValueError(f"path must hold the tensors that were saved, got {lacking} missing, {more} more in {path}")
+        lacking, unknown = sorted(expected - names), sorted(names - expected)
+        raise ValueError(f"path must hold the tensors that were saved, got {lacking} missing, {unknown} more in {path}")
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
     """What tells `model` from others whose caches differ, as JSON has it.
 
     Its type, dtype and the fields of its config that shape a cache; and a SHA-256 of some `SAMPLED` numbers, evenly
-    spaced, of each parameter of the first and of the last attention layer and of the embedding. So models that differ
-    elsewhere only are not told apart.
+    spaced, of each parameter of the first and of the last attention layer and of the embedding. Models that differ only
+    elsewhere are not told apart.
     """
     config = model.config.get_text_config()
     fields = {"model_type": config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -240,5 +240,5 @@ def digest(array: Tensor) -> str:
 
 
 def plain(number: Any) -> int | float:
-    """A number of another library as one that JSON knows."""
+    """Another library's number as one of Python's, which JSON knows."""
     return int(number) if isinstance(number, Integral) else float(number)

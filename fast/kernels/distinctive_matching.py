@@ -23,15 +23,15 @@ __all__ = ["compress"]
 
 def compress(keys: Tensor, values: Tensor, *, chunk_size: int, target: int, n_shared: int) -> CompressedChunks:
     """As `kvcluster.fast.plain.distinctive_matching.compress`."""
-    of_layers = shape_of_layers(keys, chunk_size)
+    shape = shape_of_layers(keys, chunk_size)
     n_exact, n_shared = numbers_of_entries(target, n_shared)
     keys, values = with_four_axes(keys), with_four_axes(values)
-    likeness = (likeness_to_mean(array, chunk_size).reshape(of_layers) for array in (keys, values))
-    exact, ordinary = split_by_score(distinctiveness(*likeness), of_layers[1], n_exact)
-    rest = rows_of(keys.reshape(-1, chunk_size, keys.shape[-1]), ordinary)
-    destinations = evenly_spaced(n_shared, rest.shape[1], rest.device)
-    destination, is_scored = assign(rest, rest[:, destinations].float())
-    destination[:, destinations] = torch.arange(n_shared, device=rest.device)  # they stay, whatever they are like
+    likeness = (likeness_to_mean(array, chunk_size).reshape(shape) for array in (keys, values))
+    exact, ordinary = split_by_score(distinctiveness(*likeness), shape[1], n_exact)
+    ordinary_keys = rows_of(keys.reshape(-1, chunk_size, keys.shape[-1]), ordinary)
+    destinations = evenly_spaced(n_shared, ordinary_keys.shape[1], keys.device)
+    destination, is_scored = assign(ordinary_keys, ordinary_keys[:, destinations].float())
+    destination[:, destinations] = torch.arange(n_shared, device=keys.device)  # they stay, whatever they are like
     is_scored[:, destinations] = False
     labels = labels_of(exact, ordinary, destination)
     counts = count_members(labels, target)
@@ -40,6 +40,6 @@ def compress(keys: Tensor, values: Tensor, *, chunk_size: int, target: int, n_sh
         counts=counts,
         keys=merge(keys, labels, counts),
         values=merge(values, labels, counts),
-        n_rows=len(rest) * (rest.shape[1] - n_shared),
+        n_rows=len(ordinary_keys) * (ordinary_keys.shape[1] - n_shared),
         n_scored_rows=int(is_scored.sum()),
     )

@@ -56,7 +56,7 @@ def match(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
         ROWS=BLOCK_ROWS,
         COLUMNS=BLOCK_COLUMNS,
         SCORED=BLOCK_SCORED,
-        WIDEN=triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16,  # whose products it gets wrong
+        WIDEN=triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16,  # it gets their products wrong
         num_warps=N_WARPS["hip" if torch.version.hip else "cuda"],
     )
     return destination, is_scored
@@ -125,11 +125,11 @@ def match_kernel(
         best = tl.maximum(best, block_best)
 
     is_open = is_source & (~is_safe | (best - lead <= second))
-    rest = is_open
+    is_left = is_open
     for _ in range(tl.sum(is_open.to(tl.int32), axis=0)):
-        one = ROWS - tl.max(tl.where(rest, ROWS - row, 0), axis=0)  # the first row that is still open
-        rest &= row != one
-        entry = 2 * (tl.program_id(1) * ROWS + one) + tl.zeros((SCORED,), tl.int32)
+        open_row = ROWS - tl.max(tl.where(is_left, ROWS - row, 0), axis=0)  # the first row that is still open
+        is_left &= row != open_row
+        entry = 2 * (tl.program_id(1) * ROWS + open_row) + tl.zeros((SCORED,), tl.int32)
         a64 = load_rows(base, entry, entry >= 0, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)
         highest = tl.full((1,), -4.0, tl.float64)
         winner = tl.zeros((1,), tl.int32)
@@ -142,7 +142,7 @@ def match_kernel(
             top, top_column = tl.max(scores, axis=1, return_indices=True)  # of ties the first
             winner = tl.where(top > highest, first + top_column, winner)
             highest = tl.maximum(highest, top)
-        destination = tl.where(row == one, winner, destination)
+        destination = tl.where(row == open_row, winner, destination)
 
     offset = tl.program_id(0).to(tl.int64) * N_SOURCES + source
     tl.store(destination_out + offset, destination.to(tl.int64), mask=is_source)

@@ -23,7 +23,7 @@ class BodyClusters:
 
     Attributes
     ----------
-    backend : the one of steps, as `choose` gives it.
+    backend : that of decoding steps, as `choose` gives it.
     n_tokens : tokens clustered so far.
     counts, first_member : (problems, clusters), int64: as in `Clusters`.
     members : (problems, n_tokens), int64: the tokens, segment after segment, cluster after cluster.
@@ -34,7 +34,7 @@ class BodyClusters:
 
     def __init__(self, settings: RecallSettings) -> None:
         self.settings = settings
-        self.backend = "auto"  # until the first tokens say which
+        self.backend = "auto"  # until the first tokens decide it
         self.n_tokens = 0
         self.work = ClusteringWork()
         self.scored: ScoredClusters | None = None
@@ -49,10 +49,10 @@ class BodyClusters:
 
     @property
     def nbytes(self) -> int:
-        held = [self.counts, self.first_member, self.members, self.value_centroids]
+        arrays = [self.counts, self.first_member, self.members, self.value_centroids]
         if self.scored is not None:
-            held += [self.scored.features, self.scored.mean, self.scored.largest]
-        return sum(array.nbytes for array in held if array is not None)
+            arrays += [self.scored.features, self.scored.mean, self.scored.largest]
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def add(
         self,
@@ -79,8 +79,8 @@ class BodyClusters:
         self.counts = longer(self.counts, fitted.counts.reshape(problems, -1))
         self.first_member = self.counts.cumsum(dim=-1) - self.counts
         self.members = longer(self.members, members)
-        held = None if self.scored is None else self.scored.features
-        self.scored = score_clusters(longer(held, features.reshape(problems, -1, 2 * dim)), self.counts)
+        old_features = None if self.scored is None else self.scored.features
+        self.scored = score_clusters(longer(old_features, features.reshape(problems, -1, 2 * dim)), self.counts)
         if self.settings.centroids_for_rest:
             means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, self.backend)
             self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
@@ -107,13 +107,13 @@ class BodyClusters:
         return taken
 
     def rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:
-        """The clusters, for the tokens of them that are not taken; None if nothing stands for these."""
+        """The clusters as what stands for their tokens that are not taken; None if nothing does."""
         if taken is None or not self.settings.centroids_for_rest:
             return None
         return self.scored.centroids, self.value_centroids, (self.counts - taken).int()
 
     def in_order_of_arrival(self, array: Float[Tensor, "problems tokens dim"], n_sink: int) -> Tensor:
-        """A copy of `array`, whose rows behind `n_sink` lie in the order of the clusters, with these as they came."""
+        """A copy of `array` in which the rows behind `n_sink`, here in the order of clusters, are in token order."""
         ordered = array.clone()
         rows = array[:, n_sink : n_sink + self.n_tokens]
         index = self.members.unsqueeze(-1).expand(rows.shape)
@@ -128,14 +128,14 @@ class BodyClusters:
         return torch.empty_like(self.members).scatter_(1, self.members, sorted_labels)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that `restore` makes the same clusters of; none while there is no segment."""
+        """The tensors from which `restore` makes the same clusters; none while there is no segment."""
         if self.scored is None:
             return {}
         tensors = {"counts": self.counts, "members": self.members, "features": self.scored.features}
         return tensors | ({} if self.value_centroids is None else {"value_centroids": self.value_centroids})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Hold what `state` gave, some of `tensors`, and nothing else."""
+        """Hold the `state` that is among `tensors`, and nothing else."""
         names = ("counts", "members", "value_centroids")
         self.counts, self.members, self.value_centroids = map(tensors.get, names)
         self.n_tokens, self.first_member, self.scored = 0, None, None
@@ -158,17 +158,17 @@ class BodyClusters:
 
 
 def longer(held: Tensor | None, new: Tensor) -> Tensor:
-    """`new` behind what is held already."""
+    """`held`, if there is any, with `new` behind it."""
     return new if held is None else torch.cat([held, new], dim=1)
 
 
 def mean_of_members(values: Tensor, clusters: Clusters, backend: str) -> Float32[Tensor, "problems clusters dim_value"]:
-    """Value centroids, by the rules of centroids; 0 for an empty cluster."""
+    """Value centroids, by the rules for keys; 0 for an empty cluster."""
     nothing = values.new_zeros(*clusters.counts.shape, values.shape[-1], dtype=torch.float32)
     return cell("cluster_means", backend)(values, clusters.labels, nothing)[1]
 
 
 def mean_deviations(keys: Tensor, clusters: Clusters, backend: str) -> Float32[Tensor, "problems clusters dim"]:
-    """Mean of |key - centroid| of each cluster, feature by feature, by the rules of centroids; 0 for an empty one."""
+    """Mean of |key - centroid| of each cluster, feature by feature, by the rules for centroids; 0 for an empty one."""
     nothing = torch.zeros_like(clusters.centroids)
     return cell("cluster_means", backend)(keys, clusters.labels, nothing, clusters.centroids)[1]

@@ -1,4 +1,4 @@
-"""The fast tier: rows of keys and values that lie in fast memory, and what of them is there."""
+"""The fast tier: rows of keys and values in fast memory, and which tokens are there."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ __all__ = ["FastTier", "TierStatistics"]
 
 @dataclass
 class TierStatistics:
-    """What the fast tier was good for; a cluster of each KV head of each batch row counts by itself.
+    """What the fast tier was good for; clusters are counted for each KV head of each batch row.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class TierStatistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the hits; NaN before the first step."""
+        """Hits among the clusters asked for; NaN before the first step."""
         return self.n_hits / self.n_asked if self.n_asked else float("nan")
 
 
@@ -66,38 +66,38 @@ class FastTier:
     def replace(
         self, asked: Bool[Tensor, "problems clusters"], counts: Tensor, n_steps: int, statistics: TierStatistics
     ) -> Int64[Tensor, "problems clusters"]:
-        """Let go of what was not selected in the last `n_steps`, this one included; sizes of what has to come."""
-        new = asked.shape[1] - self.first_row.shape[1]
-        unheld = torch.full_like(counts[:, :new], -1)
-        self.first_row, self.last_step = longer(self.first_row, unheld), longer(self.last_step, unheld)
+        """Drop what was not selected in the last `n_steps`, this one included; sizes of what has to be copied."""
+        n_new = asked.shape[1] - self.first_row.shape[1]
+        absent = torch.full_like(counts[:, :n_new], -1)
+        self.first_row, self.last_step = longer(self.first_row, absent), longer(self.last_step, absent)
         self.counts = counts
         self.step += 1
         self.last_step = self.last_step.masked_fill(asked, self.step)
         is_held = self.first_row >= 0
-        leaves = is_held & (self.last_step <= self.step - n_steps)
-        self.first_row = self.first_row.masked_fill(leaves, -1)
+        is_leaving = is_held & (self.last_step <= self.step - n_steps)
+        self.first_row = self.first_row.masked_fill(is_leaving, -1)
         statistics.n_asked += int(asked.sum())
         statistics.n_hits += int((asked & is_held).sum())
-        statistics.n_evicted += int(leaves.sum())
+        statistics.n_evicted += int(is_leaving.sum())
         return torch.where(asked & ~is_held, counts, 0)
 
     def make_room(self, n_exact: int, sizes: Int64[Tensor, "problems clusters"]) -> None:
-        """Have rows for `n_exact` exact tokens and, behind those in use, for clusters of such sizes."""
+        """Make sure of rows for `n_exact` exact tokens and, behind those in use, for clusters of these sizes."""
         end, rows = self.end + sizes.sum(dim=1), self.held[0].shape[1]
         if n_exact <= self.room_for_exact <= rows and (not len(end) or int(end.max()) <= rows):
             return
         self.room_for_exact = max(n_exact, self.room_for_exact)
-        kept = torch.where(self.first_row >= 0, self.counts, 0)
-        old, of = self.held, recalled_places(self.first_row, kept)
+        sizes_here = torch.where(self.first_row >= 0, self.counts, 0)
+        old, old_rows = self.held, recalled_places(self.first_row, sizes_here)
         self.end = torch.full_like(self.end, self.room_for_exact)
-        to = self.place(kept)
-        needed = 0 if not len(end) else int((kept.sum(dim=1) + sizes.sum(dim=1)).max())
-        if self.room_for_exact + needed > rows:  # twice that, so that rows are moved now and then
+        new_rows = self.place(sizes_here)
+        needed = 0 if not len(end) else int((sizes_here.sum(dim=1) + sizes.sum(dim=1)).max())
+        if self.room_for_exact + needed > rows:  # twice that, so that rows are rarely moved
             shape = (len(end), self.room_for_exact + 2 * needed)
             self.held = tuple(zeros((*shape, array.shape[-1]), array) for array in old)
             for new, array in zip(self.held, old, strict=True):
                 new[:, : self.n_exact] = array[:, : self.n_exact]
-        self.copy(old, of, to)
+        self.copy(old, old_rows, new_rows)
 
     def place(self, sizes: Int64[Tensor, "problems clusters"]) -> Int64[Tensor, "problems rows"]:
         """Rows, behind those in use, for the clusters whose size here is not 0."""
@@ -107,7 +107,7 @@ class FastTier:
         return recalled_places(first_row, sizes)
 
     def keep(self, n_clusters: int, n_exact: int) -> None:
-        """Forget what is here of all but the first clusters and the first exact tokens."""
+        """Forget all but the first clusters and the first exact tokens."""
         self.first_row, self.last_step, self.counts = (
             array[:, :n_clusters] for array in (self.first_row, self.last_step, self.counts)
         )
@@ -117,21 +117,22 @@ class FastTier:
         """The first row whose exact token is not here: clustering moves all recent tokens."""
         return self.n_exact if n_clustered == self.n_clustered else min(self.n_exact, n_sink)
 
-    def copy(self, source: tuple[Tensor, ...], of: Tensor, to: Tensor) -> None:
-        """Copy rows `of` of `source` (..., rows, .) to rows `to`, both (problems, copied), -1 where there are fewer."""
-        problem = torch.arange(len(to), device=to.device).unsqueeze(1)
-        of, to = ((rows + problem * x.shape[-2])[rows >= 0] for rows, x in ((of, source[0]), (to, self.held[0])))
+    def copy(self, source: tuple[Tensor, ...], source_rows: Tensor, rows: Tensor) -> None:
+        """Copy `source_rows` of `source` (..., rows, .) to `rows`, both (problems, copied), -1 where there is none."""
+        problem = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        pairs = (source_rows, source[0]), (rows, self.held[0])
+        source_rows, rows = ((places + problem * x.shape[-2])[places >= 0] for places, x in pairs)
         with self.copying():
             for held, array in zip(self.held, source, strict=True):
                 is_far = array.device != held.device
-                shape = len(of), array.shape[-1]
-                rows = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=is_far)
-                torch.index_select(array.reshape(-1, array.shape[-1]), 0, of.to(array.device), out=rows)
-                held.view(-1, array.shape[-1]).index_copy_(0, to, rows.to(held.device, non_blocking=True))
+                shape = len(rows), array.shape[-1]
+                moving = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=is_far)
+                torch.index_select(array.reshape(-1, array.shape[-1]), 0, source_rows.to(array.device), out=moving)
+                held.view(-1, array.shape[-1]).index_copy_(0, rows, moving.to(held.device, non_blocking=True))
 
     @contextlib.contextmanager
     def copying(self) -> Iterator[None]:
-        """On CUDA: a stream that waits for what was queued before, and that what is queued later waits for."""
+        """On CUDA: a stream that waits for what was queued before, and for which what is queued later waits."""
         if self.side is None:
             yield
             return

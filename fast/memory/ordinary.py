@@ -1,6 +1,6 @@
 """Memory that may be written to later, whatever mode the caller is in.
 
-What is made within `torch.inference_mode` can be written to within it only; a cache filled there is to go on outside.
+A tensor made within `torch.inference_mode` can be written to only there, but a cache filled there must go on outside.
 """
 
 import functools
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def on_ordinary_tensors(make: Callable[P, R]) -> Callable[P, R]:
-    """`make`, which returns or keeps new tensors, without autograd and outside of `torch.inference_mode`.
+    """`make`, which returns or keeps new tensors, without autograd and outside `torch.inference_mode`.
 
     It must not write to tensors that it did not make: these may belong to that mode, as copies made there do.
     """

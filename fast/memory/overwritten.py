@@ -18,13 +18,13 @@ class Overwritten:
     ----------
     spans : chunks of each span before.
     lost : indices, ascending, of the entries that were replaced, among those before.
-    made : indices, ascending, of the entries that replaced them, among those after.
+    replacing : indices, ascending, of the entries that replaced them, among those after.
     entries : keys, values and counts of `lost`, (..., lost, dim).
     """
 
     spans: tuple[int, ...]
     lost: list[int]
-    made: list[int]
+    replacing: list[int]
     entries: tuple[Tensor, ...]
 
     @property
@@ -33,15 +33,15 @@ class Overwritten:
 
     def n_before(self, n_stored: int) -> int:
         """Entries before, where now there are `n_stored`."""
-        return n_stored - len(self.made) + len(self.lost)
+        return n_stored - len(self.replacing) + len(self.lost)
 
     def put_back(self, held: tuple[Tensor, ...], n_stored: int) -> None:
         """Make the `n_stored` entries of `held`, which has room for all, what they were before."""
-        others_after = others(self.made, n_stored)
+        others_after = others(self.replacing, n_stored)
         others_before = others(self.lost, self.n_before(n_stored))
-        for tensor, kept in zip(held, self.entries, strict=True):
+        for tensor, copies in zip(held, self.entries, strict=True):
             tensor[..., others_before, :] = tensor[..., others_after, :]  # a copy: it may overlap
-            tensor[..., self.lost, :] = kept
+            tensor[..., self.lost, :] = copies
 
     @on_ordinary_tensors
     def select(self, indices: Tensor) -> "Overwritten":
@@ -50,9 +50,9 @@ class Overwritten:
 
 
 @on_ordinary_tensors
-def keep(held: tuple[Tensor, ...], spans: tuple[int, ...], lost: list[int], made: list[int]) -> Overwritten:
+def keep(held: tuple[Tensor, ...], spans: tuple[int, ...], lost: list[int], replacing: list[int]) -> Overwritten:
     """Copies of the entries `lost` of `held`."""
-    return Overwritten(spans, lost, made, tuple(tensor[..., lost, :] for tensor in held))
+    return Overwritten(spans, lost, replacing, tuple(tensor[..., lost, :] for tensor in held))
 
 
 def others(indices: list[int], size: int) -> Tensor:

@@ -45,8 +45,8 @@ class RecallSettings:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones."""
         if is_first and self.prompt_segment_size != 0:
             size = self.prompt_segment_size or max(1, leaving)
-            rest = leaving % size
-            return [size] * (leaving // size) + [rest] * (rest > 0)
+            last = leaving % size
+            return [size] * (leaving // size) + [last] * (last > 0)
         return [self.segment_size] * (leaving // self.segment_size)
 
     def fewest_seen(self, n_clustered: int) -> int:

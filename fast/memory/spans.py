@@ -17,14 +17,14 @@ __all__ = ["SpanPlan", "SpanRules"]
 
 @dataclass(frozen=True)
 class SpanPlan:
-    """Which spans are merged. A slot is the place of a span among the old ones, followed by those of new chunks.
+    """Which spans are merged. A slot is a span's place in the list of the old spans and, after them, the new chunks.
 
     Attributes
     ----------
     spans : chunks of each span afterwards.
-    slots : slot of the oldest part of each of these spans: there its entries are when all merges are done.
-    rounds : merges that are done together, as the slots of the older and of the younger spans. What is merged has the
-        slot of the older one. A round merges what the rounds before it have made.
+    slots : slot of the oldest part of each of these spans: its entries are there when all merges are done.
+    rounds : merges that are done together, as the slots of the older and of the younger spans. The result takes the
+        slot of the older one. A round merges what the rounds before it have left.
     """
 
     spans: tuple[int, ...]
@@ -85,14 +85,14 @@ class SpanRules:
         return max(0, n_seen - self.n_sink - self.n_recent) // self.chunk_size
 
     def n_spans(self, n_seen: int) -> int:
-        """Spans when `n_seen` tokens have been seen: a chunk makes one more of what fitted just before."""
+        """Spans when `n_seen` tokens have been seen: a chunk adds one span to those that fitted just before."""
         chunks = self.n_chunks(n_seen)
         recent = n_seen - self.n_sink - chunks * self.chunk_size
         before = self.most_spans(self.n_recent + self.chunk_size - 1)
         return min(chunks, before + 1, self.most_spans(recent))
 
     def n_steps(self, chunks: int, spans: int) -> int:
-        """What cannot be undone in a body of `spans` made of `chunks`: merges, and chunks if they are less exact."""
+        """What cannot be undone in `spans` spans made of `chunks` chunks: merges, and clusterings that merge tokens."""
         return chunks - spans + (chunks if self.entries < self.chunk_size else 0)
 
     def least_seen(self, spans: tuple[int, ...], n_seen: int) -> int:
@@ -106,24 +106,24 @@ class SpanRules:
 def plan_spans(spans: tuple[int, ...], n_new: int, most_before: int, most_now: int) -> SpanPlan:
     """The plan with at most `most_before` spans just before a chunk leaves, and `most_now` in the end.
 
-    The reference looks after every token. While no chunk leaves, the recent tokens only become more, so that the spans
-    only become fewer, and the same pairs are merged in the same order if one looks at the last of these tokens alone.
+    The reference checks the budget after every token. While no chunk leaves, recent tokens only become more and spans
+    only fewer, so checking after the last of these tokens alone merges the same pairs in the same order.
     """
     chunks, slots, depths = list(spans), list(range(len(spans))), [0] * len(spans)
     rounds: list[list[tuple[int, int]]] = []
-    for new in range(n_new + 1):
-        while len(chunks) > (most_now if new == n_new else most_before):
-            together = list(map(operator.add, chunks[:-1], chunks[1:]))
-            older = together.index(min(together))  # of equal pairs, the oldest
+    for n_left in range(n_new + 1):  # chunks that have left by now
+        while len(chunks) > (most_now if n_left == n_new else most_before):
+            pair_sizes = list(map(operator.add, chunks[:-1], chunks[1:]))
+            older = pair_sizes.index(min(pair_sizes))  # of equal pairs, the oldest
             pair = slice(older, older + 2)
             depth = max(depths[pair])  # rounds that this merge waits for
             if depth == len(rounds):
                 rounds.append([])
             rounds[depth].append((slots[older], slots[older + 1]))
-            chunks[pair], slots[pair], depths[pair] = [together[older]], [slots[older]], [depth + 1]
-        if new < n_new:
+            chunks[pair], slots[pair], depths[pair] = [pair_sizes[older]], [slots[older]], [depth + 1]
+        if n_left < n_new:
             chunks.append(1)
-            slots.append(len(spans) + new)
+            slots.append(len(spans) + n_left)
             depths.append(0)
-    of_rounds = ((tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)) for pairs in rounds)
-    return SpanPlan(tuple(chunks), tuple(slots), tuple(of_rounds))
+    slot_rounds = ((tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)) for pairs in rounds)
+    return SpanPlan(tuple(chunks), tuple(slots), tuple(slot_rounds))

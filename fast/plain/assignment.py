@@ -86,7 +86,7 @@ def digits_of_clusters(n_clusters: int, device: torch.device) -> Float32[Tensor,
 def only_candidates(
     is_candidate: Float32[Tensor, "problems clusters tokens"], digits: Float32[Tensor, "4 clusters"]
 ) -> tuple[Int64[Tensor, "problems tokens"], Tensor, Tensor]:
-    """The candidate of each token that has one only, found as a sum; problem and token of the others."""
+    """The candidate of each token that has only one, found as a sum; problem and token of the others."""
     with torch.autocast(is_candidate.device.type, enabled=False):
         sums = digits @ is_candidate  # exact where there is one candidate, (problems, 4, tokens)
     n_candidates, low, middle, high = sums.unbind(dim=1)

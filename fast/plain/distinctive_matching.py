@@ -39,7 +39,7 @@ def likeness_to_mean(tokens: Float[Tensor, "chunks chunk dim"]) -> Float64[Tenso
     likeness = torch.empty(chunks, size, dtype=torch.float64, device=tokens.device)
     together = max(1, WORKING_BYTES // (torch.float64.itemsize * tokens.shape[1:].numel()))
     for part, into in zip(tokens.split(together), likeness.split(together), strict=True):
-        of_all = [x.expand(len(part), -1) for x in (labels, counts)]
-        mean = certified_mean(part.double(), sums_are_exact(part), *of_all)  # (chunks, 1, dim)
+        one_cluster = [x.expand(len(part), -1) for x in (labels, counts)]
+        mean = certified_mean(part.double(), sums_are_exact(part), *one_cluster)  # (chunks, 1, dim)
         into.copy_(canonical_similarity(part, mean))
     return likeness

@@ -14,7 +14,7 @@ __all__ = ["fit"]
 
 
 def fit(keys: Tensor, centroids: Tensor, *, max_iter: int, is_centred: bool) -> Fit:
-    """k-means of keys (problems, tokens, dim) from the centroids (problems, clusters, dim), float32, on."""
+    """k-means of keys (problems, tokens, dim), starting from centroids (problems, clusters, dim), float32."""
     return fit_by(keys, centroids, max_iter=max_iter, is_centred=is_centred, assign_to=assign_to, means=cluster_means)
 
 

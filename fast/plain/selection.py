@@ -67,7 +67,7 @@ def settle(ranking: Tensor, is_open: Tensor, probe: Tensor, clusters: ScoredClus
     exact = canonical_scores(probe, clusters, opened.clamp(max=n_clusters - 1))
     exact = exact.masked_fill(opened == n_clusters, -torch.inf)
     opened = opened.gather(1, exact.argsort(dim=-1, descending=True, stable=True))
-    problem, one = is_run.nonzero(as_tuple=True)
+    problem, column = is_run.nonzero(as_tuple=True)
     settled = ranking.clone()
-    settled[problem, place[problem, one]] = opened[problem, one]
+    settled[problem, place[problem, column]] = opened[problem, column]
     return settled

@@ -65,8 +65,8 @@ class ClusteredAttention(CPUAttentionBackendImpl):
                 super().do_kv_cache_update(layer, *parts[1:], pages, run.slots)
             super().forward(layer, *parts, pages, run.known, output[run.tokens], output_scale, output_block_scale)
         if len(step.requests):
-            made = attend_pages(query, cells, step.tables, step.requests, page=page, scale=self.scale)
-            output[step.tokens] = made[step.tokens].to(output.dtype)
+            outputs = attend_pages(query, cells, step.tables, step.requests, page=page, scale=self.scale)
+            output[step.tokens] = outputs[step.tokens].to(output.dtype)
         for source, due in ((cells, step.due), (cells_of(step.own), step.due_of_own)):
             if due is not None:
                 blocks, to = due

@@ -57,8 +57,8 @@ class ClusteredBackend(CPUAttentionBackend):
 def most_at_once(scheduler: Any) -> int:
     """Tokens of the longest prompt that always fits one step, beside a token for each request that generates."""
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-    rest = max(0, budget - scheduler.max_num_seqs)
-    return min(rest, scheduler.long_prefill_token_threshold or rest)
+    beside_generation = max(0, budget - scheduler.max_num_seqs)
+    return min(beside_generation, scheduler.long_prefill_token_threshold or beside_generation)
 
 
 def register_backend_class() -> None:

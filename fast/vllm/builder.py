@@ -102,21 +102,21 @@ class ClusteredBuilder(CPUAttentionMetadataBuilder):
 
     def run_of(self, common: CommonAttentionMetadata, rows: range, own_table: Tensor | None) -> Run:
         """A run of the requests `rows`, which lie in the worker's own pages if a table of these is given."""
-        of_rows = slice(rows.start, rows.stop)
+        requests = slice(rows.start, rows.stop)
         starts = common.query_start_loc[rows.start : rows.stop + 1]
         tokens, slots = slice(int(starts[0]), int(starts[-1])), None
         table = common.block_table_tensor if own_table is None else own_table
         if own_table is not None:
-            lengths = common.seq_lens[of_rows].tolist()
+            lengths = common.seq_lens[requests].tolist()
             slots = torch.cat([self.slots_of(own_table[row], n) for row, n in zip(rows, lengths, strict=True)])
         part = common.replace(
             num_reqs=len(rows),
             num_actual_tokens=tokens.stop - tokens.start,
             query_start_loc=starts - starts[0],
-            seq_lens=common.seq_lens[of_rows],
+            seq_lens=common.seq_lens[requests],
             max_query_len=int(starts.diff().max()),
-            max_seq_len=int(common.seq_lens[of_rows].max()),
-            block_table_tensor=table[of_rows],
+            max_seq_len=int(common.seq_lens[requests].max()),
+            block_table_tensor=table[requests],
             slot_mapping=common.slot_mapping[tokens] if slots is None else slots,
         )
         return Run(tokens, super().build(0, part), slots)
@@ -128,7 +128,7 @@ class ClusteredBuilder(CPUAttentionMetadataBuilder):
 
 
 def side_by_side(tables: list[np.ndarray]) -> Tensor:
-    """Rows of different lengths as one int32 tensor."""
+    """Rows of different lengths as one int32 tensor, filled up with 0."""
     table = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int32)
     for row, blocks in enumerate(tables):
         table[row, : len(blocks)] = blocks

@@ -103,8 +103,8 @@ class PageRule:
 
     def kept_pages(self, n_tokens: int, n_chunks: int) -> Int64[np.ndarray, " pages"]:
         """Places of the pages that hold entries, in order."""
-        of_chunks = (np.arange(n_chunks) * self.chunk_size // self.page)[:, None]
-        of_chunks = self.n_sink // self.page + of_chunks + np.arange(self.entries // self.page)
+        chunk_pages = (np.arange(n_chunks) * self.chunk_size // self.page)[:, None]
+        chunk_pages = self.n_sink // self.page + chunk_pages + np.arange(self.entries // self.page)
         exact = (self.n_sink + n_chunks * self.chunk_size) // self.page
-        parts = np.arange(self.n_sink // self.page), of_chunks.flatten(), np.arange(exact, -(-n_tokens // self.page))
+        parts = np.arange(self.n_sink // self.page), chunk_pages.flatten(), np.arange(exact, -(-n_tokens // self.page))
         return np.concatenate(parts)

@@ -96,12 +96,16 @@ def test_kernels_fill_caches_with_the_reference_bytes(dtype):
 
 
 WRONG = {
-    "scores in float32": ("chunk_size).reshape(of_layers)", "chunk_size).float().double().reshape(of_layers)"),
+    "scores in float32": ("chunk_size).reshape(shape)", "chunk_size).float().double().reshape(shape)"),
     "destinations may leave": ("destination[:, destinations] =", "_ ="),
-    "the first tokens as destinations": ("evenly_spaced(n_shared, rest.shape[1], rest.device)", "slice(n_shared)"),
+    "the first tokens as destinations": (
+        "evenly_spaced(n_shared, ordinary_keys.shape[1], keys.device)",
+        "slice(n_shared)",
+    ),
     "ties between centroids: the last": (
-        "= assign(rest, rest[:, destinations].float())",
-        "= assign(rest, rest[:, destinations].flip(1).float()); destination = n_shared - 1 - destination",
+        "= assign(ordinary_keys, ordinary_keys[:, destinations].float())",
+        "= assign(ordinary_keys, ordinary_keys[:, destinations].flip(1).float())"
+        "; destination = n_shared - 1 - destination",
     ),
 }
 

@@ -163,9 +163,9 @@ def check_time_exponents(chunk_size_of: Callable[[int], int] = lambda tokens: 64
 
 
 def least_seconds(runs: list[tuple[Callable[[], object], int]], turns: int) -> list[float]:
-    """Processor seconds of each run, the least of `turns`: what other programs do to the machine only ever adds.
+    """Processor seconds of each run, the least of `turns`: what other programs do to the machine can only add.
 
-    Each is repeated as often as said, so that all are timed for about as long. On one thread: threads that wait for
+    Each is repeated as often as given, so that all are timed for about as long. On one thread: threads that wait for
     each other on a busy machine spend processor time as well.
     """
     least = [math.inf] * len(runs)
@@ -213,12 +213,12 @@ def balance(tokens: int, dim: int, group: int, *, keep_ratio: float, chunk_size:
     def savings() -> Iterator[int]:
         saved, full, clustered, counts = 0, keys, centroids, clustering.counts
         while True:
-            full, clustered = (np.concatenate([held, new]) for held in (full, clustered))
+            full, clustered = (np.concatenate([array, new]) for array in (full, clustered))
             counts = np.append(counts, 1)
             query = normal(group, dim)
-            whole, *_ = count(reference.attention, query, full, full)
-            less, *_ = count(reference.clustered_attention, query, clustered, clustered, counts)
-            saved += whole.multiplications - less.multiplications
+            full_cost, *_ = count(reference.attention, query, full, full)
+            clustered_cost, *_ = count(reference.clustered_attention, query, clustered, clustered, counts)
+            saved += full_cost.multiplications - clustered_cost.multiplications
             yield saved
 
     return (matching + merging * 2).multiplications, savings()

@@ -120,8 +120,8 @@ def compression_operations(tokens: int, dim: int, dim_value: int, *, keep_ratio:
 
 def entries_after(tokens: int, keep_ratio: float, chunk_size: int) -> int:
     """Entries that `tokens` become."""
-    chunks, rest = divmod(tokens, chunk_size)
-    return chunks * entries_of_chunk(keep_ratio, chunk_size) + rest
+    chunks, n_trailing = divmod(tokens, chunk_size)
+    return chunks * entries_of_chunk(keep_ratio, chunk_size) + n_trailing
 
 
 def break_even(tokens: int, dim: int, *, group: int, keep_ratio: float, chunk_size: int) -> int:

@@ -1,7 +1,7 @@
 """Counting what the reference really does: arrays that note every floating-point operation made with them.
 
 `count` runs a function of `kvcluster.reference` as it is; only the name `np` in its modules stands for `CountingNumPy`
-meanwhile, so that every array born there is a `CountedArray`.
+meanwhile, so that every array made there is a `CountedArray`.
 
 An elementwise operation counts once for each number that it makes. A sum of n numbers is n - 1 additions, a maximum or
 its place n - 1 comparisons; a product of matrices, (m, k) by (k, n), is m k n multiplications and m (k - 1) n
@@ -35,7 +35,7 @@ KIND_OF_UFUNC: dict[Any, str] = {
 }
 FREE_UFUNCS = (np.negative, np.absolute, np.isfinite, np.invert, np.logical_and, np.bitwise_and, np.bitwise_or)
 FREE_FUNCTIONS = (np.where, np.concatenate, np.swapaxes, np.moveaxis, np.broadcast_to, np.take_along_axis)
-BIRTHS = ("zeros", "empty", "full", "ones", "arange")
+MAKERS = ("zeros", "empty", "full", "ones", "arange")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Operations:
 
     @property
     def total(self) -> int:
-        """All of them, a sorted number as one."""
+        """All of them; each sorted number counts as one."""
         return sum(self.as_tuple())
 
 
@@ -80,12 +80,12 @@ class CountedArray(np.ndarray):
     tally = Tally()
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
-        plain = [uncounted(one) for one in inputs]
+        operands = [uncounted(operand) for operand in inputs]
         if out is not None:
-            kwargs["out"] = tuple(uncounted(one) for one in out)
-        result = getattr(ufunc, method)(*plain, **kwargs)
-        if any(np.asarray(one).dtype.kind == "f" for one in plain):
-            self.note_ufunc(ufunc, method, plain, result)
+            kwargs["out"] = tuple(uncounted(array) for array in out)
+        result = getattr(ufunc, method)(*operands, **kwargs)
+        if any(np.asarray(operand).dtype.kind == "f" for operand in operands):
+            self.note_ufunc(ufunc, method, operands, result)
         return counted(result)
 
     def note_ufunc(self, ufunc: Any, method: str, inputs: list[Any], result: Any) -> None:
@@ -108,7 +108,7 @@ class CountedArray(np.ndarray):
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         result = func(*uncounted(list(args)), **{name: uncounted(value) for name, value in kwargs.items()})
-        array = next((one for one in args if isinstance(one, np.ndarray) and one.dtype.kind == "f"), None)
+        array = next((arg for arg in args if isinstance(arg, np.ndarray) and arg.dtype.kind == "f"), None)
         if array is None or func in FREE_FUNCTIONS:
             pass
         elif func is np.einsum:
@@ -131,8 +131,8 @@ def summed_extent(subscripts: str, *operands: np.ndarray) -> int:
     inputs, output = subscripts.replace("...", "").split("->")
     extents = {
         letter: size
-        for letters, one in zip(inputs.split(","), operands, strict=True)
-        for letter, size in zip(letters, one.shape[-len(letters) :], strict=True)
+        for letters, operand in zip(inputs.split(","), operands, strict=True)
+        for letter, size in zip(letters, operand.shape[-len(letters) :], strict=True)
     }
     return math.prod(size for letter, size in extents.items() if letter not in output)
 
@@ -142,7 +142,7 @@ class CountingNumPy:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(np, name)
-        return (lambda *args, **kwargs: counted(function(*args, **kwargs))) if name in BIRTHS else function
+        return (lambda *args, **kwargs: counted(function(*args, **kwargs))) if name in MAKERS else function
 
 
 def counted(result: Any) -> Any:
@@ -151,7 +151,7 @@ def counted(result: Any) -> Any:
 
 def uncounted(argument: Any) -> Any:
     if isinstance(argument, list | tuple):
-        return type(argument)(uncounted(one) for one in argument)
+        return type(argument)(uncounted(part) for part in argument)
     return argument.view(np.ndarray) if isinstance(argument, CountedArray) else argument
 
 

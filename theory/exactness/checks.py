@@ -178,9 +178,9 @@ def check_filter(bound: Callable[[int], float] = delta) -> Check:
         for a, b in ((kind[0::2], kind[1::2]) for kind in keys):
             score = reference.similarity(a, b)
             cosine = np.sign(score) * np.sqrt(np.abs(score))  # with an error of less than 30 units of float64
-            for one in (filter_as_coded, filter_in_order, filter_products_first):
+            for cosine_filter in (filter_as_coded, filter_in_order, filter_products_first):
                 for order in (np.arange(dim), rng.permutation(dim)):
-                    filtered = one(np.ascontiguousarray(a[:, order]), np.ascontiguousarray(b[:, order]))
+                    filtered = cosine_filter(np.ascontiguousarray(a[:, order]), np.ascontiguousarray(b[:, order]))
                     worst = max(worst, float(np.abs(filtered - cosine).max()) / bound(dim))
                     cases += filtered.size
     return Check("E4", "|filter - cosine| / bound", cases, worst, 1)
@@ -197,9 +197,9 @@ def check_margin(margin: Callable = exact_similarity.margin) -> Check:
     }
     worst = -math.inf
     for unit, product in products.items():
-        taken = np.array([margin(int(n), unit) for n in dim])
-        needed = 2 * (np.expm1(norms + product) + dim * 2.0**-39) + U * (1.1 + taken) + 84 * U64
-        worst = max(worst, float((needed - taken).max()) / U)
+        margins = np.array([margin(int(n), unit) for n in dim])
+        needed = 2 * (np.expm1(norms + product) + dim * 2.0**-39) + U * (1.1 + margins) + 84 * U64
+        worst = max(worst, float((needed - margins).max()) / U)
     return Check("E4", "margin that is missing / 2**-24", len(products) * len(dim), worst, 0)
 
 
@@ -220,8 +220,8 @@ def check_cut(top: Callable = exact_similarity.certified_top) -> Check:
     expected = np.argsort(-best, axis=-1, kind="stable")
     wrong = cases = 0
     for n_top in range(1, sources.shape[1] + 1):
-        taken = top(exact_similarity.certified_matches(*tensors), *tensors, n_top).numpy()
-        differs = np.sort(taken, axis=-1) != np.sort(expected[:, :n_top], axis=-1)
+        chosen = top(exact_similarity.certified_matches(*tensors), *tensors, n_top).numpy()
+        differs = np.sort(chosen, axis=-1) != np.sort(expected[:, :n_top], axis=-1)
         wrong, cases = wrong + int(differs.any(axis=-1).sum()), cases + len(sources)
     return Check("E5", "wrong cuts", cases, wrong, 0)
 

@@ -42,14 +42,14 @@ def scored() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
             deviations = np.abs(rng.standard_normal((1, 40, dim)))
             far = centroids + 300 * rng.standard_normal((1, 1, dim))  # a large part that all share
             near = centroids[:, :1] * (1 + 2.0**-22 * rng.integers(-2, 3, (1, 40, dim)))
-            for some, away in (
+            for centres, widths in (
                 (centroids, deviations),
                 (far, deviations),
                 (near, 0 * deviations),
                 (np.sign(far), near),
             ):
                 counts = rng.integers(0, 9, (1, 40))
-                rounded = [x.astype(np.float32) for x in (query, some, np.abs(away))]
+                rounded = [x.astype(np.float32) for x in (query, centres, np.abs(widths))]
                 yield rounded[0], rounded[1], rounded[2], counts
 
 

@@ -24,7 +24,7 @@ class Radii:
     Attributes
     ----------
     keys, values : largest Euclidean distance of a token's key (value) to the entry's.
-    key_shifts, value_shifts : distance of the tokens' mean to the entry's key (value): 0, but for the rounding of the
+    key_shifts, value_shifts : distance of the tokens' mean to the entry's key (value): 0, except for rounding of the
         stored centroid, or where the entry stands for only some tokens of the cluster that it is the mean of.
     """
 

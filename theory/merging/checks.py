@@ -164,14 +164,14 @@ def check_pair(pair: Callable = error_of_pair, leading: Callable = first_order) 
     rng = np.random.default_rng(4)
     worst, cases, missed = 0.0, 0, []
     for members, size in [(2, 0.001), (2, 0.1), (2, 1), (2, 3), (3, 1), (5, 0.1), (5, 3)]:
-        given, output, error, allowed = merged_cluster(rng, members, size)
-        forms = [error_of_cluster(*given, output), *([pair(*given, output)] if members == 2 else [])]
+        cluster, output, error, allowed = merged_cluster(rng, members, size)
+        forms = [error_of_cluster(*cluster, output), *([pair(*cluster, output)] if members == 2 else [])]
         for form in forms:
             worst, cases = max(worst, float((lengths(error - form) / allowed).max())), cases + len(error)
         if members == 2:
-            rest = lengths(error - leading(*given))
-            worst = max(worst, float((rest / (remainder(*given, output) + allowed)).max()))
-            missed.append(f"{np.median(rest / lengths(error)):.1%} at {size}")
+            missing = lengths(error - leading(*cluster))
+            worst = max(worst, float((missing / (remainder(*cluster, output) + allowed)).max()))
+            missed.append(f"{np.median(missing / lengths(error)):.1%} at {size}")
     note = f"the first order misses of the error, by size of the pair's keys: {', '.join(missed)}"
     return Check("M4", "difference / rounding, rest / bound", cases, worst, 1, note)
 
@@ -182,9 +182,9 @@ def merged_cluster(
     """Share, logits and values of the cluster of each of 100 trials; clustered output, its error, and rounding."""
     trials, others, dim, scale = 100, 6, 4, 0.5
     query = rng.standard_normal((trials, 1, dim)).astype(np.float32)
-    cluster = symmetric(rng, (trials, members, dim), size)
-    rest = rng.integers(-64, 65, (trials, others, 2 * dim)) / np.float32(32)
-    keys, values = np.split(np.concatenate([cluster, rest], axis=1).astype(np.float32), 2, axis=-1)
+    merged = symmetric(rng, (trials, members, dim), size)
+    exact = rng.integers(-64, 65, (trials, others, 2 * dim)) / np.float32(32)
+    keys, values = np.split(np.concatenate([merged, exact], axis=1).astype(np.float32), 2, axis=-1)
     counts = np.array([members] + [1] * others) * np.ones((trials, 1), dtype=int)
     merged_keys, merged_values = (
         np.concatenate([a[:, :members].mean(axis=1, keepdims=True), a[:, members:]], axis=1) for a in (keys, values)
@@ -201,8 +201,8 @@ def merged_cluster(
         attention_rounding(query, merged_keys, merged_values, counts, scale=scale),
     )[:, 0]
     highest = np.abs(logits[:, :members] - mean[:, None]).max(axis=1)
-    given = share, logits[:, :members], values[:, :members].astype(np.float64)
-    return given, output, error, 16 * np.exp(highest) * rounding  # see README.md
+    cluster = share, logits[:, :members], values[:, :members].astype(np.float64)
+    return cluster, output, error, 16 * np.exp(highest) * rounding  # see README.md
 
 
 def symmetric(rng: np.random.Generator, shape: tuple[int, int, int], size: float) -> np.ndarray:

@@ -95,7 +95,7 @@ def n_optimal_partitions(n_sources: int, n_destinations: int) -> int:
 
 
 def check_optimal_set(is_optimal: Callable = is_optimal_partition, n_optimal: Callable = n_optimal_partitions) -> Check:
-    """P2: who is optimal at one threshold, at all of them, and for random steps; how many there are."""
+    """P2: which partitions are optimal at one threshold, at all of them, for random steps; how many they are."""
     rng = np.random.default_rng(2)
     wrong = cases = 0
     noted = 0
@@ -103,10 +103,10 @@ def check_optimal_set(is_optimal: Callable = is_optimal_partition, n_optimal: Ca
         is_source = all_partitions(tokens)
         distance, n_sources = distances(is_source), is_source.sum(axis=1)
         smallest, largest = half_gaps(is_source)
-        each = [[drop] for drop in range(1, tokens - 1)]
+        single = [[drop] for drop in range(1, tokens - 1)]
         random = [sorted(rng.permutation(np.arange(1, tokens - 1))[: rng.integers(0, tokens)]) for _ in range(3)]
         everything = list(range(1, tokens - 1))
-        for drops in (*each, *random, everything):
+        for drops in (*single, *random, everything):
             similarity = [sum(2 ** (drop % 5) for drop in drops if drop >= d) for d in range(tokens)]
             values = np.where(is_source, np.array(similarity)[distance], 0).sum(axis=1)
             best = np.zeros(tokens, dtype=int)
@@ -134,7 +134,7 @@ def similarities_of_distance(tokens: int) -> Iterator[np.ndarray]:
 
 
 def similarities_that_fall(tokens: int) -> Iterator[np.ndarray]:
-    """Every symmetric similarity with values 0, 1, 2 that falls, or stays, as one goes away from any token."""
+    """Every symmetric similarity with values 0, 1, 2 that never rises with the distance from any token."""
     pairs = list(itertools.combinations(range(tokens), 2))
     for numbers in itertools.product((0.0, 1.0, 2.0), repeat=len(pairs)):
         similarity = np.zeros((tokens, tokens))
@@ -152,7 +152,7 @@ def smallest_counterexample(family: Callable[[int], Iterator[np.ndarray]], parti
         worst = 1.0
         for similarity in family(tokens):
             others = itertools.combinations(range(tokens), len(sources))
-            splits = ((np.array(one), np.setdiff1d(np.arange(tokens), one)) for one in others)
+            splits = ((np.array(chosen), np.setdiff1d(np.arange(tokens), chosen)) for chosen in others)
             best = max(value(similarity, *split) for split in splits)
             ours = value(similarity, sources, destinations)
             worst = min(worst, ours / best if best > 0 else 1.0)
@@ -174,7 +174,7 @@ def check_counterexamples(partition: Partition = alternating_partition) -> Check
 
 
 def check_nearest_neighbours(partition: Partition = alternating_partition) -> Check:
-    """P3: where one falls away from every token, each source still finds its most similar token of all."""
+    """P3: if similarity falls away from every token, each source still finds its most similar token of all."""
     wrong = cases = 0
     for tokens in range(2, 5):
         sources, destinations = partition(tokens)

@@ -115,8 +115,10 @@ def check_optimal_clustering(find: Callable[[np.ndarray, int], np.ndarray] = sof
                 labels = find(keys, clusters)
                 ratio = spread(keys, labels) / least_spread(keys, clusterings) if labels.max() == clusters - 1 else 0.0
                 ratios.setdefault((kind, clusters), []).append(ratio)
-    medians = (f"{kind}, 8 to {clusters}: {np.median(of_kind):.2f}" for (kind, clusters), of_kind in ratios.items())
-    all_ratios = [ratio for one in ratios.values() for ratio in one]
+    medians = (
+        f"{kind}, 8 to {clusters}: {np.median(kind_ratios):.2f}" for (kind, clusters), kind_ratios in ratios.items()
+    )
+    all_ratios = [ratio for kind_ratios in ratios.values() for ratio in kind_ratios]
     # both spreads are sums of 8 x 16 squares of differences that are wrong by less than 2**-49 of the largest key
     allowed = 1 + 2.0**-40
     return Check(
@@ -199,7 +201,7 @@ def spread_left(heads: list[np.ndarray], chunk_size: int, most: int) -> tuple[fl
     shares, largest = [], []
     for keys in heads:
         clustered = chunks_in_rounds(keys, chunk_size, most)
-        shares.append(sum(spread(*one) for one in clustered) / spread(keys, np.zeros(len(keys), dtype=int)))
+        shares.append(sum(spread(*chunk) for chunk in clustered) / spread(keys, np.zeros(len(keys), dtype=int)))
         largest.append(np.mean([np.bincount(labels).max() for _, labels in clustered]))
     return float(np.mean(shares)), float(np.mean(largest))
 
@@ -208,8 +210,8 @@ def check_chunks_and_rounds(chunk_sizes: tuple[int, ...] = (16, 64, 448), most: 
     """P8: spread left by growing chunks, and by rounds that merge all they can beside rounds of two merges; SmolLM2."""
     heads = [head[N_SINK : N_SINK + 448] for layer in real_cache().keys[::4] for head in layer]
     by_size = [spread_left(heads, size, size)[0] for size in chunk_sizes]
-    (whole, largest), (small, largest_of_small) = (spread_left(heads, CHUNK, merges) for merges in most)
-    worst = max(after / before for before, after in (*itertools.pairwise(by_size), (small, whole)))
+    (full, largest), (small, largest_of_small) = (spread_left(heads, CHUNK, merges) for merges in most)
+    worst = max(after / before for before, after in (*itertools.pairwise(by_size), (small, full)))
     clusterings = all_clusterings(8, 2)
     eights = [head[first : first + 8] for head in heads for first in range(0, 448, CHUNK)]
     ratio = np.median([spread(eight, soft_labels(eight, 2)) / least_spread(eight, clusterings) for eight in eights])

@@ -73,7 +73,7 @@ def check_expected_partition(partition: Partition = alternating_partition) -> Ch
     """
     rng = np.random.default_rng(5)
     tokens, settings = 8, [(0.5, 8), (0.8, 16)]
-    halves = [np.array(one) for one in itertools.combinations(range(tokens), tokens // 2)]
+    halves = [np.array(sources) for sources in itertools.combinations(range(tokens), tokens // 2)]
     ours = next(i for i, half in enumerate(halves) if np.array_equal(half, partition(tokens)[0]))
     mirror = next(i for i, half in enumerate(halves) if np.array_equal(half, tokens - 1 - halves[ours][::-1]))
     worst, notes = -math.inf, []
@@ -81,8 +81,8 @@ def check_expected_partition(partition: Partition = alternating_partition) -> Ch
         similarity = cosines(autoregressive_keys(rng, (100_000, tokens, dim), correlation))
         values = np.stack([best_matches(similarity, half) for half in halves], axis=-1)  # (chunks, halves)
         # Reversing time changes nothing of the process: our partition and its mirror have the same expectation.
-        mine = (values[:, ours] + values[:, mirror]) / 2
-        others = np.delete(values, (ours, mirror), axis=1) - mine[:, None]
+        our_values = (values[:, ours] + values[:, mirror]) / 2
+        others = np.delete(values, (ours, mirror), axis=1) - our_values[:, None]
         allowed = deviation(others, 2 * tokens, len(settings) * others.shape[1])
         worst = max(worst, float((others.mean(axis=0) + allowed).max()))
         pairs = next(i for i, half in enumerate(halves) if half.tolist() == [0, 3, 4, 7])

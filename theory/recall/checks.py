@@ -80,27 +80,30 @@ def left_out(weights: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return np.where(taken[:, None], 0, weights).sum(axis=-1)
 
 
-def farthest(some: np.ndarray, others: np.ndarray) -> float:
-    """Largest distance of a row of `some` to one of `others`; 0 if there are none."""
-    return float(lengths(some[:, None].astype(np.float64) - others[None]).max(initial=0))
+def farthest(rows: np.ndarray, others: np.ndarray) -> float:
+    """Largest distance of a row of `rows` to one of `others`; 0 if there are none."""
+    return float(lengths(rows[:, None].astype(np.float64) - others[None]).max(initial=0))
 
 
 def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_out) -> Check:
     """R1: error over mass left out times the distance of the values, and rounding."""
     worst, cases, errors, masses = 0.0, 0, [], []
-    for one in recalls():
-        full = one.query, one.keys, one.values
-        weights, taken = softmax(scaled_logits(one.query, one.keys, one.scale)), one.taken
-        ours = recall_attention(*full, one.clusters, budget=one.budget)
+    for recall in recalls():
+        full = recall.query, recall.keys, recall.values
+        weights, taken = softmax(scaled_logits(recall.query, recall.keys, recall.scale)), recall.taken
+        ours = recall_attention(*full, recall.clusters, budget=recall.budget)
         error = lengths(attention(*full) - ours)
         apart = np.array(
-            [farthest(values[mine], values[~mine]) for values, mine in zip(one.values, taken, strict=True)]
+            [
+                farthest(values[is_taken], values[~is_taken])
+                for values, is_taken in zip(recall.values, taken, strict=True)
+            ]
         )
         mass = share(weights, taken)
-        bound = mass * apart[:, None] + 2 * attention_rounding(*full, scale=one.scale)
+        bound = mass * apart[:, None] + 2 * attention_rounding(*full, scale=recall.scale)
         worst, cases = max(worst, float((error / bound).max())), cases + error.size
-        if one.keys.shape[-2] > 100 and one.budget == 64:
-            errors.append(error / lengths(one.values).max(axis=-1)[:, None])
+        if recall.keys.shape[-2] > 100 and recall.budget == 64:
+            errors.append(error / lengths(recall.values).max(axis=-1)[:, None])
             masses.append(mass)
     note = (
         f"SmolLM2, 64 of 512 tokens: median mass left out {np.median(np.concatenate(masses)):.3f}, "
@@ -109,33 +112,33 @@ def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_
     return Check("R1", "error / bound", cases, worst, 1, note)
 
 
-def most_left_out(one: Recalled) -> np.ndarray:
+def most_left_out(recall: Recalled) -> np.ndarray:
     """R2: the share that tokens not taken can have at most, from centroids and radii alone, (problems, group)."""
-    clusters, scale = one.clusters, one.scale
-    rest = Clustering(np.where(one.taken, -1, clusters.labels), clusters.counts)
-    value_centroids = mean_of_members(one.values, clusters)
-    held = radii(one.keys, one.values, rest, clusters.centroids, value_centroids)
-    size = scale * lengths(one.query)[..., None]
+    clusters, scale = recall.clusters, recall.scale
+    rest = Clustering(np.where(recall.taken, -1, clusters.labels), clusters.counts)
+    value_centroids = mean_of_members(recall.values, clusters)
+    held = radii(recall.keys, recall.values, rest, clusters.centroids, value_centroids)
+    size = scale * lengths(recall.query)[..., None]
     radius, shift = size * held.keys[:, None], size * held.key_shifts[:, None]
-    counts = clusters.counts - one.selection.taken
-    logits = scaled_logits(one.query, one.keys, scale)
+    counts = clusters.counts - recall.selection.taken
+    logits = scaled_logits(recall.query, recall.keys, scale)
     highest = logits.max(axis=-1, keepdims=True)
-    taken = np.where(one.taken[:, None], np.exp(logits - highest), 0).sum(axis=-1)
-    left = (
+    taken = np.where(recall.taken[:, None], np.exp(logits - highest), 0).sum(axis=-1)
+    most_of_rest = (
         counts[:, None]
-        * np.exp(scaled_logits(one.query, clusters.centroids, scale) - highest)
+        * np.exp(scaled_logits(recall.query, clusters.centroids, scale) - highest)
         * most_mass(radius, shift)
     ).sum(axis=-1)
-    return left / (taken + left)
+    return most_of_rest / (taken + most_of_rest)
 
 
 def check_mass(most: Callable[[Recalled], np.ndarray] = most_left_out) -> Check:
     """R2: mass left out over what the radii allow."""
     worst, cases, ratios = 0.0, 0, []
-    for one in recalls():
-        mass = left_out(softmax(scaled_logits(one.query, one.keys, one.scale)), one.taken)
-        bound = most(one)
-        rounding = attention_rounding(one.query, one.keys, np.ones((len(one.keys), 1, 1)), scale=one.scale)
+    for recall in recalls():
+        mass = left_out(softmax(scaled_logits(recall.query, recall.keys, recall.scale)), recall.taken)
+        bound = most(recall)
+        rounding = attention_rounding(recall.query, recall.keys, np.ones((len(recall.keys), 1, 1)), scale=recall.scale)
         worst, cases = max(worst, float((mass / (bound + 4 * rounding)).max())), cases + mass.size
         ratios.append((bound / np.maximum(mass, 1e-300))[mass > 1e-9])
     note = f"allowed / true mass left out: median {np.median(np.concatenate(ratios)):.2f}"
@@ -146,23 +149,25 @@ def check_stand_ins(certify: Callable = certificate) -> Check:
     """R3: error with centroids for the rest over the certificate; and beside the error without them."""
     worst, cases = 0.0, 0
     gains: dict[bool, list[np.ndarray]] = {False: [], True: []}  # at random, in SmolLM2
-    for one in recalls():
-        full = one.query, one.keys, one.values
-        ours = recall_attention(*full, one.clusters, budget=one.budget, centroids_for_rest=True)
+    for recall in recalls():
+        full = recall.query, recall.keys, recall.values
+        ours = recall_attention(*full, recall.clusters, budget=recall.budget, centroids_for_rest=True)
         error = lengths(attention(*full) - ours)
-        value_centroids = mean_of_members(one.values, one.clusters)
-        keys, values, counts = recalled_entries(one.keys, one.values, one.clusters, one.selection, value_centroids)
-        first = keys.shape[-2] - one.clusters.counts.shape[-1]  # exact tokens, then centroids
-        rest = Clustering(np.where(one.taken, -1, first + one.clusters.labels), counts)
-        held = radii(one.keys, one.values, rest, keys, values)
-        shift = one.scale * lengths(one.query) * held.key_shifts.max(axis=-1, keepdims=True)
-        stored = one.query, keys, values, counts
-        rounding = attention_rounding(*full, scale=one.scale)
-        rounding += 3 * np.exp(shift) * attention_rounding(*stored, scale=one.scale)
-        bound = certify(*stored, held, scale=one.scale)
+        value_centroids = mean_of_members(recall.values, recall.clusters)
+        keys, values, counts = recalled_entries(
+            recall.keys, recall.values, recall.clusters, recall.selection, value_centroids
+        )
+        first = keys.shape[-2] - recall.clusters.counts.shape[-1]  # exact tokens, then centroids
+        rest = Clustering(np.where(recall.taken, -1, first + recall.clusters.labels), counts)
+        held = radii(recall.keys, recall.values, rest, keys, values)
+        shift = recall.scale * lengths(recall.query) * held.key_shifts.max(axis=-1, keepdims=True)
+        stored = recall.query, keys, values, counts
+        rounding = attention_rounding(*full, scale=recall.scale)
+        rounding += 3 * np.exp(shift) * attention_rounding(*stored, scale=recall.scale)
+        bound = certify(*stored, held, scale=recall.scale)
         worst, cases = max(worst, float((error / (bound + rounding)).max())), cases + error.size
-        without = lengths(attention(*full) - recall_attention(*full, one.clusters, budget=one.budget))
-        gains[one.keys.shape[-2] > 100].append((error / np.maximum(without, 1e-12)).ravel())
+        without = lengths(attention(*full) - recall_attention(*full, recall.clusters, budget=recall.budget))
+        gains[recall.keys.shape[-2] > 100].append((error / np.maximum(without, 1e-12)).ravel())
     note = (
         f"error with centroids / without: median {np.median(np.concatenate(gains[False])):.2f} at random, "
         f"{np.median(np.concatenate(gains[True])):.2f} in SmolLM2"
