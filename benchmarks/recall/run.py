@@ -55,9 +55,9 @@ def main() -> int:
         "--parts",
         nargs="+",
         choices=PARTS,
-        default=PARTS[:4],
+        default=PARTS,
         metavar="PART",
-        help=f"of {', '.join(PARTS)}; not the last",
+        help=f"of {', '.join(PARTS)}; all by default",
     )
     parser.add_argument("--runs", type=Path, default=RESULTS, metavar="FILE", help="kept from run to run")
     parser.add_argument("--figures", type=Path, default=FIGURES, metavar="FOLDER", help="where figures go")
