@@ -58,13 +58,6 @@ class RecallCache:
         sizes = budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size
         self._begin(RecallSettings(*sizes, max_iter, is_centred, spread, centroids_for_rest), backend)
 
-    @classmethod
-    def with_settings(cls, settings: RecallSettings, backend: AnyBackend = "auto") -> "RecallCache":
-        """An empty cache."""
-        cache = cls.__new__(cls)
-        cache._begin(settings, backend)
-        return cache
-
     def _begin(self, settings: RecallSettings, backend: AnyBackend) -> None:
         self.settings, self.backend = settings, backend
         self.body = self.body_class(settings)

@@ -135,7 +135,7 @@ class RecallLayer(EntryLayer):
     def make(self) -> LayerCache:
         if self.tiers:
             return TieredRecallCache(self.settings, **self.tiers)
-        return LayerCache.with_settings(self.settings)
+        return LayerCache(**asdict(self.settings))
 
     def held(self) -> tuple[Tensor, Tensor]:
         """In the order of memory, clusters together: `keys` and `values` would be copies."""
