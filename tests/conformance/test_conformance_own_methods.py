@@ -182,6 +182,7 @@ def test_every_mutant_has_a_cause_that_is_known():
         assert sum(cause in each for each in known) == 1, cause
 
 
+@pytest.mark.slow
 def test_a_counterexample_is_small_and_says_who_stays(monkeypatch):
     next(mutant for mutant in MUTANTS if mutant.name == "first ordinary tokens").patch(monkeypatch)
     found = check(Implementation(fast), only=BOTH[:1]).operations[0].counterexample
@@ -200,6 +201,7 @@ class WithoutOurs:
             super().__init__(**rules)
 
 
+@pytest.mark.slow
 def test_who_has_neither_passes_the_rest():
     """And small counterexamples are looked for among what can be asked only."""
     report = check(Implementation(WithoutOurs))

@@ -31,6 +31,7 @@ def run(*arguments):
     return result
 
 
+@pytest.mark.slow
 def test_needles_and_perplexity_are_measured_printed_written_and_drawn(llama, text, tmp_path):
     given = ["--model", llama, "--text", text, *SIZE, "--keep", "0.5,0.3", "--threads", 1]
     given += ["--tasks", "needles,perplexity,attention"]

@@ -44,6 +44,7 @@ def without_seconds(results):
     return [{name: value for name, value in each.items() if name != "seconds"} for each in results]
 
 
+@pytest.mark.slow
 def test_runs_go_on_where_they_stopped(model, tokenizer, cases, tmp_path, monkeypatch):
     measured = []
     measure = run_module.measure

@@ -53,6 +53,7 @@ def assert_same_cache(fast_cache, cache):
         assert getattr(fast_cache, name) == getattr(cache, name), name
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     plan=st.sampled_from(list(PLANS.values())),

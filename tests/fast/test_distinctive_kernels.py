@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
-from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_torch
+from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, to_torch
 
 from kvcluster import fast, reference
 from kvcluster.fast.kernels import distinctive_matching as distinctive
@@ -35,12 +35,14 @@ def assert_kernels_agree(keys, values, **rules):
     assert_same_bits(ours.counts.cpu(), expected.counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "kind"), DTYPES_AND_KINDS)
 def test_kernels_have_the_reference_bits_for_tokens_of_every_kind(dtype, kind):
     skip_what_the_interpreter_misreads(kind, DTYPES[dtype])
     assert_kernels_agree(*pair(kind, (2, 2, 43, 16), dtype, seed=1), **SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dim_value", "rules"),
     [
@@ -51,7 +53,7 @@ def test_kernels_have_the_reference_bits_for_tokens_of_every_kind(dtype, kind):
         ((0, 2, 40, 8), 8, SETTINGS),
         ((2, 0, 40, 8), 8, SETTINGS),
         ((2, 19, 8), 8, SETTINGS),  # no whole chunk
-        slowly((1, 300, 256), 3, {"keep_ratio": 0.2, "chunk_size": 256}),
+        ((1, 300, 256), 3, {"keep_ratio": 0.2, "chunk_size": 256}),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -110,6 +112,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_twins_of_the_kernels_are_told_apart(name, monkeypatch):
     source = inspect.getsource(distinctive)

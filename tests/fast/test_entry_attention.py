@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from agreement import attention_agrees
-from inputs import DTYPES, to_torch
+from inputs import DTYPES, slowly, to_torch
 
 from kvcluster import fast
 from kvcluster.fast.attention import attend_entries
@@ -45,7 +45,15 @@ def agrees(output, query, keys, values, counts, queries=1):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("entries", "dim", "group", "queries"),
-    [(1, 64, 1, 1), (2, 64, 3, 2), (63, 80, 4, 1), (64, 128, 3, 1), (65, 16, 9, 5), (300, 64, 5, 7), (257, 256, 2, 1)],
+    [
+        (1, 64, 1, 1),
+        (2, 64, 3, 2),
+        (63, 80, 4, 1),
+        (64, 128, 3, 1),
+        (65, 16, 9, 5),
+        slowly(300, 64, 5, 7),
+        (257, 256, 2, 1),
+    ],
 )
 def test_every_backend_is_within_the_bound(backend, dtype, entries, dim, group, queries, few_programs):
     arrays = problem(entries, entries=entries, dim=dim, group=group, queries=queries, dtype=dtype)

@@ -115,6 +115,7 @@ def test_clusters_have_the_same_bits_in_torch(tokens, share, kind, dtype, is_cen
     assert (clusters.counts.sum(axis=-1) == tokens).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2, 65, 80), (1000, 128), (0, 5, 8)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clusters_have_the_same_bits_for_any_shape(shape, dtype, monkeypatch):

@@ -111,6 +111,7 @@ def test_every_token_is_there_once(n_tokens, cuts, segment_size):
     assert recent <= cache.plan.n_recent + segment_size
 
 
+@pytest.mark.slow
 @given(n_tokens=st.integers(1, 150), cuts=st.lists(st.integers(0, 150), max_size=6))
 def test_without_prompt_segments_any_split_gives_the_same_bytes(n_tokens, cuts):
     keys, values = tokens_of(4, n_tokens)

@@ -67,6 +67,7 @@ def assert_cache_of(cache, pieces, parameters, query):
     assert torch.equal(cache.attend(to_torch(query)), twin.attend(to_torch(query)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     steps=st.lists(
@@ -105,6 +106,7 @@ def test_a_cropped_cache_is_that_of_the_tokens_left(
     assert_cache_of(cache, pieces, parameters, query_of(99, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[50], [4, 30], [50, 1, 1], [50, 9, 4], [50, 1, 25], [50] + [1] * 19])
 @pytest.mark.parametrize("prompt_segment_size", [0, 20])
 def test_n_croppable_is_all_that_needs_no_older_clusters(sizes, prompt_segment_size):

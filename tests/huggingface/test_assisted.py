@@ -39,6 +39,7 @@ def generate(model, tokens, **kwargs):
     return model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["right", "wrong", "prompt"])
 @pytest.mark.parametrize(
     ("name", "attention"), [*((name, "sdpa") for name in WHOLE), ("clustered", "eager"), ("budget", "eager")]

@@ -81,6 +81,7 @@ def test_a_cache_that_keeps_everything_generates_as_stock(mode, name):
     assert cache.n_seen == cache.n_stored == N_PROMPT + N_NEW - 1
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("mode", MODES)
 def test_a_small_cache_runs_to_the_end(mode, name):
@@ -117,6 +118,7 @@ def test_a_prompt_in_chunks_leaves_the_entries_of_a_prompt_at_once(name):
     assert torch.equal(first_keys(model, SMALL[name](model), **chunks), first_keys(model, SMALL[name](model)))
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("mode", ["greedy", "sampling", "prompt-in-chunks"])
 @pytest.mark.parametrize("feeds_all", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from agreement import assert_same_bits
 from caches import of_reference
-from inputs import to_numpy
+from inputs import slowly, to_numpy
 from models import greedy, random_tokens, save_llama, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
@@ -47,7 +47,7 @@ def generate(model, tokens, mask, n_new=24, **kwargs):
     return model.generate(tokens, attention_mask=mask, **settings)[:, tokens.shape[1] :]
 
 
-@pytest.mark.parametrize("chunk", [None, 30, 64])
+@pytest.mark.parametrize("chunk", [None, slowly(30), slowly(64)])
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_padded_row_generates_the_tokens_it_generates_alone(name, chunk):
     model = tiny_llama()
@@ -74,7 +74,7 @@ def test_eager_attention_masks_what_other_rows_hold(attention):
 
 
 @pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in WHOLE), *EAGER])
-@pytest.mark.parametrize("extra", [{}, {"prefill_chunk_size": 30}, {"num_beams": 3}])
+@pytest.mark.parametrize("extra", [{}, slowly({"prefill_chunk_size": 30}), slowly({"num_beams": 3})])
 def test_a_cache_that_forgets_nothing_gives_the_tokens_of_stock_generate(name, attention, extra):
     model = tiny_llama(attention=attention)
     tokens, mask = padded_batch()

@@ -101,6 +101,7 @@ def test_a_loaded_prompt_can_be_repeated_before_it_is_continued(name, tmp_path):
     assert loaded.layers[0].keys.shape[0] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"offloading": True, "n_steps": 2}], ids=["to-memory", "to-tiers"])
 @pytest.mark.parametrize("saved", [{}, {"offloading": True}], ids=["memory", "tiers"])
 def test_a_cache_moves_between_memory_and_tiers(saved, options, tmp_path):

@@ -91,6 +91,7 @@ def scaled(**factors):
     return measure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "factors",
     [{"keys": 0.5}, {"values": 0.5}, {"values": 0}, {"key_shifts": 0, "value_shifts": 0}],
