@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..exact.chunks import CompressedChunks
-from ..exact.distinctiveness import compress_by_likeness, shape_of_layers
+from ..exact.distinctiveness import compress_by_likeness
 from .compiling import library
 from .layout import DTYPES
 
@@ -23,9 +23,8 @@ def compress(
     n_shared: int,
 ) -> CompressedChunks:
     """As `kvcluster.fast.plain.distinctive_matching.compress`; dim and dim_value must be multiples of LANES."""
-    in_chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values)]  # (chunks, chunk, dim)
-    likeness = [likeness_to_mean(array) for array in in_chunks]
-    return compress_by_likeness(in_chunks, likeness, shape_of_layers(keys, chunk_size), target, n_shared)
+    sizes = {"chunk_size": chunk_size, "target": target, "n_shared": n_shared}
+    return compress_by_likeness(likeness_to_mean, keys, values, **sizes)
 
 
 def likeness_to_mean(tokens: Tensor) -> Tensor:

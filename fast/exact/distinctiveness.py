@@ -1,5 +1,7 @@
 """Distinctive matching after the likeness of each token to its chunk's mean is known: scores, and what they decide."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
@@ -37,18 +39,22 @@ def numbers_of_entries(target: int, n_shared: int) -> tuple[int, int]:
 
 
 def compress_by_likeness(
-    in_chunks: list[Float[Tensor, "chunks chunk _"]],
-    likeness: list[Float64[Tensor, "chunks chunk"]],
-    shape: Shape,
+    likeness_to_mean: Callable[[Tensor], Tensor],
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    *,
+    chunk_size: int,
     target: int,
     n_shared: int,
 ) -> CompressedChunks:
-    """Distinctive matching of `in_chunks`, keys and values, given the likeness of each token to its chunk's mean.
+    """Distinctive matching by `likeness_to_mean`, of tokens (chunks, chunk, dim) to their chunk's mean.
 
     The chunks are those of all layers, heads and rows in their order; each becomes fewer entries than it has tokens.
     """
     n_exact, n_shared = numbers_of_entries(target, n_shared)
-    scores = distinctiveness(*(array.reshape(shape) for array in likeness))
+    shape = shape_of_layers(keys, chunk_size)
+    in_chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values)]
+    scores = distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
     exact, ordinary = split_by_score(scores, shape[1], n_exact)  # (chunks, n_exact), (chunks, the others)
     ordinary_parts = [rows_of(array, ordinary) for array in in_chunks]
     destination, is_scored = match_ordinary(ordinary_parts[0], n_shared)

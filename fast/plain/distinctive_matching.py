@@ -5,7 +5,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..exact.chunks import CompressedChunks
-from ..exact.distinctiveness import compress_by_likeness, shape_of_layers
+from ..exact.distinctiveness import compress_by_likeness
 from ..exact.mean import certified_mean, sums_are_exact
 from ..exact.similarity import canonical_similarity
 
@@ -26,9 +26,8 @@ def compress(
 
     The tokens are whole chunks; the chunks of all leading indices come one after the other in the result.
     """
-    in_chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values)]  # (chunks, chunk, dim)
-    likeness = [likeness_to_mean(array) for array in in_chunks]
-    return compress_by_likeness(in_chunks, likeness, shape_of_layers(keys, chunk_size), target, n_shared)
+    sizes = {"chunk_size": chunk_size, "target": target, "n_shared": n_shared}
+    return compress_by_likeness(likeness_to_mean, keys, values, **sizes)
 
 
 def likeness_to_mean(tokens: Float[Tensor, "chunks chunk dim"]) -> Float64[Tensor, "chunks chunk"]:

@@ -73,7 +73,7 @@ def test_kernels_fill_caches_with_the_reference_bytes(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("twin", ["no certificate", slowly("no canonical score at the cut")])
+@pytest.mark.parametrize("twin", ["no certificate", "no canonical score at the cut"])
 def test_wrong_twins_of_the_kernels_are_told_apart(twin, few_programs, monkeypatch):
     """Without margin the float32 filter decides alone; without scores at the cut, the first sources merge."""
     keys = make_keys("near_ties", (256, 64), DTYPES["f32"], seed=3)
