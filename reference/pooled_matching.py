@@ -1,6 +1,6 @@
 """Pooled matching: soft matching in which all chunks of a head compete for the merges.
 
-As a digest of arXiv:2506.11418v1 by a third party has it, unverified: the matches of all chunks are pooled and the least
+As a digest of arXiv:2506.11418v1 by a third party has it, unverified: matches of all chunks are pooled and the least
 similar are pruned, not an equal number in each chunk; a step at most halves the entries, so several steps lead to the
 target; keys and values are averaged by degree, which is the number of tokens of an entry.
 
@@ -70,7 +70,7 @@ def pooled_round(
 ) -> Int64[np.ndarray, " size"]:
     """New entry of each old entry after the `n_merged` best matches of all chunks have merged; of ties, the first.
 
-    With one chunk it is `match_round`. In chunks of two, entry 0 finds 1 and entry 2 finds 3, exactly; entry 4 is alone:
+    With one chunk it is `match_round`. In chunks of two, entry 0 finds 1, entry 2 finds 3, exactly; entry 4 is alone:
 
     >>> pooled_round(np.array([[3, 1], [1, 0], [0, 1], [0, 2], [1, 3]], dtype=np.float32), n_merged=1, chunk_size=2)
     array([0, 1, 2, 2, 3])
