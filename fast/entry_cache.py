@@ -58,11 +58,12 @@ class EntryCache:
         return self.n_seen if self.whole_heads else self.n_stored
 
     @property
-    def n_entries(self) -> int:
-        """Entries that all heads of one row hold, whole heads' tokens included."""
-        if self._held is None:
-            return 0
-        return self._held[0].shape[-3:-2].numel() * self.n_stored + len(self.whole_heads) * self.n_seen
+    def mean_entries(self) -> float:
+        """Entries per head, the mean of all heads; a whole number without whole heads."""
+        if not self.whole_heads or self._held is None:
+            return self.n_stored
+        others, whole = self._held[0].shape[-3], len(self.whole_heads)
+        return (others * self.n_stored + whole * self.n_seen) / (others + whole)
 
     @property
     def keys(self) -> Float[Tensor, "*lead entries dim"] | None:
