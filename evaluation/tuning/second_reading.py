@@ -142,7 +142,7 @@ def attend(
 
 
 def raise_to_weights(scores: Tensor, query: Tensor, key: Tensor, *, scale: float) -> None:
-    """Raise `scores` (kv_heads, n_context), in place, to the weights of the first `n_context` keys where they are higher.
+    """Raise `scores` (kv_heads, n_context), in place, to the first `n_context` keys' weights where these are higher.
 
     `query` is (1, heads, queries, dim), `key` (1, kv_heads, tokens, dim). All context keys come before all queries, so
     there is nothing to mask.
