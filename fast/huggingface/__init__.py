@@ -3,5 +3,6 @@
 from .cache import ClusteredCache
 from .layer_ratios import layer_ratios
 from .recall_cache import RecallCache
+from .whole_heads import known_whole_heads, whole_heads_of
 
-__all__ = ["ClusteredCache", "RecallCache", "layer_ratios"]
+__all__ = ["ClusteredCache", "RecallCache", "known_whole_heads", "layer_ratios", "whole_heads_of"]
