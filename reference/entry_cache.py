@@ -102,11 +102,8 @@ class EntryCache:
         return clustered_attention(query, *self.entries(), scale=scale)
 
     def entries(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """Keys, values and counts of all heads in their order, (..., heads, entries, .); see `whole_heads.together`.
-
-        None at first.
-        """
-        if not self.whole_heads or self.keys is None:
+        """Keys, values, counts of all heads in their order, see `whole_heads.together`; None before the first."""
+        if self.whole_keys is None:
             return self.keys, self.values, self.counts
         stored = self.keys, self.values, self.counts
         return together(*stored, self.whole_keys, self.whole_values, self.whole_heads)
