@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import check_integer, check_keep_ratio
+from .arguments import check_integer, check_keep_ratio, with_four_axes
 from .backends import AnyBackend, implementation
 from .entry_cache import UNDO_TOKENS, EntryCache
 from .memory.ordinary import on_ordinary_tensors
@@ -109,10 +109,9 @@ class ChelseaCache(EntryCache):
         target = self.budget - start - n_recent
         new = move_to_room(held, start, held, self._with_room(self.budget))
         if held[0].numel():
-            body = self.keys[..., start:stop, :], self.values[..., start:stop, :], self.counts[..., start:stop]
-            keys, values, counts = (x.reshape(-1, *x.shape[x.ndim - n :]) for x, n in zip(body, (3, 3, 2), strict=True))
+            keys, values, counts = (with_four_axes(x[..., start:stop, :]) for x in held)
             compress = implementation("pooled_matching", self.backend, keys, values)
-            compressed = compress(keys, values, counts, target=target, chunk_size=self.chunk_size)
+            compressed = compress(keys, values, counts.squeeze(-1), target=target, chunk_size=self.chunk_size)
             left = compressed.keys, compressed.values, compressed.counts.unsqueeze(-1)
             for room, entries in zip(new, left, strict=True):
                 room[..., start : start + target, :] = entries.reshape(*room.shape[:-2], target, room.shape[-1])

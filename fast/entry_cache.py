@@ -157,24 +157,17 @@ class EntryCache:
             return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
         like = self._like()
         check_query(query, None if like is None else like[0])
-        rows = query.flatten(0, -4) if query.ndim > 4 else query
-        batch, heads = rows.shape[:-3].numel(), rows.shape[-3]
-        output = self.attend_rows(rows.reshape(batch, heads, *rows.shape[-2:]), queries=1, scale=scale)
+        output = self.attend_rows(with_batch(query, 3), queries=1, scale=scale)
         return output.reshape(*query.shape[:-1], output.shape[-1])
 
     def attend_rows(
         self, query: Float[Tensor, "batch heads rows dim"], *, queries: int, scale: float | None
     ) -> Float[Tensor, "batch heads rows dim_value"]:
         """As `attend_entries`, each head to what it stores: one call for clustered heads, one for whole ones."""
-        keys, values, counts, *of_whole = (
-            None if x is None else x.reshape(-1, *x.shape[x.ndim - n :])
-            for x, n in (
-                *((self.keys, 3), (self.values, 3), (self.counts, 2)),
-                *((self.whole_keys, 3), (self.whole_values, 3)),
-            )
-        )
-        if not self.whole_heads:
+        keys, values, counts = (with_batch(x, n) for x, n in ((self.keys, 3), (self.values, 3), (self.counts, 2)))
+        if self.whole_keys is None or self.whole_values is None:
             return attend_entries(query, keys, values, counts, queries=queries, scale=scale)
+        of_whole = with_batch(self.whole_keys, 3), with_batch(self.whole_values, 3)
         others, whole = heads_apart(query.shape[1], self.whole_heads, query.device)
         output = attend_entries(query.index_select(1, whole), *of_whole, None, queries=queries, scale=scale)
         if not len(others):
@@ -244,3 +237,8 @@ class EntryCache:
 
     def _with_room(self, rows: int) -> int:
         return with_room(rows, least=self._least_room)
+
+
+def with_batch(array: Tensor, n_axes: int) -> Tensor:
+    """`array` with its last `n_axes` axes, those of a layer, behind one axis for all others."""
+    return array.reshape(array.shape[:-n_axes].numel(), *array.shape[-n_axes:])

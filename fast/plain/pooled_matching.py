@@ -55,7 +55,9 @@ def pooled_round(
 ) -> tuple[Int64[Tensor, "problems size"], int]:
     """New entry of each old entry after the `n_merged` best matches of all chunks have merged, and `n_scored`."""
     size = keys.shape[1]
-    parts = [match_chunks(keys[:, first:end], first, chunk) for first, end, chunk in spans_with_matches(size, chunk_size)]
+    parts = [
+        match_chunks(keys[:, first:end], first, chunk) for first, end, chunk in spans_with_matches(size, chunk_size)
+    ]
     matches = side_by_side(parts)
     sources = source_entries(size, chunk_size, keys.device)
     merged = certified_top(matches, keys[:, sources], keys, n_merged)  # (problems, n_merged)
