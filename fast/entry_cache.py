@@ -117,7 +117,7 @@ class EntryCache:
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        check_append(keys, values, self._like())
+        check_append(keys, values, self.like())
         check_heads(self.whole_heads, tuple(keys.shape))
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
         n_new, of_whole = keys.shape[-2], ()
@@ -155,7 +155,7 @@ class EntryCache:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         if not self.whole_heads:
             return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
-        like = self._like()
+        like = self.like()
         check_query(query, None if like is None else like[0])
         output = self.attend_rows(with_batch(query, 3), queries=1, scale=scale)
         return output.reshape(*query.shape[:-1], output.shape[-1])
@@ -187,6 +187,16 @@ class EntryCache:
         stored = self.keys, self.values, self.counts
         return together(*stored, self.whole_keys, self.whole_values, self.whole_heads)
 
+    def like(self) -> tuple[Tensor, ...] | None:
+        """Tensors of the shape of keys and values of all heads, without memory of their own; None at first."""
+        if self.keys is None or self.values is None:
+            return None
+        if not self.whole_heads:
+            return self.keys, self.values
+        heads = self.keys.shape[-3] + len(self.whole_heads)
+        shapes = ((*x.shape[:-3], heads, self.n_seen, x.shape[-1]) for x in (self.keys, self.values))
+        return tuple(x.new_empty(()).expand(shape) for x, shape in zip((self.keys, self.values), shapes, strict=True))
+
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
@@ -216,16 +226,6 @@ class EntryCache:
             check_append(tensors["whole_keys"], tensors["whole_values"], None)
             whole = tensors["whole_keys"], tensors["whole_values"]
             self._whole = self._with_rows(whole, self.n_seen, self.n_seen, whole, is_moved=True)
-
-    def _like(self) -> tuple[Tensor, ...] | None:
-        """Tensors of the shape of keys and values of all heads, without memory of their own; None at first."""
-        if self.keys is None or self.values is None:
-            return None
-        if not self.whole_heads:
-            return self.keys, self.values
-        heads = self.keys.shape[-3] + len(self.whole_heads)
-        shapes = ((*x.shape[:-3], heads, self.n_seen, x.shape[-1]) for x in (self.keys, self.values))
-        return tuple(x.new_empty(()).expand(shape) for x, shape in zip((self.keys, self.values), shapes, strict=True))
 
     def _with_rows(
         self, held: tuple[Tensor, ...] | None, n_kept: int, rows: int, like: tuple[Tensor, ...], is_moved: bool = False

@@ -117,6 +117,10 @@ class RecallCache:
         """Entries per KV head."""
         return self.n_stored
 
+    def like(self) -> tuple[Tensor, ...] | None:
+        """Tensors of the shape of keys and values of all heads; None at first."""
+        return None if self._held is None else self.stored
+
     @property
     def n_rows(self) -> int:
         """Size of the first leading axis; 0 at first."""

@@ -5,18 +5,23 @@ import torch
 from models import random_tokens, tiny_llama
 
 from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 
 CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
+CHELSEA = {"max_new_tokens": 40, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+HEADS = [(0, 1), (2, 0)]  # whole ones
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),
     "budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 300}),
+    "chelsea": lambda model: ChelseaCache.for_model(model, ratio=1, whole_heads=HEADS, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
 }
 FORGETFUL = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED),
     "budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 60}),
+    "heads": lambda model: ClusteredCache.for_model(model, whole_heads=HEADS, **CLUSTERED),
+    "chelsea": lambda model: ChelseaCache.for_model(model, ratio=0.25, whole_heads=HEADS, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
     "offloaded": lambda model: RecallCache.for_model(model, **RECALL, offloading=True),
 }

@@ -25,17 +25,23 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 
 CLUSTERED = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALLED = {"n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
+CHELSEA = {"interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+HEADS = [(0, 1), (1, 0)]  # whole ones
 # each cache: one that keeps everything, and one that leaves much out
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, keep_ratio=1, **CLUSTERED),
+    "chelsea": lambda model: ChelseaCache.for_model(model, ratio=1, max_new_tokens=1000, whole_heads=HEADS, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, budget=1000, **RECALLED),
 }
 SMALL = {
     "clustered": lambda model: ClusteredCache.for_model(model, keep_ratio=0.25, **CLUSTERED),
+    "chelsea": lambda model: ChelseaCache.for_model(
+        model, ratio=0.25, max_new_tokens=20, n_prompt=90, whole_heads=HEADS, **CHELSEA
+    ),
     "recall": lambda model: RecallCache.for_model(model, budget=40, **RECALLED),
 }
 CACHES = pytest.mark.parametrize("name", WHOLE)
@@ -90,7 +96,7 @@ def test_a_small_cache_runs_to_the_end(mode, name):
     ours = generate(model, cache, tokens, **MODES[mode])
     assert ours.shape[1] == N_NEW
     assert cache.n_seen == N_PROMPT + N_NEW - 1
-    assert (cache.n_stored < cache.n_seen / 2) == (name == "clustered")
+    assert (cache.n_stored < cache.n_seen / 2) == (name != "recall")
     assert not torch.equal(ours, generate(model, None, tokens, **MODES[mode]))
 
 
@@ -110,12 +116,20 @@ def first_keys(model, cache, **mode):
     return cache.layers[0].keys
 
 
-@CACHES
+@pytest.mark.parametrize("name", ["clustered", "recall"])
 def test_a_prompt_in_chunks_leaves_the_entries_of_a_prompt_at_once(name):
     model, chunks = tiny_llama(layers=2), {"prefill_chunk_size": 37}
     stock = [first_keys(model, DynamicCache(config=model.config), **mode) for mode in (chunks, {})]
     skip_unless_right(*stock)
     assert torch.equal(first_keys(model, SMALL[name](model), **chunks), first_keys(model, SMALL[name](model)))
+
+
+def test_a_prompt_in_chunks_leaves_other_entries_in_the_published_cache():
+    """It clusters together what comes together, and says so."""
+    model, make = tiny_llama(layers=2), SMALL["chelsea"]
+    in_chunks, at_once = first_keys(model, make(model), prefill_chunk_size=37), first_keys(model, make(model))
+    assert in_chunks.shape[2] == at_once.shape[2] == N_PROMPT  # the whole head of this layer has every token
+    assert not torch.equal(in_chunks, at_once)
 
 
 @pytest.mark.slow

@@ -12,14 +12,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipe
 
 from kvcluster import fast
 from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 from kvcluster.fast.huggingface.row_groups import RowGroups
 
 CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
+CHELSEA = {"ratio": 0.25, "max_new_tokens": 24, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+FREE = {"ratio": 1, "max_new_tokens": 1000}  # of which nothing is ever compressed
+HEADS = [(0, 1), (2, 0)]  # whole ones
 MAKERS = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED),
     "clustered-budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"budget": 50}),
+    "clustered-heads": lambda model: ClusteredCache.for_model(model, **CLUSTERED, whole_heads=HEADS),
+    "chelsea": lambda model: ChelseaCache.for_model(model, **CHELSEA, whole_heads=()),
+    "chelsea-heads": lambda model: ChelseaCache.for_model(model, **CHELSEA, whole_heads=HEADS),
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
     "recall-dense": lambda model: RecallCache.for_model(model, **RECALL, n_dense_layers=1),
     "recall-offloaded": lambda model: RecallCache.for_model(model, **RECALL, offloading=True),
@@ -27,10 +33,15 @@ MAKERS = {
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),
     "clustered-budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 300}),
+    "chelsea-heads": lambda model: ChelseaCache.for_model(model, **CHELSEA | FREE, whole_heads=HEADS),
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
     "recall-offloaded": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}, offloading=True),
 }
-EAGER = [("clustered", "eager"), ("clustered-budget", "eager")]  # RecallCache serves sdpa only
+EAGER = [
+    ("clustered", "eager"),
+    ("clustered-budget", "eager"),
+    ("chelsea-heads", "eager"),
+]  # RecallCache serves sdpa only
 PADDING = [0, 37, 5, 37]
 
 
@@ -65,11 +76,12 @@ def test_a_padded_row_generates_the_tokens_it_generates_alone(name, chunk):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_eager_attention_masks_what_other_rows_hold(attention):
+@pytest.mark.parametrize("name", ["clustered", "clustered-heads", "chelsea-heads"])
+def test_eager_attention_masks_what_other_rows_hold(name, attention):
     model = tiny_llama(attention=attention)
     tokens, mask = padded_batch()
-    together = generate(model, tokens, mask, past_key_values=MAKERS["clustered"](model))
-    alone = greedy(model, tokens[1:2, 37:], past_key_values=MAKERS["clustered"](model))
+    together = generate(model, tokens, mask, past_key_values=MAKERS[name](model))
+    alone = greedy(model, tokens[1:2, 37:], past_key_values=MAKERS[name](model))
     assert torch.equal(together[1:2], alone)
 
 

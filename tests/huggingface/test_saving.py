@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvcluster import fast
 from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache, saving
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache, saving
 from kvcluster.fast.tiers import TieredRecallCache
 
 SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
@@ -22,11 +22,29 @@ CACHES = {
         {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()},
     ),
     "distinctive": (ClusteredCache, {"keep_ratio": [0.5, 0.25, 1.0], "chunk_size": 16, "n_sink": 2, "n_recent": 8}),
+    "whole-heads": (
+        ClusteredCache,
+        {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "whole_heads": [(0, 1), (2, 0)]},
+    ),
+    "chelsea": (
+        ChelseaCache,
+        {
+            **{"ratio": 0.25, "max_new_tokens": 40, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8},
+            "whole_heads": [(0, 0), (1, 1)],
+        },
+    ),
     "recall": (RecallCache, SMALL),
     "recall-dense-rest": (RecallCache, {**SMALL, "n_dense_layers": 1, "centroids_for_rest": True, "max_iter": 2}),
 }
 KINDS = pytest.mark.parametrize("name", CACHES)
-NOT_SAVED = ("_held", "work", "_overwritten")  # memory, of which what is in use is; cost; what crop would undo
+NOT_SAVED = (
+    "_held",
+    "_whole",
+    "work",
+    "_overwritten",
+    "_before",
+    "_n_last",
+)  # memory, of which what is in use is; cost; what crop would undo
 
 
 def feed(model, cache, tokens):
@@ -54,6 +72,7 @@ def told(thing):
     if not hasattr(thing, "__dict__"):
         return thing
     used = [told(array[..., : thing.n_stored, :]) for array in getattr(thing, "_held", None) or ()]
+    used += [told(array[..., : thing.n_seen, :]) for array in getattr(thing, "_whole", None) or ()]
     return {name: told(value) for name, value in vars(thing).items() if name not in NOT_SAVED} | {"used": used}
 
 
