@@ -18,6 +18,7 @@ FILES = (
     "attention",
     "clustered_attention",
     "clustered_cache",
+    "chelsea_cache",
     "kmeans",
     "select_clusters",
     "recall_attention",

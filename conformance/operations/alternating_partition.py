@@ -37,7 +37,7 @@ PARTITION = (
     Mistake(
         "sources and destinations are swapped: even entries are sources, odd ones destinations",
         "3.1",
-        tuple((place, "alternating_partition", swapped) for place in ("", "soft_matching")),
+        tuple((place, "alternating_partition", swapped) for place in ("", "soft_matching", "pooled_matching")),
     ),
 )
 OPERATION = Operation(

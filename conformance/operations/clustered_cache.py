@@ -18,6 +18,7 @@ from ..inputs import DTYPES, attention_arrays
 from ..mistake import Mistake, Patch
 from ..operation import Operation, Spelling
 from ..port import THE_REFERENCE, Port, parameters_of
+from ..whole_heads import WHOLE_HEADS, OfAllHeads, refused_heads, returned_counts, whole_head_cases
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING
 from .distinctive_matching import DISTINCTIVE, Distinctive
@@ -47,6 +48,12 @@ def cases(base: int) -> Iterator[Case]:
     yield Case("ClusteredCache", "scale", arrays, {**plan, "scale": 0.7, "pieces": (200,)})
     yield from distinctive_cases(base)
     yield from budget_cases(base)
+    plan = {"keep_ratio": 0.3, "chunk_size": 10, "n_sink": 3, "n_recent": 9}
+    yield from whole_head_cases("ClusteredCache", plan, base + 260)
+    layer = attention_arrays("smooth", (2, 4), 2, 80, 8, "f32", base + 273)
+    for name, heads in (("shared-whole1", (2,)), ("shared-whole2", (0, 3))):
+        parameters = {**plan, "method": Distinctive(n_shared=2), "whole_heads": heads, "pieces": (70, 10)}
+        yield Case("ClusteredCache", name, layer, parameters)
 
 
 def distinctive_cases(base: int) -> Iterator[Case]:
@@ -87,14 +94,17 @@ def refused() -> Iterator[Case]:
     }
     for name, limits in wrong.items():
         yield Case("ClusteredCache", f"refused-{name}", good_tokens(), {**rule, **limits}, is_refused=True)
+    yield from refused_heads("ClusteredCache", {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2})
 
 
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    draw.heads = draw.integer(1, 2)
     arrays, parameters = small_tokens(draw)
     sizes = {"chunk_size": draw.integer(1, 4), "n_sink": draw.integer(0, 2), "n_recent": draw.integer(0, 3)}
     keep_ratio = draw.ratio()
     least = sum(sizes.values()) - 1 + entries_of_chunk(keep_ratio, sizes["chunk_size"])
     options: tuple[dict[str, Any], ...] = ({}, {"method": Distinctive(1)}, {"budget": least}, {"budget": least + 1})
+    options = (*options, {"whole_heads": (draw.heads - 1,)})
     return arrays, {**parameters, "keep_ratio": keep_ratio, **sizes, **draw.one_of(options)}
 
 
@@ -131,13 +141,16 @@ def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     results = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
     if isinstance(returned, tuple) and len(returned) == 3:  # the entries before the last clustering
         results["n_returned"] = np.array(port.to_numpy(returned[2]).shape[-1])
-    return results | held_by(port, cache, ("keys", "values", "counts")) | attended(port, cache, case)
+    if "whole_heads" in case.parameters:  # then they are those of one rectangle
+        results |= returned_counts(port, returned)
+    results |= held_by(port, cache, ("keys", "values", "counts", "whole_keys", "whole_values"))
+    return results | attended(port, cache, case)
 
 
 def oracle(case: Case) -> tuple[Any, ...]:
     cache = new_cache(THE_REFERENCE, case)
     fill(THE_REFERENCE, cache, case)
-    return case.arrays["query"], cache.keys, cache.values, cache.counts, case.parameters.get("scale")
+    return case.arrays["query"], *cache.entries(), case.parameters.get("scale")
 
 
 def pattern(kinds: set[str], results: set[str]) -> tuple[str, str] | None:
@@ -258,10 +271,17 @@ OPTIONS = (
         (("span_merging", "weighted_mean", unweighted_mean),),
     ),
 )
+OF_OTHERS = (
+    Mistake(
+        "whole heads have a say in what stays exact: the method sees the other heads alone",
+        "9.13",
+        (("", "ClusteredCache", OfAllHeads),),
+    ),
+)
 OPERATION = Operation(
     name="ClusteredCache",
     section=9,
-    options=("budget", "method"),
+    options=("budget", "method", "whole_heads"),
     cases=cases,
     refused=refused,
     small=small,
@@ -269,7 +289,7 @@ OPERATION = Operation(
     call=call,
     oracle=oracle,
     pattern=pattern,
-    mistakes=(*MATCHING, *WEIGHTS, *HEADS, *WINDOW, *DISTINCTIVE, *OPTIONS),
+    mistakes=(*MATCHING, *WEIGHTS, *HEADS, *WINDOW, *DISTINCTIVE, *OPTIONS, *WHOLE_HEADS, *OF_OTHERS),
     scaffold="""
 # append(keys, values), attend(query), n_seen, n_stored; keep what you have of the last two
 # ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, and method with Distinctive

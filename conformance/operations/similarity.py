@@ -57,7 +57,8 @@ def euclidean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def everywhere(wrong: object) -> tuple[Patch, ...]:
-    return tuple((place, "similarity", wrong) for place in ("soft_matching", "distinctive_matching", "kmeans", ""))
+    places = ("soft_matching", "pooled_matching", "distinctive_matching", "kmeans", "")
+    return tuple((place, "similarity", wrong) for place in places)
 
 
 SIMILARITY = (
