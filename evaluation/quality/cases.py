@@ -69,9 +69,9 @@ class Case:
         return f"{self.task}, {len(self.tokens):,} tokens, {self.number}"
 
     @property
-    def questions(self) -> list[list[int]]:
-        """Of needles and of prompts."""
-        return [asked.question for asked in (*self.needles, *self.prompts)]
+    def asked(self) -> list[Needle | Prompt]:
+        """Everything that has a question."""
+        return [*self.needles, *self.prompts]
 
     @cached_property
     def fingerprint(self) -> str:

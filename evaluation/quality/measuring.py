@@ -53,7 +53,7 @@ def measure_question_first(
     held: list[Stored] = []
     needles, prompts, stop = [], [], stops(model, tokenizer)
     begun = time.perf_counter()
-    for asked_for in (*case.needles, *case.prompts):
+    for asked_for in case.asked:
         asked = context.ask(asked_for.question)
         cache = asked.prompt.cache(method, keep)
         held.append(stored(cache, method, keep, len(asked.prompt.tokens)))

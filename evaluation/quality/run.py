@@ -116,6 +116,6 @@ def lengths(case: Case, options: Options) -> list[int]:
     """How many tokens there are each time a cache of this case is compressed."""
     if not options.is_question_first:
         return [len(case.tokens)]
-    if not case.questions:
+    if not case.asked:
         raise ValueError(f"case must have a question where questions come first, got none in {case.name}")
-    return [len(case.tokens) + len(question) for question in case.questions]
+    return [len(case.tokens) + len(asked.question) for asked in case.asked]
