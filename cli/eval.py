@@ -1,4 +1,4 @@
-"""`kvcluster eval`: what a model still knows of a context when its cache was compressed before anything was asked."""
+"""`kvcluster eval`: what a model still knows of a context when its cache was compressed, before a question or after."""
 
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -9,11 +9,12 @@ from .refusing import check_places, fail
 
 __all__ = ["evaluate"]
 
+DEFAULT_TASKS = {False: "needles,perplexity", True: "needles"}  # by whether questions come first
 Number = TypeVar("Number", int, float)
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder of a local Llama, or smollm2.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="smollm2, gemma3-270m, or the folder of a local model.")] = "smollm2",
     text: Annotated[
         Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
     ] = None,
@@ -21,13 +22,22 @@ def evaluate(
     keep: Annotated[
         str, typer.Option(help="Stored entries / tokens of context, sinks and recent tokens included.")
     ] = "0.5,0.25,0.2",
-    tasks: Annotated[str, typer.Option(help="Of needles, perplexity, attention, ruler.")] = "needles,perplexity",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Of needles, perplexity, attention, ruler. [default: needles, and perplexity unless --question-first]"
+        ),
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Lengths of context.")] = "4096",
     contexts: Annotated[int, typer.Option(min=1, help="Contexts of each length, and of each task of ruler.")] = 4,
     needles: Annotated[int, typer.Option(min=1, help="Needles in each context.")] = 12,
     kinds: Annotated[str, typer.Option(help="What needles end in.")] = "digits,words",
     following: Annotated[int, typer.Option(min=1, help="Tokens after the context, for perplexity.")] = 512,
     part: Annotated[str, typer.Option(help="Half of the text, and its needles: tuning or reporting.")] = "reporting",
+    question_first: Annotated[
+        bool,
+        typer.Option("--question-first", help="Compress after each question, as published, not before any is asked."),
+    ] = False,
     stepwise: Annotated[bool, typer.Option("--stepwise", help="Read everything asked token by token.")] = False,
     longbench: Annotated[
         Path | None, typer.Option(help="Folder with LongBench's JSON lines; the first --contexts of each.")
@@ -42,7 +52,9 @@ def evaluate(
 ) -> None:
     """Measure quality at equal stored entries: needles, perplexity, tasks like RULER's, LongBench's own files.
 
-    A context is read once for each method; questions come after it and are answered from copies of the cache.
+    A context is read and compressed once for each method; questions come later and are answered from copies of the
+    cache. With --question-first the prompt is context and question, and compressed as a whole for each question: the
+    first token of an answer comes from the exact prefill then, all others from the compressed cache.
     """
     try:
         from kvcluster.evaluation.errors import UnusableInputError
@@ -59,7 +71,7 @@ def evaluate(
         text=text,
         methods=parts(method),
         keeps=[number("keep", ratio, float) for ratio in parts(keep)],
-        tasks=parts(tasks),
+        tasks=parts(DEFAULT_TASKS[question_first] if tasks is None else tasks),
         lengths=[number("tokens", length, int) for length in parts(tokens)],
         n_contexts=contexts,
         n_needles=needles,
@@ -67,6 +79,7 @@ def evaluate(
         n_following=following,
         which=part,
         is_stepwise=stepwise,
+        is_question_first=question_first,
         longbench=longbench,
         ruler_files=ruler_files,
     )

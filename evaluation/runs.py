@@ -57,7 +57,7 @@ def condense(run: Run, n_depths: int = N_DEPTHS) -> Run:
     """
     if "stored" in run:
         return run
-    condensed = {name: run[name] for name in ("key", "task", "n_tokens")}
+    condensed: Run = {name: run[name] for name in ("key", "task", "n_tokens", "n_prompt") if name in run}
     condensed |= {"stored": stored_sums(run["n_stored"]), "nbytes": run["nbytes"]}
     if "needles" in run:
         needles = run["needles"]

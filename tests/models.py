@@ -1,10 +1,16 @@
-"""Tiny Llamas of transformers, random but lively enough that clustering matters."""
+"""Tiny models of transformers, random but lively enough that clustering matters."""
 
 import json
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_llama(*, seed=0, heads=4, kv_heads=2, head_dim=16, layers=3, tied=False, attention="sdpa", **config):
@@ -29,6 +35,33 @@ def tiny_llama(*, seed=0, heads=4, kv_heads=2, head_dim=16, layers=3, tied=False
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def tiny_gemma(*, seed=0, window=48):
+    """A random Gemma 3: layers 0 and 2 slide over `window` tokens, layers 1 and 3 attend to all."""
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=4096,
+        sliding_window=window,
+        tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

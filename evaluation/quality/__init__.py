@@ -1,4 +1,4 @@
-"""Quality of a compressed cache: what the model still knows of a context that its cache read before any question."""
+"""Quality of a compressed cache: what the model still knows of a context, compressed before a question or after it."""
 
 from .cases import Case, Needle, Prompt
 from .methods import METHODS, Method

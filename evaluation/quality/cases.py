@@ -1,4 +1,4 @@
-"""A case of an evaluation: a context that a cache reads before anything is asked, and the questions."""
+"""A case of an evaluation: a context, and what is asked about it."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class Prompt:
 
     Attributes
     ----------
-    question : tokens, read after the context.
+    question : tokens; they stand behind the context.
     answers : the right ones; the metric decides what that means.
     metric : a name of `METRICS`.
     n_new : the most tokens to generate.
@@ -47,13 +47,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Case:
-    """One context and everything that is asked about it, each question alone, from a copy of the same cache.
+    """One context and everything that is asked about it, each question alone.
 
     Attributes
     ----------
     task : what results are summarized by, such as "needles" or "ruler-single".
     number : tells cases of one task and length apart.
-    tokens : the context, which is all that the cache sees before it is asked.
+    tokens : the context; unless questions come first, all that a cache sees before it is asked.
     following : tokens of the text after the context, for perplexity: all but the first are predicted.
     """
 
@@ -67,6 +67,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.task}, {len(self.tokens):,} tokens, {self.number}"
+
+    @property
+    def asked(self) -> list[Needle | Prompt]:
+        """Everything that has a question."""
+        return [*self.needles, *self.prompts]
 
     @cached_property
     def fingerprint(self) -> str:

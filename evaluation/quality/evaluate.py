@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
+
 from ..machine import describe
 from ..models import load_model
 from ..runs import Runs
@@ -24,6 +26,7 @@ from .tables import print_summaries
 __all__ = ["PARTS", "Settings", "run_eval"]
 
 PARTS = ("needles", "perplexity", "attention", "ruler")
+WITHOUT_QUESTION = ("perplexity", "attention")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Settings:
     n_following: int
     which: str
     is_stepwise: bool
+    is_question_first: bool
     longbench: Path | None
     ruler_files: Path | None
 
@@ -51,17 +55,24 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
     unknown = sorted(set(settings.tasks) - set(PARTS))
     if unknown:
         raise ValueError(f"tasks must be of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    without = [task for task in settings.tasks if task in WITHOUT_QUESTION]
+    if settings.is_question_first and without:
+        raise ValueError(f"tasks must have a question where it comes first, got {', '.join(without)}")
     pairs = check_methods((name, keep) for name in settings.methods for keep in settings.keeps)
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
     text = built_in_text() if settings.text is None else read_text(settings.text)
-    model, tokenizer = load_model(None if settings.model == "smollm2" else Path(settings.model))
+    model, tokenizer = load_model(settings.model, MODEL_TYPES)
     cases = make_cases(settings, tokenizer, text, model.config.max_position_embeddings)
     if not cases:
         raise ValueError("there must be something to do, got no tasks and no files")
     runs = Runs(None if json_path is None else json_path.with_suffix(".runs.jsonl"))
-    options = Options(settings.is_stepwise, "attention" in settings.tasks)
+    options = Options(
+        is_stepwise=settings.is_stepwise,
+        has_attention_error="attention" in settings.tasks,
+        is_question_first=settings.is_question_first,
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Evaluate", total=len(cases) * len(pairs))
@@ -77,7 +88,7 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
         }
         json_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     if figures is not None:
-        draw(figures, results, summaries)
+        draw(figures, results, summaries, is_question_first=settings.is_question_first)
 
 
 def make_cases(settings: Settings, tokenizer: Any, text: str, n_positions: int) -> list[Case]:
@@ -122,15 +133,19 @@ def only(case: Case, wanted: set[str]) -> Case:
     return replace(case, needles=needles, following=case.following if wanted & {"perplexity", "attention"} else [])
 
 
-def draw(folder: Path, results: list[dict[str, Any]], summaries: list[dict[str, Any]]) -> None:
-    """The figures of all results there are."""
+def draw(
+    folder: Path, results: list[dict[str, Any]], summaries: list[dict[str, Any]], *, is_question_first: bool
+) -> None:
+    """The figures of all results there are, which are of one setting; of question first the files say so."""
     for summary in summaries:
         if "needles" in summary:
             name, keep = summary["method"], summary["keep"]
             chosen = [x for x in results if (x["key"]["method"], x["key"]["keep"]) == (name, keep)]
             title = f"{name}, {keep:g} kept" if METHODS[name].has_keep else name
-            file = f"needles-{name}-{keep:g}.png" if METHODS[name].has_keep else f"needles-{name}.png"
-            draw_heat_map(folder / file, chosen, title)
+            file = f"needles-{name}-{keep:g}" if METHODS[name].has_keep else f"needles-{name}"
+            if is_question_first:
+                title, file = f"{title}, question first", f"{file}-question-first"
+            draw_heat_map(folder / f"{file}.png", chosen, title)
     if any(map(has_both, summaries)):
         draw_frontier(folder / "frontier.png", summaries, "What is kept of a context, at equal stored entries")
     if any("attention_errors" in summary for summary in summaries):

@@ -1,36 +1,46 @@
 """Every method on every case; a pair that is already in the store is not run again."""
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from kvcluster.fast.huggingface.report import report_cache
+from transformers import DynamicCache
+
 from kvcluster.fast.huggingface.saving import fingerprint
 
 from ..runs import Runs
-from .attention_error import attention_errors
 from .cases import Case
-from .methods import METHODS, Method
-from .metrics import METRICS
-from .scoring import fill, following_nll, generate, prefill, score_needles
+from .measuring import measure, measure_question_first
+from .methods import METHODS
+from .reading import Context
 
 __all__ = ["Options", "check_methods", "run_all"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured besides needles and prompts.
+    """The setting, and what is measured besides needles and prompts.
 
     Attributes
     ----------
     is_stepwise : tokens come one by one, so that what follows the context is clustered too, as in decoding.
     has_attention_error : compare the outputs of attention with those of the full cache, layer by layer.
+    is_question_first : caches are compressed after context and question rather than after the context, anew for each
+        question; see `reading`. Needles and prompts only: the text that follows a context has no question, so what is
+        measured on it (perplexity and the error of attention) belongs to the other setting.
+
+    Raises
+    ------
+    ValueError : `has_attention_error` with `is_question_first`.
     """
 
     is_stepwise: bool = False
     has_attention_error: bool = False
+    is_question_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.has_attention_error and self.is_question_first:
+            raise ValueError("has_attention_error must be False with is_question_first, got True")
 
 
 def check_methods(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -67,16 +77,19 @@ def run_all(
 
     Raises
     ------
-    ValueError : a method cannot keep so little of a case; nothing has run then.
+    ValueError : a method cannot keep so little of a case; all layers of the model have a sliding window; a case has no
+        question, and questions come first. Nothing has run then.
     RuntimeError : a method stored more entries than `keep` allows.
     """
-    for n_tokens in {len(case.tokens) for case in cases}:
+    if all(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
+        raise ValueError("model must have a layer without a sliding window, got none")
+    for n_tokens in sorted({n for case in cases for n in lengths(case, options)}):
         for name, keep in pairs:
             METHODS[name].make(model, keep, n_tokens)
     weights = fingerprint(model)["weights"]
     results = []
     for case in cases:
-        context = Context(model, case)
+        context = Context(model, case.tokens)
         for name, keep in pairs:
             key = {
                 "method": name,
@@ -86,80 +99,23 @@ def run_all(
                 "is_stepwise": options.is_stepwise or METHODS[name].is_stepwise,
                 "has_attention_error": options.has_attention_error,
             }
+            if options.is_question_first:  # absent otherwise, so that older runs are found
+                key["is_question_first"] = True
             result = runs.found(key)
             if result is None:
                 result = {"key": key, "task": case.task, "name": case.name, "n_tokens": len(case.tokens)}
-                result |= measure(model, tokenizer, context, key)
+                measure_setting = measure_question_first if options.is_question_first else measure
+                result |= measure_setting(model, tokenizer, context, case, key)
                 result = runs.add(result)
             results.append(result)
             on_run()
     return results
 
 
-class Context:
-    """A case and its full cache, which is computed when it is first needed."""
-
-    def __init__(self, model: Any, case: Case) -> None:
-        self.model, self.case = model, case
-
-    @cached_property
-    def full(self) -> Any:
-        return prefill(self.model, lambda model: None, self.case.tokens)
-
-    def cache(self, method: Method, keep: float) -> Any:
-        """The cache of a method after the context."""
-        cache = method.make(self.model, keep, len(self.case.tokens))
-        if cache is None:
-            return self.full
-        if method.is_blind and len(cache.own_layers) == len(cache.layers):
-            return fill(cache, self.full)
-        return prefill(self.model, lambda model: cache, self.case.tokens)
-
-
-def measure(model: Any, tokenizer: Any, context: Context, key: dict[str, Any]) -> dict[str, Any]:
-    """What a method's cache stores and answers, as JSON."""
-    case, method, keep, is_stepwise = context.case, METHODS[key["method"]], key["keep"], key["is_stepwise"]
-    cache = context.cache(method, keep)
-    begun = time.perf_counter()
-    report = report_cache(cache)
-    n_stored, nbytes = [layer.n_stored for layer in report.layers], sum(layer.nbytes for layer in report.layers)
-    clustering = sum(layer.seconds for layer in report.layers)
-    n_most = keep * len(case.tokens) * len(n_stored)
-    if not method.stores_all and sum(n_stored) > n_most:
-        raise RuntimeError(f"a cache must store at most {n_most:,.0f} entries in all layers, got {sum(n_stored):,}")
-    measured: dict[str, Any] = {"n_stored": n_stored, "nbytes": nbytes}
-    if case.needles:
-        scores = score_needles(model, cache, case.needles, nbytes=nbytes, is_stepwise=is_stepwise)
-        measured["needles"] = [
-            {"kind": needle.kind, "depth": needle.depth, "is_right": score.is_right, "nll": rounded(score.nll)}
-            for needle, score in zip(case.needles, scores, strict=True)
-        ]
-    if case.following:
-        measured["following_nll"] = rounded(following_nll(model, cache, case.following, is_stepwise=is_stepwise))
-    if key["has_attention_error"] and case.following:
-        errors = attention_errors(model, context.full, cache, case.following, is_stepwise=is_stepwise)
-        measured["attention_errors"] = rounded(errors)
-    if case.prompts:
-        measured["prompts"] = []
-        for prompt in case.prompts:
-            tokens = generate(
-                model, cache, prompt.question, n_new=prompt.n_new, stop=stops(model, tokenizer), is_stepwise=is_stepwise
-            )
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            score = METRICS[prompt.metric](text, prompt.answers, prompt.classes)
-            measured["prompts"].append(
-                {"text": text, "answers": prompt.answers, "metric": prompt.metric, "score": score}
-            )
-    seconds = {"clustering": clustering, "asking": time.perf_counter() - begun}
-    return measured | {"seconds": {part: round(value, 4) for part, value in seconds.items()}}
-
-
-def stops(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text."""
-    end = getattr(model.generation_config, "eos_token_id", None)
-    tokens = end if isinstance(end, list) else [end]
-    return frozenset(token for token in (*tokens, tokenizer.eos_token_id) if token is not None)
-
-
-def rounded(numbers: list[float]) -> list[float]:
-    return [round(number, 6) for number in numbers]
+def lengths(case: Case, options: Options) -> list[int]:
+    """How many tokens there are each time a cache of this case is compressed."""
+    if not options.is_question_first:
+        return [len(case.tokens)]
+    if not case.asked:
+        raise ValueError(f"case must have a question where questions come first, got none in {case.name}")
+    return [len(case.tokens) + len(asked.question) for asked in case.asked]

@@ -1,7 +1,7 @@
-"""Answers from a cache that read its context before it was asked, and how good they are.
+"""Answers from a cache, and how good they are.
 
-The context is read once. Every question runs on a copy of that cache, so no question affects another, and
-what the cache stores was decided before any of them.
+A cache that read a context and no question is asked with copies of it, so that no question affects another. A cache
+that read one question too is made for that one alone, see `reading`, and is used up by the answer.
 """
 
 import copy
@@ -16,7 +16,18 @@ from transformers import DynamicCache
 
 from .cases import Needle
 
-__all__ = ["NeedleScore", "copy_rows", "fill", "following_nll", "generate", "prefill", "read", "score_needles"]
+__all__ = [
+    "NeedleScore",
+    "copy_rows",
+    "fill",
+    "following_nll",
+    "generate",
+    "generate_on",
+    "prefill",
+    "read",
+    "score_answer",
+    "score_needles",
+]
 
 COPIED_BYTES = 2**30  # the most that caches side by side may take
 
@@ -35,17 +46,16 @@ def fill(cache: Any, full: Any) -> Any:
     """`cache`, one of ours and empty, with the tokens of `full`, transformers' own: as if the model had read them.
 
     A first call attends to its tokens exactly, whatever the cache; so keys and values are the same, bit for bit.
-
-    Raises
-    ------
-    ValueError : a model with sliding windows, whose full cache has forgotten tokens.
+    Layers with a sliding window are transformers' own in both: `cache` gets copies of them.
     """
-    if len(cache.own_layers) < len(cache.layers):
-        raise ValueError("fill needs a model without sliding windows")
-    for layer, read_before in zip(cache.layers, full.layers, strict=True):
-        layer.is_announced = True  # as by the hooks on a model
-        layer.update(read_before.keys, read_before.values)
-        layer.finish()
+    for index, read_before in enumerate(full.layers):
+        layer = cache.layers[index]
+        if layer.is_sliding:
+            cache.layers[index] = copy.deepcopy(read_before)
+        else:
+            layer.is_announced = True  # as by the hooks on a model
+            layer.update(read_before.keys, read_before.values)
+            layer.finish()
     return cache
 
 
@@ -99,6 +109,28 @@ def score_needles(
 
 
 @torch.inference_mode()
+def score_answer(
+    model: Any,
+    cache: Any,
+    logits: Float[Tensor, " vocabulary"],
+    answer: list[int],
+    *,
+    is_stepwise: bool = False,
+) -> NeedleScore:
+    """Score of one answer to the question that `cache` has read; the cache is used up.
+
+    `logits`, those after the question, predict the first token; the others are predicted from the cache, which takes
+    the true ones before them in one call, or one by one with `is_stepwise`.
+    """
+    right = torch.tensor(answer, device=model.device)
+    predicted = logits[None]  # (tokens, vocabulary)
+    if len(answer) > 1:
+        predicted = torch.cat([predicted, read(model, cache, right[None, :-1], is_stepwise=is_stepwise)[0]])
+    is_right, nll = judged(predicted, right)
+    return NeedleScore(is_right.tolist(), nll.tolist())
+
+
+@torch.inference_mode()
 def following_nll(model: Any, cache: Any, tokens: list[int], *, is_stepwise: bool = False) -> list[float]:
     """Negative log-likelihood, nats, of each of `tokens` but the first, which continue the context of `cache`.
 
@@ -127,12 +159,20 @@ def generate(
         raise ValueError("question must have at least one token, got none")
     copied = copy_rows(cache)
     logits = read(model, copied, torch.tensor([question], device=model.device), is_stepwise=is_stepwise)
+    return generate_on(model, copied, logits[0, -1], n_new=n_new, stop=stop)
+
+
+@torch.inference_mode()
+def generate_on(
+    model: Any, cache: Any, logits: Float[Tensor, " vocabulary"], *, n_new: int, stop: frozenset[int]
+) -> list[int]:
+    """As `generate`, after `logits`, those of the last token that `cache` has read; the cache is used up."""
     generated: list[int] = []
     while len(generated) < n_new:
-        token = int(logits[0, -1].argmax())
+        token = int(logits.argmax())
         if token in stop:
             break
         generated.append(token)
         if len(generated) < n_new:
-            logits = read(model, copied, torch.tensor([[token]], device=model.device))
+            logits = read(model, cache, torch.tensor([[token]], device=model.device))[0, -1]
     return generated

@@ -1,4 +1,4 @@
-"""From runs to numbers with their uncertainty, one summary for each method and share of entries kept.
+"""From runs to numbers with their uncertainty, one summary for each method, share of entries kept and setting.
 
 Intervals are those of `evaluation.statistics`: from resampling whole contexts, except Wilson's for shares of needles or
 prompts that are entirely right.
@@ -15,22 +15,32 @@ __all__ = ["summarize"]
 
 
 def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Summaries in the order of the first results, each over all contexts of its method and `keep`, ready for JSON.
+    """Summaries in the order of the first results, each over all contexts of its method, `keep` and setting.
 
-    Results may be condensed or not. Ratios are to the full cache on the same cases; there are none if it did not run
-    on all of them.
+    They are ready for JSON. Results may be condensed or not, and of both settings; `is_question_first` tells. Ratios
+    are to the full cache on the same cases in the same setting; there are none if it did not run on all of them.
     """
-    grouped: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    grouped: dict[tuple[str, float, bool], list[dict[str, Any]]] = {}
     for run in map(condense, results):
-        grouped.setdefault((run["key"]["method"], run["key"]["keep"]), []).append(run)
-    full = {run["key"]["case"]: run for run in grouped.get(("full", 1.0), [])}
-    return [{"method": method, "keep": keep, **summary_of(group, full)} for (method, keep), group in grouped.items()]
+        setting = is_question_first(run)
+        grouped.setdefault((run["key"]["method"], run["key"]["keep"], setting), []).append(run)
+    summaries = []
+    for (method, keep, setting), group in grouped.items():
+        full = {run["key"]["case"]: run for run in grouped.get(("full", 1.0, setting), [])}
+        summaries.append({"method": method, "keep": keep, "is_question_first": setting, **summary_of(group, full)})
+    return summaries
+
+
+def is_question_first(run: dict[str, Any]) -> bool:
+    """The setting of a run; those of question later do not name theirs."""
+    setting: bool = run["key"].get("is_question_first", False)
+    return setting
 
 
 def summary_of(group: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> dict[str, Any]:
     has_full = all(run["key"]["case"] in full for run in group)
     peers = [full[run["key"]["case"]] for run in group] if has_full else []
-    n_tokens = sum(run["n_tokens"] * run["stored"]["layers"] for run in group)
+    n_tokens = sum(run.get("n_prompt", run["n_tokens"]) * run["stored"]["layers"] for run in group)
     summary: dict[str, Any] = {
         "n_contexts": len(group),
         "entries": sum(run["stored"]["entries"] for run in group) / n_tokens,

@@ -10,21 +10,29 @@ from . import METHODS
 
 __all__ = ["print_summaries"]
 
+SETTINGS = {
+    False: "question later: asked after the cache was compressed",
+    True: "question first: in the prompt, compressed after it",
+}
+
 
 def print_summaries(console: Console, summaries: list[dict[str, Any]]) -> None:
-    """One line per method and share kept; then a table of tasks, if there are any."""
-    console.print(main_table(summaries))
-    tasks = list(dict.fromkeys(task for summary in summaries for task in summary.get("tasks", {})))
-    if tasks:
-        console.print(task_table(summaries, tasks))
+    """For each setting one line per method and share kept; then a table of tasks, if there are any."""
+    for is_question_first, setting in SETTINGS.items():
+        of_setting = [summary for summary in summaries if summary["is_question_first"] == is_question_first]
+        if of_setting:
+            console.print(main_table(of_setting, setting))
+        tasks = list(dict.fromkeys(task for summary in of_setting for task in summary.get("tasks", {})))
+        if tasks:
+            console.print(task_table(of_setting, tasks, setting))
 
 
-def main_table(summaries: list[dict[str, Any]]) -> Table:
+def main_table(summaries: list[dict[str, Any]], setting: str) -> Table:
     caption = (
         "In brackets: 95 % intervals, by resampling contexts (those of exact needles: Wilson's). Entries: stored / "
         "tokens, mean of layers, sinks and recent tokens included; methods without * are held to the share kept."
     )
-    table = Table(title="Quality, asked after the cache was built", caption=caption, caption_justify="left")
+    table = Table(title=f"Quality, {setting}", caption=caption, caption_justify="left")
     columns = ("method", "kept", "entries", "bytes / full", "needles", "token accuracy", "/ full", "exact", "nats")
     for column in (*columns, "perplexity", "/ full", "attention error", "clustering", "asking"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -51,8 +59,9 @@ def main_table(summaries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def task_table(summaries: list[dict[str, Any]], tasks: list[str]) -> Table:
-    table = Table(title="Tasks answered by generation, mean score from 0 to 1", caption_justify="left")
+def task_table(summaries: list[dict[str, Any]], tasks: list[str], setting: str) -> Table:
+    title = f"Tasks answered by generation, mean score from 0 to 1, {setting}"
+    table = Table(title=title, caption_justify="left")
     table.add_column("task")
     table.add_column("metric")
     table.add_column("n", justify="right")

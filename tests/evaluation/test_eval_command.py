@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from evaluation_inputs import save_character_llama, short_text
+from evaluation_inputs import character_tokenizer, save_character_llama, short_text
+from models import tiny_gemma
 from typer.testing import CliRunner
 
 from kvcluster.cli import app
@@ -63,8 +64,30 @@ def test_needles_and_perplexity_are_measured_printed_written_and_drawn(llama, te
     assert json.loads((tmp_path / "made.json").read_text())["summaries"] == made["summaries"]
 
 
+def test_questions_come_first_in_a_model_whose_layers_slide(text, tmp_path):
+    tiny_gemma().save_pretrained(tmp_path / "gemma")
+    character_tokenizer().save_pretrained(tmp_path / "gemma")
+    given = ["--model", tmp_path / "gemma", "--text", text, "--tokens", 500, "--contexts", 1, "--needles", 2]
+    given += ["--keep", 0.5, "--threads", 1, "--json", tmp_path / "made.json", "--figures", tmp_path]
+    first = run(*given, "--question-first")
+    assert first.exit_code == 0, first.output
+    summaries = json.loads((tmp_path / "made.json").read_text())["summaries"]
+    assert [each["is_question_first"] for each in summaries] == [True, True]
+    assert 0.45 < summaries[1]["entries"] <= 0.5
+    assert "question first" in first.output
+    later = run(*given, "--tasks", "needles,attention")
+    assert later.exit_code == 0, later.output
+    full, clustered = json.loads((tmp_path / "made.json").read_text())["summaries"]
+    assert [each["is_question_first"] for each in (full, clustered)] == [False, False]
+    assert [error > 0 for error in clustered["attention_errors"]] == [False, True, False, True]
+    assert len((tmp_path / "made.runs.jsonl").read_text().splitlines()) == 4
+    drawn = {f"needles-{name}{end}" for name in ("full", "chunked-0.5") for end in ("", "-question-first")}
+    assert {path.stem for path in tmp_path.glob("*.png")} == {*drawn, "attention-error", "frontier"}
+
+
 @pytest.mark.slow
-def test_tasks_and_files_are_answered_by_generation(llama, text, tmp_path):
+@pytest.mark.parametrize("settings", [[], ["--question-first"]], ids=["later", "first"])
+def test_tasks_and_files_are_answered_by_generation(llama, text, tmp_path, settings):
     line = {"input": "Who?", "context": "Ann went home. " * 20, "answers": ["Ann"], "all_classes": None}
     (tmp_path / "longbench").mkdir()
     (tmp_path / "longbench" / "hotpotqa.jsonl").write_text(json.dumps(line) + "\n")
@@ -80,7 +103,7 @@ def test_tasks_and_files_are_answered_by_generation(llama, text, tmp_path):
         tmp_path / "made.json",
     ]
     small = ["--tokens", 1800, "--contexts", 1, "--keep", 0.6, "--tasks", "ruler", "--threads", 1, "--stepwise"]
-    result = run("--model", llama, "--text", text, *small, *options)
+    result = run("--model", llama, "--text", text, *small, *options, *settings)
     assert result.exit_code == 0, result.output
     for name in ("ruler single", "ruler frequent words", "longbench hotpotqa", "ruler file vt", "match all", "F1"):
         assert name in " ".join(result.output.split())
@@ -98,6 +121,11 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
         (["--keep", "half"], "keep must be numbers, got 'half'"),
         (["--tokens", "4k"], "tokens must be whole numbers, got '4k'"),
         (["--tasks", "needles,memory"], "tasks must be of needles, perplexity, attention, ruler, got memory"),
+        (
+            ["--question-first", "--tasks", "needles,perplexity,attention"],
+            "tasks must have a question where it comes first, got perplexity, attention",
+        ),
+        (["--model", "gemma"], "model must be a folder with a config.json, got gemma"),
         (["--method", ""], "method must be of full, chunked, distinctive, distinctive-layers, recall, got none"),
         ([*local, "--tasks", ""], "there must be something to do, got no tasks and no files"),
         ([*local, "--tokens", "4000"], "within the model's 4,096 positions, got 4,000"),

@@ -1,0 +1,64 @@
+"""A context as it is read, before any question or with one, and the caches that methods make of it.
+
+Question later: a cache reads the context and is compressed, before anything is asked. Question first: the prompt is the
+context and one question, read exactly; the cache is compressed after both, as the published method is used (as a digest
+of arXiv:2506.11418v1 has it). So the first token of an answer comes from the exact prefill, whatever the cache, and all
+later ones from what the cache stores.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .methods import Method
+from .scoring import copy_rows, fill, prefill, read
+
+__all__ = ["Asked", "Context"]
+
+
+class Context:
+    """Tokens and transformers' own cache of them, `full`, for which the model reads them when it is first needed."""
+
+    def __init__(self, model: Any, tokens: list[int]) -> None:
+        self.model, self.tokens = model, tokens
+
+    @cached_property
+    def full(self) -> Any:
+        return prefill(self.model, lambda model: None, self.tokens)
+
+    def cache(self, method: Method, keep: float) -> Any:
+        """The cache of a method after all tokens: filled from `full` where the method sees no more than that."""
+        cache = method.make(self.model, keep, len(self.tokens))
+        if cache is None:
+            return self.full
+        if method.is_blind:
+            return fill(cache, self.full)
+        return prefill(self.model, lambda model: cache, self.tokens)
+
+    @torch.inference_mode()
+    def ask(self, question: list[int]) -> "Asked":
+        """The prompt of these tokens and a question, of which only the question is read anew, exactly.
+
+        Raises
+        ------
+        ValueError : a question without tokens.
+        """
+        if not question:
+            raise ValueError("question must have at least one token, got none")
+        full = copy_rows(self.full)
+        logits = read(self.model, full, torch.tensor([question], device=self.model.device))
+        prompt = Context(self.model, self.tokens + question)
+        prompt.full = full
+        return Asked(prompt, logits[0, -1])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A context with one question behind it, and the logits after the last token of that."""
+
+    prompt: Context
+    logits: Float[Tensor, " vocabulary"]
