@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from ..runs import Runs
 from ..texts import built_in_text, encode, opening, read_text, span
 from .figure import draw_shares
 from .second_reading import N_PIECE, pieces_to_repeat, second_reading
-from .whole_heads import KEEP, N_RECENT, N_SINK, head_shares, order_heads
+from .whole_heads import KEEP, N_RECENT, N_SINK, check_body, head_shares, order_heads
 
 __all__ = ["Settings", "run_tune", "tune"]
 
@@ -74,6 +75,7 @@ def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, 
     ValueError : a text that is too short, a context that is too short or beyond the model's positions; see
         `second_reading`.
     """
+    check_body(settings.n_tokens)
     tokens, start = encode(tokenizer, text), opening(tokenizer)
     length = settings.n_tokens - len(start)
     contexts = [start + span(tokens, "tuning", number, length) for number in range(settings.n_contexts)]
@@ -127,8 +129,9 @@ def rounded(shares: Tensor) -> list[list[float]]:
 
 def command(settings: Settings) -> str:
     """What measures the same again."""
-    text = "" if settings.text is None else f" --text {settings.text}"
-    return f"kvcluster tune {settings.model}{text} --contexts {settings.n_contexts} --tokens {settings.n_tokens}"
+    text = [] if settings.text is None else ["--text", settings.text]
+    sizes = ["--contexts", str(settings.n_contexts), "--tokens", str(settings.n_tokens)]
+    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes])
 
 
 def print_heads(console: Console, result: dict[str, Any]) -> None:

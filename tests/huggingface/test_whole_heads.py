@@ -77,7 +77,7 @@ def test_a_number_of_heads_out_of_range_is_refused(ships, path, n_heads, error, 
 @pytest.mark.parametrize("content", ["no JSON", "{}", '{"weights": {}}', "[]", "3"])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "file").write_text(content)
-    with pytest.raises(ValueError, match="path must be a file that `kvcluster tune --json` wrote, got .*file: "):
+    with pytest.raises(ValueError, match=r"path must be a file that `kvcluster tune --json` wrote, got .*file: "):
         whole_heads_of(tmp_path / "file", tiny_llama())
     (tmp_path / "file").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="path must be a file that `kvcluster tune --json` wrote"):
