@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 from kvcluster.fast.huggingface.whole_heads import n_whole_by_default
 
@@ -50,7 +51,7 @@ def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None,
         torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 100)
     text = built_in_text() if settings.text is None else read_text(Path(settings.text))
-    model, tokenizer = load_model(None if settings.model == "smollm2" else Path(settings.model))
+    model, tokenizer = load_model(settings.model, MODEL_TYPES)
     runs = Runs(None if json_path is None else json_path.with_suffix(".runs.jsonl"))
     with Progress(*BARS, console=console, transient=True) as progress:
         result = tune(model, tokenizer, text, settings, runs, progress)
@@ -139,17 +140,19 @@ def print_heads(console: Console, result: dict[str, Any]) -> None:
     heads, layers = result["heads"], result["layers"]
     shares = [result["shares"][layers.index(layer)][head] for layer, head in heads]
     n_shown, n_whole = max(10, len(heads) // 5), n_whole_by_default(len(heads))
-    table = Table(title="KV heads that look far back, the most wanting first", caption_justify="left")
+    table = Table(title="The heads that look back most", caption_justify="left")
     for column in ("layer", "KV head", "share", "% of heads"):
         table.add_column(column, justify="right")
     for place, ((layer, head), share) in enumerate(zip(heads[:n_shown], shares, strict=False), 1):
         cells = (str(layer), str(head), f"{share:.3f}", f"{100 * place / len(heads):.1f}")
         table.add_row(*cells, end_section=place == n_whole)
     console.print(table)
+    alone = [order_heads(torch.tensor(each["shares"]), layers)[:n_whole] for each in result["contexts"]]
+    n_always = len(set.intersection(*map(set, alone)))
     console.print(
         f"Share: part of a head's tokens among the {100 * KEEP:.0f} % of all heads' most attended to while the text is "
-        f"read again. Of {len(heads)} heads {sum(share > WHOLE for share in shares)} have more than {WHOLE:g}, "
+        f"read again. {sum(share > WHOLE for share in shares)} of the {len(heads)} heads have more than {WHOLE:g}, "
         f"{sum(share < HARDLY for share in shares)} less than {HARDLY:g}. "
-        f"Above the line: {n_whole}, 4 % of the heads.",
+        f"Above the line: the first 4 %, at least one: {n_whole}. By each context alone: the same {n_always}.",
         highlight=False,
     )

@@ -131,3 +131,12 @@ def test_without_torch_it_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "kvcluster tune: torch is not installed: pip install 'kvcluster[hf]'\n"
+
+
+def test_what_ships_is_what_was_measured():
+    from benchmarks.tuning.run import RESULTS, SHIPPED, shipped
+
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    assert SHIPPED.read_text() == shipped(results)
+    results[0]["heads"].reverse()
+    assert SHIPPED.read_text() != shipped(results)
