@@ -11,7 +11,9 @@ __all__ = ["tune"]
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="Folder of a local model in transformers' format, or smollm2.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a local model in transformers' format, smollm2 or gemma3-270m.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
     ] = None,

@@ -21,7 +21,7 @@ from kvcluster.evaluation.tuning.run import Settings, run_tune
 
 __all__ = ["main", "shipped"]
 
-MODELS = ("smollm2",)
+MODELS = ("smollm2", "gemma3-270m")
 RESULTS = Path(__file__).resolve().parent / "results"
 SHIPPED = ROOT / "fast" / "huggingface" / "whole_heads.json"
 FIELDS = ("name", "weights", "heads", "shares", "layers", "settings", "command", "kvcluster")

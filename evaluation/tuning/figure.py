@@ -18,6 +18,7 @@ __all__ = ["draw_shares"]
 
 MOST_LABELS = 400  # cells; more would be too small for a number
 PERCENT_OF_WIDER = 10
+CELL = 0.44  # inches
 
 
 def draw_shares(
@@ -34,7 +35,7 @@ def draw_shares(
     name : of the model.
     """
     n_layers, kv_heads = shares.shape
-    size = (max(7.5, 2.5 + 0.36 * n_layers), 2.6 + 0.36 * kv_heads)
+    size = (max(7.5, 1 + CELL * n_layers), 1.9 + CELL * kv_heads)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(shares.T, cmap="cividis", vmin=0, vmax=1)
     for column, head in np.ndindex(shares.shape if shares.size <= MOST_LABELS else (0, 0)):
@@ -48,14 +49,14 @@ def draw_shares(
         axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width))
     axis.set_xticks(range(n_layers), [str(layer) for layer in layers])
     axis.set_yticks(range(kv_heads))
-    axis.set(xlabel="layer", ylabel="KV head", title=f"{name}: which heads look back at old text?")
+    axis.set(xlabel="layer", ylabel="KV head", title=f"{name}: which heads look far back?")
     outlined = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=VERMILION, linewidth=2.5)]
-    labels = [f"the first 4 % of the heads ({n_first})"]
+    labels = [f"the first 4 %, at least one: {n_first} of {len(heads)} heads"]
     if n_wider > n_first:
         outlined.append(Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLACK, linewidth=1.5))
-        labels.append(f"up to 10 % ({n_wider})")
+        labels.append(f"up to 10 %: {n_wider}")
     figure.legend(outlined, labels, loc="outside lower center", ncols=2, frameon=False)
     bar = figure.colorbar(image, ax=axis, orientation="horizontal", location="top", aspect=60, shrink=0.8)
-    bar.set_label("share of old tokens that the head looks back at when the text is repeated")
+    bar.set_label("share of the text's tokens that the head looks back at when it repeats the text")
     figure.savefig(path, dpi=110)
     plt.close(figure)

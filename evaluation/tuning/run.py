@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 from kvcluster.fast.huggingface.whole_heads import n_whole_by_default
 
@@ -24,7 +26,7 @@ from ..runs import Runs
 from ..texts import built_in_text, encode, opening, read_text, span
 from .figure import draw_shares
 from .second_reading import N_PIECE, pieces_to_repeat, second_reading
-from .whole_heads import KEEP, N_RECENT, N_SINK, head_shares, order_heads
+from .whole_heads import KEEP, N_RECENT, N_SINK, check_body, head_shares, order_heads
 
 __all__ = ["Settings", "run_tune", "tune"]
 
@@ -49,7 +51,7 @@ def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None,
         torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 100)
     text = built_in_text() if settings.text is None else read_text(Path(settings.text))
-    model, tokenizer = load_model(None if settings.model == "smollm2" else Path(settings.model))
+    model, tokenizer = load_model(settings.model, MODEL_TYPES)
     runs = Runs(None if json_path is None else json_path.with_suffix(".runs.jsonl"))
     with Progress(*BARS, console=console, transient=True) as progress:
         result = tune(model, tokenizer, text, settings, runs, progress)
@@ -74,6 +76,7 @@ def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, 
     ValueError : a text that is too short, a context that is too short or beyond the model's positions; see
         `second_reading`.
     """
+    check_body(settings.n_tokens)
     tokens, start = encode(tokenizer, text), opening(tokenizer)
     length = settings.n_tokens - len(start)
     contexts = [start + span(tokens, "tuning", number, length) for number in range(settings.n_contexts)]
@@ -127,8 +130,9 @@ def rounded(shares: Tensor) -> list[list[float]]:
 
 def command(settings: Settings) -> str:
     """What measures the same again."""
-    text = "" if settings.text is None else f" --text {settings.text}"
-    return f"kvcluster tune {settings.model}{text} --contexts {settings.n_contexts} --tokens {settings.n_tokens}"
+    text = [] if settings.text is None else ["--text", settings.text]
+    sizes = ["--contexts", str(settings.n_contexts), "--tokens", str(settings.n_tokens)]
+    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes])
 
 
 def print_heads(console: Console, result: dict[str, Any]) -> None:
@@ -136,17 +140,19 @@ def print_heads(console: Console, result: dict[str, Any]) -> None:
     heads, layers = result["heads"], result["layers"]
     shares = [result["shares"][layers.index(layer)][head] for layer, head in heads]
     n_shown, n_whole = max(10, len(heads) // 5), n_whole_by_default(len(heads))
-    table = Table(title="KV heads that look far back, the most wanting first", caption_justify="left")
+    table = Table(title="The heads that look back most", caption_justify="left")
     for column in ("layer", "KV head", "share", "% of heads"):
         table.add_column(column, justify="right")
     for place, ((layer, head), share) in enumerate(zip(heads[:n_shown], shares, strict=False), 1):
         cells = (str(layer), str(head), f"{share:.3f}", f"{100 * place / len(heads):.1f}")
         table.add_row(*cells, end_section=place == n_whole)
     console.print(table)
+    alone = [order_heads(torch.tensor(each["shares"]), layers)[:n_whole] for each in result["contexts"]]
+    n_always = len(set.intersection(*map(set, alone)))
     console.print(
         f"Share: part of a head's tokens among the {100 * KEEP:.0f} % of all heads' most attended to while the text is "
-        f"read again. Of {len(heads)} heads {sum(share > WHOLE for share in shares)} have more than {WHOLE:g}, "
+        f"read again. {sum(share > WHOLE for share in shares)} of the {len(heads)} heads have more than {WHOLE:g}, "
         f"{sum(share < HARDLY for share in shares)} less than {HARDLY:g}. "
-        f"Above the line: {n_whole}, 4 % of the heads.",
+        f"Above the line: the first 4 %, at least one: {n_whole}. By each context alone: the same {n_always}.",
         highlight=False,
     )

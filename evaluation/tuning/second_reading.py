@@ -28,7 +28,7 @@ REPEAT = "\n\nRepeat the previous context exactly."
 REPEAT_PART = "\n\nRepeat the part of the previous context exactly, starting with"
 N_PIECE = 1024  # tokens of the context in a piece
 N_BEFORE = 8  # tokens that a later piece starts after
-LOGITS_AT_ONCE = 2**24  # 64 MB in float32, and as much for their weights
+LOGITS_AT_ONCE = 2**20  # few enough for the processor's caches
 
 
 def pieces_to_repeat(tokenizer: Any, context: list[int], *, n_piece: int = N_PIECE) -> list[list[int]]:

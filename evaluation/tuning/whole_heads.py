@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-__all__ = ["KEEP", "N_RECENT", "N_SINK", "head_shares", "order_heads"]
+__all__ = ["KEEP", "N_RECENT", "N_SINK", "check_body", "head_shares", "order_heads"]
 
 KEEP = 0.25  # of all scores, those above the threshold
 N_SINK, N_RECENT = 4, 252  # always kept, as a `ClusteredCache` has them by default
@@ -44,13 +44,18 @@ def head_shares(
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     n_tokens = scores.shape[-1]
-    if n_tokens <= n_sink + n_recent:
-        raise ValueError(f"tokens must be more than {n_sink} sinks and {n_recent} recent ones, got {n_tokens}")
+    check_body(n_tokens, n_sink=n_sink, n_recent=n_recent)
     body = scores[..., n_sink : n_tokens - n_recent]
     order = body.flatten().sort(descending=True, stable=True).indices
     is_above = torch.zeros(body.numel(), dtype=torch.float64, device=body.device)
     is_above[order[: int(keep * body.numel())]] = 1
     return is_above.reshape(body.shape).mean(dim=-1)
+
+
+def check_body(n_tokens: int, *, n_sink: int = N_SINK, n_recent: int = N_RECENT) -> None:
+    """Refuse a context with no tokens between the sinks and the recent ones."""
+    if n_tokens <= n_sink + n_recent:
+        raise ValueError(f"tokens must be more than {n_sink} sinks and {n_recent} recent ones, got {n_tokens}")
 
 
 def order_heads(shares: Float[Tensor, "layers kv_heads"], layers: list[int]) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import tiny_llama
 
+from kvcluster.evaluation.models import load_model
 from kvcluster.fast.huggingface import known_whole_heads, whole_heads, whole_heads_of
 from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 
@@ -77,7 +78,7 @@ def test_a_number_of_heads_out_of_range_is_refused(ships, path, n_heads, error, 
 @pytest.mark.parametrize("content", ["no JSON", "{}", '{"weights": {}}', "[]", "3"])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "file").write_text(content)
-    with pytest.raises(ValueError, match="path must be a file that `kvcluster tune --json` wrote, got .*file: "):
+    with pytest.raises(ValueError, match=r"path must be a file that `kvcluster tune --json` wrote, got .*file: "):
         whole_heads_of(tmp_path / "file", tiny_llama())
     (tmp_path / "file").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="path must be a file that `kvcluster tune --json` wrote"):
@@ -95,3 +96,15 @@ def test_what_ships_has_every_head_of_its_layers_once():
         assert sorted(map(tuple, each["heads"])) == [(i, head) for i in each["layers"] for head in range(kv_heads)]
         shares = [each["shares"][each["layers"].index(layer)][head] for layer, head in each["heads"]]
         assert sorted(shares, reverse=True) == shares
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_heads_of_smollm2_ship():
+    model, _ = load_model(None)
+    assert known_whole_heads(model) == [(18, 2), (20, 2), (20, 1), (17, 1)]
+    assert len(set(known_whole_heads(model, 90))) == 90
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] += 1
+    with pytest.raises(LookupError, match="SmolLM2"):
+        known_whole_heads(model)
