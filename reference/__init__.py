@@ -9,35 +9,43 @@ An evening, one idea more in each file:
 5. `chunks`               many tokens, clustered a chunk at a time
 6. `soft_matching`        which tokens of a chunk share a cluster (arXiv:2506.11418)
 7. `clustered_attention`  attention to centroids, corrected by log counts
-8. `cache`                all of it online, while tokens arrive
+8. `entry_cache`          what a cache holds
+9. `cache`                all of it online, while tokens arrive
 
 A whole model:
 
-9. `rotary`, `llama`      a Llama that generates from such a cache
+10. `rotary`, `llama`     a Llama that generates from such a cache
 
 Beyond, ours:
 
-10. `distinctive_matching`            tokens that stand out stay exact, for answers that must not get lost
-11. `span_merging`, `bounded_cache`   a cache that keeps within a budget
+11. `distinctive_matching`            tokens that stand out stay exact, for answers that must not get lost
+12. `span_merging`, `bounded_cache`   a cache that keeps within a budget
+
+The cache as the paper has it, as far as that is known:
+
+13. `whole_heads`                     heads that keep every token (for any cache)
+14. `pooled_matching`                 all chunks of a head compete for the merges
+15. `chelsea_cache`                   compressed to a budget of prompt and generation, when that is exceeded
 
 And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213):
 
-12. `kmeans`              clusters of keys that point in similar directions
-13. `cluster_scores`      how near a cluster lies to a query
-14. `selection`           a budget of tokens, spent on the nearest clusters
-15. `recall`              attention to the tokens of these clusters
-16. `segments`            which tokens are clustered together, and when
-17. `recall_cache`        all of it online
+16. `kmeans`              clusters of keys that point in similar directions
+17. `cluster_scores`      how near a cluster lies to a query
+18. `selection`           a budget of tokens, spent on the nearest clusters
+19. `recall`              attention to the tokens of these clusters
+20. `segments`            which tokens are clustered together, and when
+21. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held
 to. SPECIFICATION.md states all this in words, and `kvcluster.conformance` checks other implementations against it.
 Nothing here is optimised; `kvcluster.fast` is, and decides the same.
 
-Fourteen words:
+Fifteen words:
 
 sink          one of the first tokens of a sequence, never clustered
 body          the tokens between sinks and recent ones, which are clustered
 recent        one of the last tokens, kept exact
+whole head    a KV head that keeps every token
 chunk         tokens in a row that are matched together, equally many each time
 span          what one chunk became, or two spans that were merged
 segment       tokens in a row that are clustered together by k-means
@@ -54,6 +62,7 @@ keep_ratio    entries kept of a chunk / tokens in it
 from .attention import attention
 from .bounded_cache import BoundedCache
 from .cache import ClusteredCache
+from .chelsea_cache import ChelseaCache
 from .clustered_attention import clustered_attention
 from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
@@ -67,6 +76,7 @@ from .soft_matching import SoftMatching, chunked_soft_matching
 
 __all__ = [
     "BoundedCache",
+    "ChelseaCache",
     "ClusteredCache",
     "Clustering",
     "Clusters",

@@ -56,16 +56,16 @@ class BoundedCache(ClusteredCache):
 
         What is returned holds all the new tokens, even beyond the budget.
         """
-        check_append(keys, values, (self.keys, self.values))
+        check_append(keys, values, self._first)
         super().append(keys[..., :0, :], values[..., :0, :])  # a first append sets shapes and dtypes
         seen = self._with(keys, values)
         for token in range(keys.shape[-2]):
             super().append(keys[..., token : token + 1, :], values[..., token : token + 1, :])
         return seen
 
-    def _cluster_what_left_the_window(self) -> None:
+    def _cluster_what_is_due(self) -> None:
         before = self.n_clustered
-        super()._cluster_what_left_the_window()
+        super()._cluster_what_is_due()
         self._spans += [1] * ((self.n_clustered - before) // self.chunk_size)
         while self.n_stored > self.budget:
             self._merge_smallest_pair()

@@ -19,7 +19,7 @@ from .merging import Clustering, merge
 from .partition import alternating_partition
 from .similarity import similarity
 
-__all__ = ["SoftMatching", "chunked_soft_matching"]
+__all__ = ["SoftMatching", "chunked_soft_matching", "join"]
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,14 @@ def match_round(centroids: Float[np.ndarray, "size dim"], n_merged: int) -> Int6
     destination_of_source = destinations[similarities.argmax(axis=-1)]  # argmax: of ties, the first
     best_first = np.argsort(-similarities.max(axis=-1), kind="stable")  # stable: of ties, the first
     merged = best_first[:n_merged]
+    return join(len(centroids), sources[merged], destination_of_source[merged])
 
-    cluster_of_entry = np.arange(len(centroids))
-    cluster_of_entry[sources[merged]] = destination_of_source[merged]
-    stays = cluster_of_entry == np.arange(len(centroids))  # destinations, and sources that did not merge
+
+def join(
+    size: int, sources: Int64[np.ndarray, " merged"], destinations: Int64[np.ndarray, " merged"]
+) -> Int64[np.ndarray, " size"]:
+    """New entry of each of `size` old ones after each of `sources` has joined the destination at its place."""
+    cluster_of_entry = np.arange(size)
+    cluster_of_entry[sources] = destinations
+    stays = cluster_of_entry == np.arange(size)  # destinations, and sources that did not merge
     return (np.cumsum(stays) - 1)[cluster_of_entry]  # numbered again, in their old order

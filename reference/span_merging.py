@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 
 from .soft_matching import match_round
 
-__all__ = ["merge_entries", "smallest_pair"]
+__all__ = ["merge_entries", "merge_stored", "smallest_pair"]
 
 
 def smallest_pair(spans: list[int]) -> int:
@@ -54,13 +54,29 @@ def merge_entries(
            [0., 1.]], dtype=float32), array([4, 2], dtype=int32))
     """
     *lead, entries = counts.shape
-    new_keys, new_values = (np.empty((*lead, entries // 2, x.shape[-1]), dtype=np.float32) for x in (keys, values))
-    new_counts = np.zeros((*lead, entries // 2), dtype=np.int32)
+    labels = np.empty(counts.shape, dtype=np.int64)
     for problem in np.ndindex(*lead):
-        labels = match_round(keys[problem], n_merged=entries // 2)
-        np.add.at(new_counts[problem], labels, counts[problem])
-        new_keys[problem] = weighted_mean(keys[problem], counts[problem], labels)
-        new_values[problem] = weighted_mean(values[problem], counts[problem], labels)
+        labels[problem] = match_round(keys[problem], n_merged=entries // 2)
+    return merge_stored(keys, values, counts, labels, entries // 2)
+
+
+def merge_stored(
+    keys: Float[np.ndarray, "*lead entries dim"],
+    values: Float[np.ndarray, "*lead entries dim_value"],
+    counts: Int32[np.ndarray, "*lead entries"],
+    labels: Int64[np.ndarray, "*lead entries"],
+    n_left: int,
+) -> tuple[
+    Float32[np.ndarray, "*lead left dim"], Float32[np.ndarray, "*lead left dim_value"], Int32[np.ndarray, "*lead left"]
+]:
+    """Keys, values and counts of the `n_left` new entries that stored ones belong to by their labels."""
+    lead = counts.shape[:-1]
+    new_keys, new_values = (np.empty((*lead, n_left, x.shape[-1]), dtype=np.float32) for x in (keys, values))
+    new_counts = np.zeros((*lead, n_left), dtype=np.int32)
+    for problem in np.ndindex(*lead):
+        np.add.at(new_counts[problem], labels[problem], counts[problem])
+        new_keys[problem] = weighted_mean(keys[problem], counts[problem], labels[problem])
+        new_values[problem] = weighted_mean(values[problem], counts[problem], labels[problem])
     return new_keys, new_values, new_counts
 
 
@@ -68,7 +84,7 @@ def weighted_mean(
     array: Float[np.ndarray, "entries dim"],
     counts: Int32[np.ndarray, " entries"],
     labels: Int64[np.ndarray, " entries"],
-) -> Float32[np.ndarray, "half dim"]:
+) -> Float32[np.ndarray, "left dim"]:
     """Mean of each label's entries, weighted by their counts.
 
     As in `merge` the terms, here `count * entry` in float64, are added in ascending order, starting from -0.0; the sum

@@ -168,18 +168,18 @@ class ByArrival(reference.ClusteredCache):
 
 
 class Late(reference.ClusteredCache):
-    def _cluster_what_left_the_window(self) -> None:
+    def _cluster_what_is_due(self) -> None:
         self.n_recent += 1
-        super()._cluster_what_left_the_window()
+        super()._cluster_what_is_due()
         self.n_recent -= 1
 
 
 class OneChunkAnAppend(reference.ClusteredCache):
-    def _cluster_what_left_the_window(self) -> None:
+    def _cluster_what_is_due(self) -> None:
         n_recent, recent = self.n_recent, self.n_seen - self.n_sink - self.n_clustered
         if recent - self.n_recent >= self.chunk_size:
             self.n_recent = recent - self.chunk_size
-        super()._cluster_what_left_the_window()
+        super()._cluster_what_is_due()
         self.n_recent = n_recent
 
 

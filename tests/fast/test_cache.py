@@ -64,7 +64,7 @@ def test_any_split_gives_the_same_bytes_in_numpy_and_torch(
 
 def test_path_independence_wrong_twin_chunks_from_the_end_is_told_apart(monkeypatch):
     """A cache that took its chunks from just before the recent tokens would hold what depends on the split."""
-    right = reference.ClusteredCache._cluster_what_left_the_window
+    right = reference.ClusteredCache._cluster_what_is_due
 
     def from_the_end(cache):
         unclustered = cache.n_seen - cache.n_sink - cache.n_clustered
@@ -75,7 +75,7 @@ def test_path_independence_wrong_twin_chunks_from_the_end_is_told_apart(monkeypa
     keys, values = tokens_of(0, 105)  # 95 tokens between sinks and recent ones: no whole number of chunks
     by_token = range(1, 105)
     assert filled(keys, values).keys.tobytes() == filled(keys, values, by_token).keys.tobytes()
-    monkeypatch.setattr(reference.ClusteredCache, "_cluster_what_left_the_window", from_the_end)
+    monkeypatch.setattr(reference.ClusteredCache, "_cluster_what_is_due", from_the_end)
     whole, split = filled(keys, values), filled(keys, values, by_token)
     assert whole.n_stored == split.n_stored
     for name in ("keys", "values"):

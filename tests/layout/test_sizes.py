@@ -3,7 +3,8 @@
 import pytest
 from sources import files
 
-EVENING = ["attention", "similarity", "partition", "merging", "chunks", "soft_matching", "clustered_attention", "cache"]
+EVENING = ["attention", "similarity", "partition", "merging", "chunks", "soft_matching", "clustered_attention"]
+EVENING += ["entry_cache", "cache"]
 MOST = 300  # lines of a file
 MOST_OF_TESTS = 330
 ROOMS = ("reference/", "conformance/", "fast/", "evaluation/", "theory/", "cli/", "package/", "benchmarks/", "docs/")
