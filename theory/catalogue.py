@@ -93,6 +93,48 @@ CLAIMS: tuple[Claim, ...] = (
         ("partition.optimal.check_chunks_and_rounds",),
     ),
     Claim(
+        "P9",
+        "partition",
+        "Theorem 6.1, as a digest has it, follows from P1; that no token is more similar than a neighbour is enough, "
+        "for the sum of the k best matches too",
+        ("partition.convexity.check_nearest_is_enough", "partition.convexity.check_convex_optima"),
+    ),
+    Claim(
+        "P10",
+        "partition",
+        "If similarity falls with distance and is convex, no partition has a larger sum over all pairs of a source and "
+        "a destination than the alternating one; falling alone is not enough",
+        (
+            "partition.convexity.check_all_pairs",
+            "partition.convexity.check_four_tokens",
+            "partition.convexity.check_moving_windows",
+        ),
+    ),
+    Claim(
+        "P11",
+        "partition",
+        "A step of pooled matching merges the most similarity that any number of merges in each chunk can; if no token "
+        "is more similar than a neighbour, no partitions with as many sources in each chunk do better",
+        (
+            "partition.pooled.check_pooled_cut",
+            "partition.pooled.check_pooled_partitions",
+            "partition.pooled.check_unlike_chunks",
+            "partition.pooled.check_oldest_first",
+        ),
+    ),
+    Claim(
+        "P12",
+        "partition",
+        "One step of alternation leaves the least spread, up to one cluster at the end of a chunk; over several steps "
+        "alternation is not optimal, convex similarity or not",
+        (
+            "partition.rounds.check_least_spread",
+            "partition.rounds.check_first_step",
+            "partition.rounds.check_runs",
+            "partition.rounds.check_rounds",
+        ),
+    ),
+    Claim(
         "M1",
         "merging",
         "With log counts, merging tokens with equal keys does not change the output of attention",

@@ -94,7 +94,7 @@ def check_nearest_is_enough(partition: Partition = alternating_partition, family
 
 
 def check_convex_optima(family: Family = convex_similarities) -> Check:
-    """P9: with at most two sources for each destination, the optimal partitions are those without a half-gap above 1."""
+    """P9: with up to two sources for each destination, exactly those without a half-gap above 1 are optimal."""
     wrong = cases = 0
     for tokens in range(3, LARGEST + 1):
         is_source = all_partitions(tokens)
@@ -137,7 +137,9 @@ def check_all_pairs(partition: Partition = alternating_partition, family: Family
         ours = place_of(partition, is_source)
         for zero, f in enumerate(family(tokens), start=2):
             sums = pair_sums(f, is_source)
-            wrong += int(sums[ours] < sums.max()) + int(family is hinges and sums[ours] != pairs_of_windows(tokens, zero))
+            wrong += int(sums[ours] < sums.max()) + int(
+                family is hinges and sums[ours] != pairs_of_windows(tokens, zero)
+            )
             cases += len(sums)
     return Check("P10", "similarities where another partition is better", cases, wrong, 0)
 
@@ -176,7 +178,7 @@ def moving_windows(f: np.ndarray) -> np.ndarray:
     features = [np.ones(tokens, dtype=int)] * int(f[-1])
     for length in range(1, tokens):
         windows = [np.arange(tokens) - first for first in range(1 - length, tokens)]
-        wanted = [((0 <= place) & (place < length)).astype(int) for place in windows]
+        wanted = [((place >= 0) & (place < length)).astype(int) for place in windows]
         features += wanted * int(drops[length - 1] - drops[length])
     return np.stack(features, axis=1)
 
