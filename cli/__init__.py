@@ -10,6 +10,7 @@ from .demo import demo
 from .eval import evaluate
 from .kernels import kernels
 from .serving import serve_demo
+from .tune import tune
 from .vectors import vectors
 
 __all__ = ["app", "main"]
@@ -21,6 +22,7 @@ app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(kernels)
 app.command()(serve_demo)
+app.command()(tune)
 app.command()(vectors)
 
 

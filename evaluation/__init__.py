@@ -2,6 +2,6 @@
 
 `models` and `texts` are what is measured on; `machine` and `timing` help to measure, `runs` keeps the results,
 `statistics` evaluates them, `report`, `pages` and `colours` show them. `quality/` asks what a model still knows,
-`speed/` how fast it is, `serving/` what a server of vLLM makes of it; `demo/` shows all at once and has the reference
-check it.
+`speed/` how fast it is, `tuning/` which of its heads should keep everything, `serving/` what a server of vLLM makes of
+it; `demo/` shows all at once and has the reference check it.
 """

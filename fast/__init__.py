@@ -8,6 +8,7 @@ cache into transformers models.
 from .attention import attention
 from .bounded_cache import BoundedCache
 from .cache import ClusteredCache
+from .chelsea_cache import ChelseaCache
 from .clustered_attention import clustered_attention
 from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
@@ -23,6 +24,7 @@ ARRAYS = "torch"  # what `kvcluster check` gives to the names below
 
 __all__ = [
     "BoundedCache",
+    "ChelseaCache",
     "ClusteredCache",
     "Clustering",
     "Clusters",

@@ -1,6 +1,7 @@
 """Checks of arguments, in the words of the reference: every error names the argument, the rule and the value."""
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -13,6 +14,7 @@ __all__ = [
     "check_counts",
     "check_finite",
     "check_half_range",
+    "check_heads",
     "check_init",
     "check_integer",
     "check_keep_ratio",
@@ -21,6 +23,7 @@ __all__ = [
     "check_scored",
     "check_shape",
     "check_share",
+    "check_whole_heads",
     "dtype_name",
     "entries_of_chunk",
     "with_four_axes",
@@ -97,12 +100,12 @@ def check_integer(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_keep_ratio(keep_ratio: float) -> None:
+def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> None:
     """Refuse what is not a number in (0, 1]."""
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real):
-        raise TypeError(f"keep_ratio must be a number, got {keep_ratio!r}")
+        raise TypeError(f"{name} must be a number, got {keep_ratio!r}")
     if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}")
 
 
 def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
@@ -208,6 +211,26 @@ def check_method(method: object) -> None:
     """Refuse what is no method of clustering chunks."""
     if isinstance(method, type) or not callable(getattr(method, "compress", None)):
         raise TypeError(f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {method!r}")
+
+
+def check_whole_heads(whole_heads: Sequence[int]) -> tuple[int, ...]:
+    """Different indices of heads, ascending; refuse anything else."""
+    if isinstance(whole_heads, str) or not isinstance(whole_heads, Sequence):
+        raise TypeError(f"whole_heads must be a sequence of integers, got {whole_heads!r}")
+    for head in whole_heads:
+        check_integer("whole_heads", head, least=0)
+    if len(set(whole_heads)) < len(whole_heads):
+        raise ValueError(f"whole_heads must be different heads, got {list(whole_heads)}")
+    return tuple(sorted(int(head) for head in whole_heads))
+
+
+def check_heads(whole_heads: Sequence[int], shape: tuple[int, ...]) -> None:
+    """Refuse heads that keys of this shape (..., heads, tokens, dim) do not have."""
+    heads = shape[-3] if len(shape) > 2 else 0
+    if whole_heads and max(whole_heads) >= heads:
+        raise ValueError(
+            f"whole_heads must be below the heads of keys, {heads}, got {max(whole_heads)} for keys of shape {shape}"
+        )
 
 
 def check_query(query: torch.Tensor, keys: torch.Tensor | None) -> None:

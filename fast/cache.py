@@ -1,31 +1,27 @@
 """The online cache on torch tensors."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import check_append, check_integer, check_keep_ratio, check_method, entries_of_chunk
+from .arguments import check_integer, check_keep_ratio, check_method, entries_of_chunk
 from .backends import AnyBackend
-from .clustered_attention import clustered_attention
+from .entry_cache import UNDO_TOKENS, EntryCache
 from .memory.ordinary import on_ordinary_tensors
 from .memory.overwritten import Overwritten, keep
-from .memory.room import move_to_room, with_room
+from .memory.room import move_to_room
 from .memory.span_merging import merge_spans
 from .memory.spans import SpanPlan, SpanRules
-from .memory.work import ClusteringWork
 from .methods import Method
 from .soft_matching import SoftMatching
 
-__all__ = ["UNDO_TOKENS", "ClusteredCache"]
-
-# `crop` can take out an append of at most so many tokens, whatever was clustered because of them.
-UNDO_TOKENS = 256
+__all__ = ["ClusteredCache"]
 
 
-class ClusteredCache:
+class ClusteredCache(EntryCache):
     """A key-value cache in which centroids stand for old tokens: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
@@ -33,10 +29,8 @@ class ClusteredCache:
 
     Notes
     -----
-    Entries lie in memory with some room to grow (1 / 32 of them, at least one chunk): `nbytes` counts the entries,
-    `nbytes_reserved` the memory. A token is appended and a chunk clustered in place, without a copy of the body. So
-    `keys`, `values`, `counts` and what `append` returns are views that the next `append` may overwrite: clone what is
-    to be kept.
+    A token is appended and a chunk clustered in place, without a copy of the body; see `EntryCache` for what that
+    means for who holds on to its arrays.
 
     For `crop`, what the clustering of the last few tokens overwrote is kept until the next ones come;
     `nbytes_reserved` counts it. `spans` are the chunks of each span of the body.
@@ -50,8 +44,10 @@ class ClusteredCache:
         chunk_size: int = 64,
         n_sink: int = 4,
         n_recent: int = 64,
+        whole_heads: Sequence[int] = (),
         backend: AnyBackend = "auto",
     ) -> None:
+        super().__init__(whole_heads, least_room=chunk_size)
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
@@ -60,12 +56,8 @@ class ClusteredCache:
         self._rules = SpanRules(chunk_size, entries_of_chunk(keep_ratio, chunk_size), n_sink, n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
         self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
-        self.n_seen = 0
         self.spans: tuple[int, ...] = ()
-        self._n_stored = 0
-        self._held: tuple[Tensor, ...] | None = None  # keys, values, counts with room to grow
         self._overwritten: Overwritten | None = None  # by the last clustering
-        self.work = ClusteringWork()
 
     @property
     def n_clustered(self) -> int:
@@ -77,36 +69,9 @@ class ClusteredCache:
         return len(self.spans) * self._rules.entries
 
     @property
-    def n_stored(self) -> int:
-        return self._n_stored
-
-    @property
-    def keys(self) -> Float[Tensor, "*lead entries dim"] | None:
-        return None if self._held is None else self._held[0][..., : self.n_stored, :]
-
-    @property
-    def values(self) -> Float[Tensor, "*lead entries dim_value"] | None:
-        return None if self._held is None else self._held[1][..., : self.n_stored, :]
-
-    @property
-    def counts(self) -> Int32[Tensor, "*lead entries"] | None:
-        return None if self._held is None else self._held[2][..., : self.n_stored, 0]
-
-    @property
-    def n_rows(self) -> int:
-        """Size of the first leading axis; 0 at first."""
-        return 0 if self._held is None else len(self._held[0])
-
-    @property
-    def nbytes(self) -> int:
-        views = (self.keys, self.values, self.counts)
-        return sum(view.nbytes for view in views if view is not None)
-
-    @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, with room to grow and with what `crop` may need."""
-        for_crop = 0 if self._overwritten is None else self._overwritten.nbytes
-        return for_crop + sum(tensor.untyped_storage().nbytes() for tensor in self._held or ())
+        return super().nbytes_reserved + (0 if self._overwritten is None else self._overwritten.nbytes)
 
     @property
     def n_croppable(self) -> int:
@@ -114,37 +79,14 @@ class ClusteredCache:
         spans = self.spans if self._overwritten is None else self._overwritten.spans
         return self.n_seen - self._rules.least_seen(spans, self.n_seen)
 
-    def append(
-        self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the next tokens, then cluster every whole chunk that has left the recent window and keep the budget.
-
-        Returns keys, values and counts as they were just before this clustering, the new tokens last.
-        """
-        self.extend(keys, values)
-        keys, values, counts = self.keys, self.values, self.counts
-        if self._is_due:
-            keys, values, counts = keys.clone(), values.clone(), counts.clone()
-            self.cluster()
-        return keys, values, counts
-
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        check_append(keys, values, None if self._held is None else (self.keys, self.values))
-        keys, values = keys.detach(), values.detach()  # no graph may hold on to them
-        n_stored = self.n_stored + keys.shape[-2]
-        if self._held is None or n_stored > self._held[0].shape[-2]:
-            self._move_to_room_for(n_stored, (keys, values, keys[..., :1].to(torch.int32)))
-        for held, new in zip(self._held[:2], (keys, values), strict=True):
-            held[..., self.n_stored : n_stored, :] = new
-        self._held[2][..., self.n_stored : n_stored, :] = 1
-        self.n_seen += keys.shape[-2]
-        self._n_stored = n_stored
+        super().extend(keys, values)
         self._overwritten = None
 
     def cluster(self) -> None:
         """The second half of `append`: cluster every whole chunk that has left the recent window, keep the budget."""
-        if not self._is_due:
+        if not self.is_due:
             return
         begun = time.perf_counter()
         leaving = self._leaving
@@ -156,7 +98,7 @@ class ClusteredCache:
         plan = self._rules.plan(self.spans, leaving // self.chunk_size, n_recent)
         if leaving < UNDO_TOKENS + self.chunk_size:
             self._overwritten = self._what_is_overwritten(plan, start, stop)
-        if leaving and self._rules.entries < self.chunk_size:
+        if leaving and self._rules.entries < self.chunk_size and self._held[0].numel():
             self._compress(start, stop)
         if plan.rounds:
             self.work.add(*merge_spans(self._held, plan, self.n_sink, self._rules.entries), 0.0)
@@ -168,7 +110,7 @@ class ClusteredCache:
         self._n_stored = end + n_recent
         self.work.seconds += time.perf_counter() - begun
         if self._held[0].shape[-2] > self._with_room(self.n_stored + self.chunk_size):
-            self._move_to_room_for(self.n_stored, self._held)
+            self._move_to_room_for(self.n_stored)
 
     def crop(self, n_tokens: int) -> None:
         """Remove the last `n_tokens` tokens: the cache is then, bit for bit, as if they had never come.
@@ -196,19 +138,10 @@ class ClusteredCache:
         self._n_stored -= n_tokens
         self.cluster()
 
-    def attend(
-        self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
-    ) -> Float[Tensor, "*lead queries dim_value"]:
-        """Clustered attention of `query` (..., queries, dim) to all stored entries."""
-        if self.keys is None:
-            raise ValueError("attend needs at least one appended token, got an empty cache")
-        return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
-
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        if self._held is not None:
-            self._held = tuple(tensor.index_select(0, indices) for tensor in self._held)
+        super().select(indices)
         if self._overwritten is not None:
             self._overwritten = self._overwritten.select(indices)
 
@@ -217,18 +150,13 @@ class ClusteredCache:
 
         What `crop` would undo is not part of the state.
         """
-        if self._held is None:
-            return {}, {}
-        tensors = {"keys": self.keys, "values": self.values, "counts": self.counts}
-        numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered, "n_body": self.n_body}
-        return tensors, numbers
+        tensors, numbers = super().state()
+        return tensors, numbers | {"n_clustered": self.n_clustered, "n_body": self.n_body} if tensors else numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
+        super().restore(tensors, numbers)
         if tensors:
-            self.extend(tensors["keys"], tensors["values"])
-            self.counts.copy_(tensors["counts"])
-            self.n_seen = numbers["n_seen"]
             self.spans = tuple(numbers.get("spans", [1] * (numbers["n_clustered"] // self.chunk_size)))
 
     @property
@@ -238,7 +166,7 @@ class ClusteredCache:
         return max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
 
     @property
-    def _is_due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether there is something to cluster or to merge."""
         return self._leaving > 0 or self._rules.is_exceeded(self.n_stored)
 
@@ -271,13 +199,10 @@ class ClusteredCache:
         """Make the entries what they were before the last clustering."""
         n_before = overwritten.n_before(self.n_stored)
         if n_before > self._held[0].shape[-2]:
-            self._move_to_room_for(n_before, self._held)
+            self._move_to_room_for(n_before)
         overwritten.put_back(self._held, self.n_stored)
         self.spans, self._n_stored, self._overwritten = overwritten.spans, n_before, None
 
-    def _with_room(self, entries: int) -> int:
-        return with_room(entries, least=self.chunk_size)
-
-    def _move_to_room_for(self, entries: int, like: tuple[Tensor, ...]) -> None:
+    def _move_to_room_for(self, entries: int) -> None:
         """Move what is stored to memory with room for `entries` and some more."""
-        self._held = move_to_room(self._held, self.n_stored, like, self._with_room(entries))
+        self._held = move_to_room(self._held, self.n_stored, self._held, self._with_room(entries))

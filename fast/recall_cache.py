@@ -108,6 +108,16 @@ class RecallCache:
         return self.n_seen - self.settings.fewest_seen(self._before[0])
 
     @property
+    def width(self) -> int:
+        """Entries of each KV head, all of which several new tokens attend to."""
+        return self.n_stored
+
+    @property
+    def mean_entries(self) -> float:
+        """Entries per KV head."""
+        return self.n_stored
+
+    @property
     def n_rows(self) -> int:
         """Size of the first leading axis; 0 at first."""
         return 0 if self._held is None else len(self._held[0])

@@ -23,7 +23,7 @@ Beyond, ours:
 
 The cache as the paper has it, as far as that is known:
 
-13. `whole_heads`                     heads that keep every token (for any cache)
+13. `whole_heads`                     heads that keep every token (of caches 9 and 15)
 14. `pooled_matching`                 all chunks of a head compete for the merges
 15. `chelsea_cache`                   compressed to a budget of prompt and generation, when that is exceeded
 

@@ -56,7 +56,7 @@ class BoundedCache(ClusteredCache):
 
         What is returned holds all the new tokens, even beyond the budget.
         """
-        check_append(keys, values, self._first)
+        check_append(keys, values, (self.keys, self.values))
         super().append(keys[..., :0, :], values[..., :0, :])  # a first append sets shapes and dtypes
         seen = self._with(keys, values)
         for token in range(keys.shape[-2]):

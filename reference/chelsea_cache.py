@@ -47,8 +47,9 @@ class ChelseaCache(EntryCache):
     cache depends on how the tokens arrive: what comes in one append is clustered together. That is the opposite of
     `ClusteredCache`, whose bytes are the same for every split of the tokens.
 
-    Our choices, as the paper's text was not available to us: the value of g, that budgets are rounded up and never
-    below what must stay exact, and those of `pooled_matching`.
+    Our choices, as the paper's text was not available to us: the value of g, that sinks and recent tokens are part of
+    the budget and whole heads are not, that it is rounded up and never below what must stay exact, and those of
+    `pooled_matching`.
 
     Examples
     --------

@@ -39,7 +39,6 @@ class EntryCache:
         self.whole_keys: Float[np.ndarray, "*lead tokens dim"] | None = None
         self.whole_values: Float[np.ndarray, "*lead tokens dim_value"] | None = None
         self.n_seen = 0
-        self._first: tuple[np.ndarray | None, np.ndarray | None] = (None, None)  # no tokens, but shapes and dtypes
 
     @property
     def n_stored(self) -> int:
@@ -70,15 +69,13 @@ class EntryCache:
         ------
         ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
         """
-        check_append(keys, values, self._first)
+        check_append(keys, values, self.entries()[:2])
         check_heads(self.whole_heads, keys.shape)
         if self.keys is None:
-            self._first = keys[..., :0, :].copy(), values[..., :0, :].copy()
-            self.keys, self.values = self._first
+            self.keys, self.values = keys[..., :0, :], values[..., :0, :]
             if self.whole_heads:
-                (self.keys, self.whole_keys), (self.values, self.whole_values) = (
-                    apart(array, self.whole_heads) for array in self._first
-                )
+                self.keys, self.whole_keys = apart(self.keys, self.whole_heads)
+                self.values, self.whole_values = apart(self.values, self.whole_heads)
             self.counts = np.empty((*self.keys.shape[:-2], 0), dtype=np.int32)
         n_new = keys.shape[-2]
         if self.whole_heads:
@@ -104,9 +101,9 @@ class EntryCache:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         return clustered_attention(query, *self.entries(), scale=scale)
 
-    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys, values and counts of all heads in their order, (..., heads, entries, .); see `whole_heads.together`."""
-        if not self.whole_heads:
+    def entries(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """Keys, values, counts of all heads in their order, see `whole_heads.together`; None before the first."""
+        if self.whole_keys is None:
             return self.keys, self.values, self.counts
         stored = self.keys, self.values, self.counts
         return together(*stored, self.whole_keys, self.whole_values, self.whole_heads)

@@ -30,19 +30,19 @@ def compress_entries(
 ) -> tuple[
     Float32[np.ndarray, "*lead left dim"], Float32[np.ndarray, "*lead left dim_value"], Int32[np.ndarray, "*lead left"]
 ]:
-    """Keys, values and counts after steps of pooled matching, until every head has `target` entries, or has fewer.
+    """Keys, values and counts after steps of pooled matching, until every head has `target` entries.
 
     Parameters
     ----------
     keys, values, counts : entries as they are stored; each leading index is a head of its own.
-    target : at least 1.
+    target : at least 1; with no more entries than that they stay as they are.
     chunk_size : entries of a chunk, at least 2.
 
     Notes
     -----
     A step takes away `min(floor(entries / 2), entries - target)` entries. Their new keys and values are means of those
     before the step, weighted by counts, and are rounded to float32 in every step. Costs about `entries * chunk_size *
-    dim / 4` multiply-adds in the first step, at most twice that in all (theory/complexity).
+    dim / 4` multiply-adds in the first step, and about twice that in all, since entries halve (theory/complexity, C1).
 
     Examples
     --------

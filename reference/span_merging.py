@@ -1,8 +1,8 @@
 """Keeping within a budget: two neighbouring spans of the body become one.
 
 A span is what a chunk became, or two spans that were merged; all spans have the same number of entries. Merging the
-stored centroids of a bounded cache again and again, each by its count, is our choice, as is everything in this file: no
-paper defines it. It makes the body coarse where it is old and leaves it fine where it is young.
+two neighbours that cover the fewest tokens is our choice, from no paper. It makes the body coarse where it is old and
+leaves it fine where it is young. That stored entries are averaged by their counts is what `pooled_matching` does too.
 """
 
 import itertools
@@ -69,7 +69,11 @@ def merge_stored(
 ) -> tuple[
     Float32[np.ndarray, "*lead left dim"], Float32[np.ndarray, "*lead left dim_value"], Int32[np.ndarray, "*lead left"]
 ]:
-    """Keys, values and counts of the `n_left` new entries that stored ones belong to by their labels."""
+    """Keys, values and counts of `n_left` new entries; `labels` (..., entries) says to which each stored one belongs.
+
+    Counts are added; keys and values are means weighted by them, see `weighted_mean`. Every label from 0 to `n_left -
+    1` occurs in every leading index.
+    """
     lead = counts.shape[:-1]
     new_keys, new_values = (np.empty((*lead, n_left, x.shape[-1]), dtype=np.float32) for x in (keys, values))
     new_counts = np.zeros((*lead, n_left), dtype=np.int32)

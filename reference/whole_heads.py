@@ -29,9 +29,10 @@ def together(
     whole_values: Float[np.ndarray, "*lead whole tokens dim_value"],
     whole_heads: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys, values and counts of all heads in their order, (..., heads, tokens, .), which are at least the entries.
+    """Keys, values and counts of all heads in their order, (..., heads, tokens, .): one rectangle of the two.
 
-    The entries of the heads that are clustered come last, after zeros of count 0, which take no part in attention.
+    It is as long as a whole head, which has no fewer tokens than another one entries. The entries of the heads that are
+    clustered come last, after zeros of count 0, which take no part in attention. `whole_heads` ascend.
 
     >>> one, two = np.ones((1, 1, 1)), np.ones((1, 2, 1))
     >>> together(one, one, np.array([[2]]), two, two, [0])[2]

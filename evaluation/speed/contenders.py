@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
-from kvcluster.fast.huggingface.cache import ClusteredLayer
+from kvcluster.fast.huggingface.entry_layer import ClusteredLayer
 
 __all__ = ["CONTENDERS", "FullLayer", "filled", "stored_bytes"]
 

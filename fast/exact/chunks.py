@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-__all__ = ["CompressedChunks", "alternating_halves", "clustering_of_chunks", "count_members", "renumber"]
+__all__ = ["CompressedChunks", "alternating_halves", "clustering_of_chunks", "count_members", "join", "renumber"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +62,17 @@ def renumber(
     """
     sources, destinations = (part.to(destination.device) for part in alternating_halves(size))
     if best_first is None:
-        merged, joined = sources.expand(len(destination), -1), destinations[destination]
-    else:
-        best_first = best_first[:, :n_merged]
-        merged, joined = sources[best_first], destinations[destination.gather(-1, best_first)]
-    entries = torch.arange(size, device=destination.device).expand(len(destination), size)
-    cluster_of_entry = entries.scatter(-1, merged, joined)
+        return join(size, sources.expand(len(destination), -1), destinations[destination])
+    best_first = best_first[:, :n_merged]
+    return join(size, sources[best_first], destinations[destination.gather(-1, best_first)])
+
+
+def join(
+    size: int, sources: Int64[Tensor, "chunks merged"], destinations: Int64[Tensor, "chunks merged"]
+) -> Int64[Tensor, "chunks size"]:
+    """New entry of each of `size` old ones after each of `sources` has joined the destination at its place."""
+    entries = torch.arange(size, device=sources.device).expand(len(sources), size)
+    cluster_of_entry = entries.scatter(-1, sources, destinations)
     stays = cluster_of_entry == entries  # destinations, and sources that did not merge
     return (stays.cumsum(-1) - 1).gather(-1, cluster_of_entry)  # numbered again, in their old order
 

@@ -6,11 +6,15 @@ ever rounded in float64 (theory/exactness, claim E6): nearly all chunks of real 
 in order.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
-__all__ = ["certified_mean", "cluster_means", "ordered_mean", "ordered_sum", "sums_are_exact"]
+from .chunks import count_members
+
+__all__ = ["certified_mean", "cluster_means", "merge_stored", "ordered_mean", "ordered_sum", "sums_are_exact"]
 
 WORKING_BYTES = 2 * 2**20  # of float64 numbers that are added together
 
@@ -87,17 +91,12 @@ def cluster_means(
     labels = (labels + torch.arange(problems, device=keys.device)[:, None] * n_clusters).flatten()
     counts = torch.bincount(labels, minlength=problems * n_clusters)
     points = None if away_from is None else away_from.double().reshape(-1, dim)
-    pieces = zip(
-        *(x.split(max(1, WORKING_BYTES // (dim * torch.float64.itemsize))) for x in (rows, labels)), strict=True
-    )
     parts = (
         (into, part.double() if points is None else (part.double() - points.index_select(0, into)).abs())
-        for part, into in pieces
+        for part, into in in_pieces(rows, labels)
     )
     if keys.device.type == "cpu":
-        sums = torch.full((len(counts), dim), -0.0, dtype=torch.float64)  # only -0.0 + x is x for every x
-        for into, part in parts:
-            sums.index_add_(0, into, part)  # on the CPU: "in the order given in index"
+        sums = sum_on_the_cpu(parts, len(counts), dim)
         means = (sums / counts.clamp(min=1).unsqueeze(-1)).float()
         means = torch.where(counts.unsqueeze(-1) > 0, means, kept.reshape(means.shape))
     else:
@@ -106,3 +105,50 @@ def cluster_means(
         rows = torch.cat([part for _, part in parts])
         means[is_used] = ordered_mean(rows, (is_used.cumsum(0) - 1)[labels], counts[is_used])
     return counts.reshape(problems, n_clusters), means.reshape(kept.shape)
+
+
+def merge_stored(
+    keys: Float[Tensor, "problems entries dim"],
+    values: Float[Tensor, "problems entries dim_value"],
+    counts: Int32[Tensor, "problems entries"],
+    labels: Int64[Tensor, "problems entries"],
+    n_left: int,
+) -> tuple[
+    Float32[Tensor, "problems left dim"], Float32[Tensor, "problems left dim_value"], Int32[Tensor, "problems left"]
+]:
+    """Keys, values and counts of the `n_left` new entries that stored ones belong to by their labels.
+
+    Each new key and value is the mean of old ones, weighted by their counts, which are below 2**29: so no product with
+    a float32 number is rounded.
+    """
+    totals = torch.zeros(len(counts), n_left, dtype=counts.dtype, device=counts.device).scatter_add_(-1, labels, counts)
+    new_keys, new_values = (
+        (weighted_sum(array, counts, labels, n_left) / totals.unsqueeze(-1)).float() for array in (keys, values)
+    )
+    return new_keys, new_values, totals
+
+
+def weighted_sum(array: Tensor, counts: Tensor, labels: Tensor, n_left: int) -> Float64[Tensor, "problems left dim"]:
+    """Sum of each cluster's `count * entry`, in ascending order."""
+    problems, entries, dim = array.shape
+    weights = counts.double().unsqueeze(-1)
+    if array.device.type != "cpu":
+        return ordered_sum(array.double() * weights, labels, count_members(labels, n_left))
+    into = labels + torch.arange(problems)[:, None] * n_left
+    pieces = in_pieces(array.reshape(-1, dim), weights.reshape(-1, 1), into.flatten())
+    parts = ((into, rows.double() * weight) for rows, weight, into in pieces)
+    return sum_on_the_cpu(parts, problems * n_left, dim).reshape(problems, n_left, dim)
+
+
+def in_pieces(rows: Float[Tensor, "rows dim"], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`rows` and what belongs to them in pieces that need no more than WORKING_BYTES in float64."""
+    together = max(1, WORKING_BYTES // (rows.shape[-1] * torch.float64.itemsize))
+    return zip(*(x.split(together) for x in (rows, *others)), strict=True)
+
+
+def sum_on_the_cpu(parts: Iterable[tuple[Tensor, Tensor]], n_sums: int, dim: int) -> Float64[Tensor, "sums dim"]:
+    """Sums of all rows, in their order; `parts` are labels and the rows that they belong to."""
+    sums = torch.full((n_sums, dim), -0.0, dtype=torch.float64)  # only -0.0 + x is x for every x
+    for into, rows in parts:
+        sums.index_add_(0, into, rows)  # on the CPU: "in the order given in index"
+    return sums

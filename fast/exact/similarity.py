@@ -126,9 +126,10 @@ def certified_top(
     is_open &= is_unsafe | (last_in - first_out <= lead)
 
     chunk, source = (is_open & ~matches.is_scored).nonzero(as_tuple=True)
-    matches.similarity[chunk, source] = canonical_similarity(
-        sources[chunk, source], destinations[chunk, matches.destination[chunk, source]]
-    )
+    together = max(1, WORKING_BYTES // (sources.shape[-1] * torch.float64.itemsize))
+    for part in zip(chunk.split(together), source.split(together), strict=True):
+        pairs = sources[part], destinations[part[0], matches.destination[part]]
+        matches.similarity[part] = canonical_similarity(*pairs)
     matches.is_scored[chunk, source] = True
     certain = torch.where(matches.cosine >= last_in, 2.0, -2.0).double()  # beyond every similarity
     return torch.where(is_open, matches.similarity, certain).argsort(dim=-1, descending=True, stable=True)[:, :n_top]

@@ -75,7 +75,7 @@ class ModelCache(Cache):
 
     @property
     def n_stored(self) -> int:
-        """Entries held per KV head by the layer of ours that holds most; 0 for a model whose layers all slide."""
+        """Entries held per KV head that is not whole, by the layer of ours that holds most; 0 if all layers slide."""
         return max((layer.cache.n_stored for layer in self.own_layers), default=0)
 
     @property
@@ -189,13 +189,17 @@ class EntryLayer(AnyVersionLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.is_first = self.cache.n_seen == 0
-        width = self.cache.n_stored + key_states.shape[2]
+        width = self.cache.width + key_states.shape[2]
         self.cache.extend(key_states, value_states, self.padding)
         if self.is_first or (self.has_own_attention and self.attends(key_states.shape[2])):
             return key_states, value_states  # own attention does not use them
         if self.cache.is_padded:
-            return self.cache.side_by_side(width, "keys"), self.cache.side_by_side(width, "values")
+            return self.side_by_side(width, "keys"), self.side_by_side(width, "values")
         return self.held()
+
+    def side_by_side(self, width: int, name: str) -> Tensor:
+        """Keys or values of all rows of a batch with padding, (batch, kv_heads, width, dim), the last entries last."""
+        return self.cache.side_by_side(width, name)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values that new tokens attend to, themselves last."""
@@ -230,7 +234,7 @@ class EntryLayer(AnyVersionLayer):
 
     def mask_sizes(self, queries: int) -> tuple[int, int]:
         """Columns of the mask, and the position that its first must claim for the new tokens' columns to be right."""
-        return self.cache.n_stored + queries, self.cache.n_seen - self.cache.n_stored
+        return self.cache.width + queries, self.cache.n_seen - self.cache.width
 
     def get_max_length(self) -> int:
         return -1

@@ -21,7 +21,8 @@ class LayerReport:
     Attributes
     ----------
     layer : its index; kind : "clustered", "recalled", "dense" or "stock" (left to transformers, as sliding windows).
-    n_seen, n_stored : tokens seen, padding included; entries held per KV head, by the row that holds most.
+    n_seen, n_stored : tokens seen, padding included; entries held per KV head, by the row that holds most, with whole
+        heads the mean of all heads.
     nbytes, ratio : bytes of what is held; `n_stored / n_seen`.
     rescored : share of the clustering decisions that needed canonical scores; None before the first.
     seconds : time spent on clustering.
@@ -31,7 +32,7 @@ class LayerReport:
     layer: int
     kind: str
     n_seen: int
-    n_stored: int
+    n_stored: float
     nbytes: int
     ratio: float | None
     rescored: float | None
@@ -77,7 +78,7 @@ class CacheReport:
             table.add_row(
                 str(layer.layer),
                 layer.kind,
-                f"{layer.n_stored:,}",
+                f"{layer.n_stored:,.0f}",
                 f"{layer.nbytes:,}",
                 shown(layer.ratio, ".3f"),
                 shown(layer.rescored, ".2%"),
@@ -108,14 +109,14 @@ def report_layer(index: int, layer: Any) -> LayerReport:
     if isinstance(cache.caches[0], RecallCache):
         kind = "dense" if layer.is_dense else "recalled"
     tiers = sum((x.statistics for x in cache.caches if isinstance(x, TieredRecallCache)), TierStatistics())
-    work = cache.work
+    work, n_stored = cache.work, max((x.mean_entries for x in cache.caches), default=0)
     return LayerReport(
         index,
         kind,
         cache.n_seen,
-        cache.n_stored,
+        n_stored,
         cache.nbytes,
-        cache.n_stored / cache.n_seen if cache.n_seen else None,
+        n_stored / cache.n_seen if cache.n_seen else None,
         work.n_scored_rows / work.n_rows if work.n_rows else None,
         work.seconds,
         tiers.hit_rate if tiers.n_asked else None,

@@ -78,6 +78,11 @@ class RowGroups:
         return max((cache.n_stored for cache in self.caches), default=0)
 
     @property
+    def width(self) -> int:
+        """Entries of the KV head that has most of them: with whole heads the tokens of the longest row."""
+        return max((cache.width for cache in self.caches), default=0)
+
+    @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
         most = [
@@ -173,13 +178,17 @@ class RowGroups:
                 output[group.rows, :, real] = attended
         return torch.zeros_like(query) if output is None else output
 
-    def side_by_side(self, width: int, name: str) -> Tensor:
-        """`keys`, `values` or `counts` of all rows, (batch, kv_heads, width, ...): the last entries last, else 0."""
+    def side_by_side(self, width: int, name: str, of: Callable[[Any, str], Tensor] = getattr) -> Tensor:
+        """`keys`, `values` or `counts` of all rows, (batch, kv_heads, width, ...): the last entries last, else 0.
+
+        `of` gives those of a cache that holds tokens, of all its KV heads.
+        """
         example = self._examples[name]
         joined = example.new_zeros(self.n_rows, example.shape[1], width, *example.shape[3:])
         for group in self.groups:
             if group.cache.n_seen:
-                joined[group.rows, :, width - group.cache.n_stored :] = getattr(group.cache, name)
+                array = of(group.cache, name)
+                joined[group.rows, :, width - array.shape[2] :] = array
         return joined
 
     @property

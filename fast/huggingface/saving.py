@@ -25,7 +25,7 @@ from ..methods import method_of, spelled
 from ..soft_matching import SoftMatching
 from .hooks import attention_modules, check_model
 
-__all__ = ["fingerprint", "load_cache", "save_cache"]
+__all__ = ["fingerprint", "load_cache", "save_cache", "weights_digest"]
 
 FORMAT_VERSION = "1"
 CONFIG_FIELDS = (
@@ -191,13 +191,20 @@ def check_names(names: set[str], expected: set[str], path: str | Path) -> None:
 def fingerprint(model: Any) -> dict[str, Any]:
     """What tells `model` from others whose caches differ, as JSON has it.
 
-    Its type, dtype and the fields of its config that shape a cache; and a SHA-256 of some `SAMPLED` numbers, evenly
-    spaced, of each parameter of the first and of the last attention layer and of the embedding. Models that differ only
-    elsewhere are not told apart.
+    Its type, dtype and the fields of its config that shape a cache; and `weights_digest`.
     """
     config = model.config.get_text_config()
     fields = {"model_type": config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
     fields |= {name: getattr(config, name, None) for name in CONFIG_FIELDS}
+    return json.loads(json.dumps(fields | {"weights": weights_digest(model)}, default=plain))
+
+
+def weights_digest(model: Any, dtype: torch.dtype | None = None) -> str:
+    """A SHA-256 of some of the weights of `model`, as they are or as they would be in another `dtype`.
+
+    Of `SAMPLED` numbers, evenly spaced, of each parameter of the first and of the last attention layer and of the
+    embedding. Models that differ only elsewhere are not told apart.
+    """
     attention = attention_modules(model)
     sampled = [(f"{end}.{name}", x) for end in (0, -1) for name, x in sorted(attention[end].named_parameters())]
     sampled.append(("embedding", model.get_input_embeddings().weight))
@@ -206,8 +213,8 @@ def fingerprint(model: Any) -> dict[str, Any]:
         own = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model, this rank's part
         numbers = own.detach().flatten()
         step = -(-len(numbers) // SAMPLED) | 1  # odd, so that the columns of even matrices take turns
-        total.update(f"{name} {digest(numbers[::step].cpu())}\n".encode())
-    return json.loads(json.dumps(fields | {"weights": total.hexdigest()}, default=plain))
+        total.update(f"{name} {digest(numbers[::step].to(dtype or own.dtype).cpu())}\n".encode())
+    return total.hexdigest()
 
 
 def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

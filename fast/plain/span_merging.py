@@ -3,12 +3,11 @@
 Defined by `kvcluster.reference.span_merging`; the same bits.
 """
 
-import torch
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
-from ..exact.chunks import count_members, renumber
-from ..exact.mean import ordered_sum
+from ..exact.chunks import renumber
+from ..exact.mean import merge_stored
 from ..exact.similarity import certified_matches
 
 __all__ = ["merge_entries"]
@@ -29,8 +28,6 @@ def merge_entries(
     keys, values, counts = (x.flatten(0, len(lead) - 1) for x in (keys, values, counts))  # (problems, entries, dim)
     matches = certified_matches(keys[:, 0::2].float(), keys[:, 1::2].float())
     labels = renumber(matches.destination, None, size, size // 2)  # (problems, entries)
-    members, weights = count_members(labels, size // 2), counts.double().unsqueeze(-1)
-    totals = torch.zeros_like(counts[:, : size // 2]).scatter_add_(-1, labels, counts)
-    sums = (ordered_sum(array.double() * weights, labels, members) for array in (keys, values))
-    new_keys, new_values = ((total / totals.unsqueeze(-1)).float().unflatten(0, lead) for total in sums)
-    return new_keys, new_values, totals.unflatten(0, lead), int(matches.is_scored.sum())
+    merged = (x.unflatten(0, lead) for x in merge_stored(keys, values, counts, labels, size // 2))
+    new_keys, new_values, new_counts = merged
+    return new_keys, new_values, new_counts, int(matches.is_scored.sum())

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from kvcluster.cli import app
 from kvcluster.evaluation.demo import oracle
 from kvcluster.evaluation.demo import run as demo_run
-from kvcluster.fast.huggingface.cache import ClusteredLayer
+from kvcluster.fast.huggingface.entry_layer import ClusteredLayer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from inputs import DTYPES, make_keys, to_torch
 
 from kvcluster import fast, reference
-from kvcluster.fast.cache import UNDO_TOKENS
+from kvcluster.fast.entry_cache import UNDO_TOKENS
 from kvcluster.fast.memory.overwritten import Overwritten
 
 SMALL = {"keep_ratio": 0.5, "chunk_size": 6, "n_sink": 2, "n_recent": 3}

@@ -1,0 +1,55 @@
+"""The whole heads that ship with the package: `python benchmarks/tuning/run.py`.
+
+Each model of `MODELS` is tuned by `kvcluster tune`'s own code; of each result the heads, their shares and what they
+depend on go into `fast/huggingface/whole_heads.json`, which `known_whole_heads` reads.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
+
+from kvcluster.evaluation.tuning.run import Settings, run_tune
+
+__all__ = ["main", "shipped"]
+
+MODELS = ("smollm2",)
+RESULTS = Path(__file__).resolve().parent / "results"
+SHIPPED = ROOT / "fast" / "huggingface" / "whole_heads.json"
+FIELDS = ("name", "weights", "heads", "shares", "layers", "settings", "command", "kvcluster")
+
+
+def main() -> None:
+    """Measure, draw, ship."""
+    parser = argparse.ArgumentParser(description="The whole heads that ship with the package.")
+    parser.add_argument("--model", choices=MODELS, help="all of them without it")
+    parser.add_argument("--ship-only", action="store_true", help="measure nothing: write what ships, from the results")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    arguments = parser.parse_args()
+    chosen = MODELS if arguments.model is None else (arguments.model,)
+    for name in () if arguments.ship_only else chosen:
+        measured = ROOT / ".cache" / "tuning" / f"{name}.json"
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        settings = Settings(name, None, n_contexts=3, n_tokens=4096)
+        figure = ROOT / "docs" / "figures" / f"whole-heads-{name}.png"
+        run_tune(settings, json_path=measured, figure=figure, threads=arguments.threads)
+        shutil.copy(measured, RESULTS)
+    SHIPPED.write_text(shipped([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]))
+
+
+def shipped(results: list[dict[str, Any]]) -> str:
+    """The text of the file that ships: JSON, a result of `kvcluster tune` a line, with those fields that matter."""
+    lines = [json.dumps({name: result[name] for name in FIELDS}) for result in results]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+if __name__ == "__main__":
+    main()

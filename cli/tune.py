@@ -1,0 +1,45 @@
+"""`kvcluster tune`: which KV heads of a model look far back, so that they should keep every token."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .refusing import check_places, fail
+
+__all__ = ["tune"]
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder of a local model in transformers' format, or smollm2.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write the result here, and each context beside it; what is there is not read again."),
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where the figure is saved.")] = None,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts, of the first half of the text.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a context.")] = 4096,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+) -> None:
+    """Find the heads that should keep every token, from what the model looks back at when it reads a text again.
+
+    About a minute a context for SmolLM2-135M on one core. The result is for whole_heads_of(FILE, model).
+    """
+    try:
+        from kvcluster.evaluation.demo.figure import check_figure_path
+        from kvcluster.evaluation.errors import UnusableInputError
+        from kvcluster.evaluation.tuning.run import Settings, run_tune
+    except ModuleNotFoundError as error:
+        fail("tune", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
+
+    check_places("tune", json, None)
+    settings = Settings(model, None if text is None else str(text), n_contexts=contexts, n_tokens=tokens)
+    try:
+        if figure is not None:
+            check_figure_path(figure)
+        run_tune(settings, json_path=json, figure=figure, threads=threads)
+    except (UnusableInputError, ValueError) as error:
+        fail("tune", str(error))

@@ -1,0 +1,61 @@
+"""The figure of `kvcluster tune`: every KV head of a model, and which of them look far back."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+from matplotlib.patches import Rectangle
+
+from kvcluster.fast.huggingface.whole_heads import n_whole_by_default
+
+from ..colours import BLACK, VERMILION
+
+__all__ = ["draw_shares"]
+
+MOST_LABELS = 400  # cells; more would be too small for a number
+PERCENT_OF_WIDER = 10
+
+
+def draw_shares(
+    path: Path, shares: Float[np.ndarray, "layers kv_heads"], layers: list[int], heads: list[tuple[int, int]], name: str
+) -> None:
+    """Save a heat map of the share of each head, the first 4 % and 10 % of `heads` outlined.
+
+    Parameters
+    ----------
+    path : where the figure goes; its suffix says the format.
+    shares : of each head, in [0, 1].
+    layers : the index of each row of `shares` in the model.
+    heads : (layer, KV head), the most wanting first.
+    name : of the model.
+    """
+    n_layers, kv_heads = shares.shape
+    size = (max(7.5, 2.5 + 0.36 * n_layers), 2.6 + 0.36 * kv_heads)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    image = axis.imshow(shares.T, cmap="cividis", vmin=0, vmax=1)
+    for column, head in np.ndindex(shares.shape if shares.size <= MOST_LABELS else (0, 0)):
+        share = shares[column, head]
+        label, colour = f"{share:.2f}".replace("0.", "."), "black" if share > 0.5 else "white"
+        axis.text(column, head, label, ha="center", va="center", fontsize=6.5, color=colour)
+    n_first, n_wider = n_whole_by_default(len(heads)), len(heads) * PERCENT_OF_WIDER // 100
+    for place, (layer, head) in reversed(list(enumerate(heads[: max(n_first, n_wider)]))):
+        colour, width = (VERMILION, 2.5) if place < n_first else (BLACK, 1.5)
+        corner = layers.index(layer) - 0.46, head - 0.46
+        axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width))
+    axis.set_xticks(range(n_layers), [str(layer) for layer in layers])
+    axis.set_yticks(range(kv_heads))
+    axis.set(xlabel="layer", ylabel="KV head", title=f"{name}: which heads look back at old text?")
+    outlined = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=VERMILION, linewidth=2.5)]
+    labels = [f"the first 4 % of the heads ({n_first})"]
+    if n_wider > n_first:
+        outlined.append(Rectangle((0, 0), 1, 1, fill=False, edgecolor=BLACK, linewidth=1.5))
+        labels.append(f"up to 10 % ({n_wider})")
+    figure.legend(outlined, labels, loc="outside lower center", ncols=2, frameon=False)
+    bar = figure.colorbar(image, ax=axis, orientation="horizontal", location="top", aspect=60, shrink=0.8)
+    bar.set_label("share of old tokens that the head looks back at when the text is repeated")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

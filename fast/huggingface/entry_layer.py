@@ -1,0 +1,87 @@
+"""One layer whose cache holds entries with counts: a `ClusteredCache`, `BoundedCache` or `ChelseaCache`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..entry_cache import EntryCache
+from ..exact.entries import log_counts
+from .layers import EntryLayer
+
+__all__ = ["ClusteredLayer"]
+
+NAMES = ("keys", "values", "counts")
+
+
+class ClusteredLayer(EntryLayer):
+    """One layer; unless all layers are alike, transformers' one mask does not fit them all."""
+
+    def __init__(self, make: Callable[[], EntryCache], *, are_alike: bool) -> None:
+        self.make, self.are_alike = make, are_alike
+        super().__init__()
+
+    @property
+    def has_plain_mask(self) -> bool:
+        """Whether new tokens may attend to what is stored by transformers' mask as it is."""
+        has_whole_heads = bool(self.cache.caches[0].whole_heads) if self.cache.caches else False
+        return self.are_alike and not self.has_centroids and not self.cache.is_padded and not has_whole_heads
+
+    @property
+    def has_centroids(self) -> bool:
+        """Whether any entry stands for more than one token."""
+        return self.cache.n_stored < self.cache.n_seen
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self.side_by_side(self.cache.width, "keys") if self.cache.n_seen else self.cache.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        return self.side_by_side(self.cache.width, "values") if self.cache.n_seen else self.cache.values
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that new tokens attend to, themselves last, of all heads."""
+        return entries_of(self.cache.caches[0], "keys"), entries_of(self.cache.caches[0], "values")
+
+    def attends(self, queries: int) -> bool:
+        """A first call, and all calls without centroids, are left to transformers, so that their bits are stock's."""
+        return not self.is_first and not self.has_plain_mask
+
+    def attend_to(self, cache: EntryCache, query: Tensor, scale: float) -> Tensor:
+        output = cache.attend_rows(self.by_kv_head(query), queries=query.shape[2], scale=scale)
+        return output.reshape(*query.shape[:-1], -1)
+
+    def side_by_side(self, width: int, name: str) -> Tensor:
+        """Keys, values or counts of all rows and all heads, (batch, kv_heads, width, ...), the last entries last."""
+        if self.cache.is_padded:
+            return self.cache.side_by_side(width, name, entries_of)
+        return entries_of(self.cache.caches[0], name)
+
+    def mask_with_log_counts(self, mask: Tensor | None, queries: int, group: int) -> Tensor | None:
+        """`mask` (batch, 1, queries, entries + queries), float, for the next `queries` tokens, log counts added."""
+        if self.cache.n_seen == 0 or self.has_plain_mask:
+            return mask
+        counts = self.counts_with(queries)
+        bias = log_counts(counts).repeat_interleave(group, dim=1).unsqueeze(-2)  # (batch, heads, 1, entries + queries)
+        columns = counts.shape[-1]
+        is_later = torch.ones(queries, columns, dtype=torch.bool, device=bias.device).triu(columns - queries + 1)
+        return bias.masked_fill(is_later, -torch.inf).clamp(min=torch.finfo(bias.dtype).min)
+
+    def counts_with(self, queries: int) -> Tensor:
+        """Counts (batch, kv_heads, entries + queries) of what is stored and of the next tokens, 0 for padding."""
+        stored = self.side_by_side(self.cache.width, "counts")
+        if self.cache.is_padded:
+            padding = torch.tensor(self.padding, device=stored.device) - self.cache.n_seen  # among the next tokens
+            new = torch.arange(queries, device=stored.device) >= padding[:, None]  # (batch, queries)
+        else:
+            new = stored.new_ones(len(stored), queries)
+        return torch.cat([stored, new[:, None].expand(-1, stored.shape[1], -1).to(stored.dtype)], dim=-1)
+
+
+def entries_of(cache: EntryCache, name: str) -> Tensor:
+    """Keys, values or counts of all heads of a cache that holds tokens."""
+    entries: Any = cache.entries()
+    array: Tensor = entries[NAMES.index(name)]
+    return array
