@@ -38,6 +38,26 @@ CLAIMS: tuple[Claim, ...] = (
         ("complexity.checks.check_break_even", "complexity.checks.check_break_even_in_time"),
     ),
     Claim(
+        "C6",
+        "complexity",
+        "Pooled matching takes exactly as many operations as its closed form says, weighted means included",
+        ("complexity.pooled.check_pooled_counts",),
+    ),
+    Claim(
+        "C7",
+        "complexity",
+        "Pooled matching of n entries to t in chunks of c compares about c (n - t) / 2 pairs of keys, where a round of "
+        "k-means compares n t",
+        ("complexity.pooled.check_compared_pairs",),
+    ),
+    Claim(
+        "C8",
+        "complexity",
+        "While decoding, compressing every interval + 1 tokens costs about "
+        "(chunk_size + 12) / (8 group (interval + 1)) of what attention costs",
+        ("complexity.pooled.check_decoding", "complexity.pooled.check_decoding_share"),
+    ),
+    Claim(
         "P1",
         "partition",
         "If similarity falls with distance, no partition of a chunk with as many sources beats the alternating one",

@@ -171,7 +171,7 @@ def moving_windows(f: np.ndarray) -> np.ndarray:
 
     >>> moving_windows(np.array([2, 1]))
     array([[1, 1, 0],
-           [0, 1, 1]])
+           [1, 0, 1]])
     """
     tokens = len(f)
     drops = [*-np.diff(f), 0]

@@ -65,7 +65,10 @@ class Keys:
         merged = sorted(matches)[:n_merged]
         for _, source, destination in merged:
             tokens[destination] += tokens.pop(source)
-        return Step(tuple(tuple(sorted(cluster)) for cluster in tokens.values()), -sum(match[0] for match in merged))
+        return Step(
+            tuple(tuple(sorted(cluster)) for cluster in tokens.values()),
+            -sum((match[0] for match in merged), Fraction()),
+        )
 
 
 @dataclass(frozen=True)
