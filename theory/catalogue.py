@@ -38,6 +38,26 @@ CLAIMS: tuple[Claim, ...] = (
         ("complexity.checks.check_break_even", "complexity.checks.check_break_even_in_time"),
     ),
     Claim(
+        "C6",
+        "complexity",
+        "Pooled matching takes exactly as many operations as its closed form says, weighted means included",
+        ("complexity.pooled.check_pooled_counts",),
+    ),
+    Claim(
+        "C7",
+        "complexity",
+        "Pooled matching of n entries to t in chunks of c compares about c (n - t) / 2 pairs of keys, where a round of "
+        "k-means compares n t",
+        ("complexity.pooled.check_compared_pairs",),
+    ),
+    Claim(
+        "C8",
+        "complexity",
+        "While decoding, compressing every interval + 1 tokens costs about "
+        "(chunk_size + 12) / (8 group (interval + 1)) of what attention costs",
+        ("complexity.pooled.check_decoding", "complexity.pooled.check_decoding_share"),
+    ),
+    Claim(
         "P1",
         "partition",
         "If similarity falls with distance, no partition of a chunk with as many sources beats the alternating one",
@@ -91,6 +111,48 @@ CLAIMS: tuple[Claim, ...] = (
         "In SmolLM2 larger chunks leave less spread inside clusters, and rounds of two merges leave more than "
         "rounds that merge all they can",
         ("partition.optimal.check_chunks_and_rounds",),
+    ),
+    Claim(
+        "P9",
+        "partition",
+        "Theorem 6.1, as a digest has it, follows from P1; that no token is more similar than a neighbour is enough, "
+        "for the sum of the k best matches too",
+        ("partition.convexity.check_nearest_is_enough", "partition.convexity.check_convex_optima"),
+    ),
+    Claim(
+        "P10",
+        "partition",
+        "If similarity falls with distance and is convex, no partition has a larger sum over all pairs of a source and "
+        "a destination than the alternating one; falling alone is not enough",
+        (
+            "partition.convexity.check_all_pairs",
+            "partition.convexity.check_four_tokens",
+            "partition.convexity.check_moving_windows",
+        ),
+    ),
+    Claim(
+        "P11",
+        "partition",
+        "A step of pooled matching merges the most similarity that any number of merges in each chunk can; if no token "
+        "is more similar than a neighbour, no partitions with as many sources in each chunk do better",
+        (
+            "partition.pooled.check_pooled_cut",
+            "partition.pooled.check_pooled_partitions",
+            "partition.pooled.check_unlike_chunks",
+            "partition.pooled.check_oldest_first",
+        ),
+    ),
+    Claim(
+        "P12",
+        "partition",
+        "One step of alternation leaves the least spread, up to one cluster at the end of a chunk; over several steps "
+        "alternation is not optimal, convex similarity or not",
+        (
+            "partition.rounds.check_least_spread",
+            "partition.rounds.check_first_step",
+            "partition.rounds.check_runs",
+            "partition.rounds.check_rounds",
+        ),
     ),
     Claim(
         "M1",

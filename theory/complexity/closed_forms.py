@@ -1,4 +1,6 @@
-"""Closed forms of what every algorithm of the reference costs: README.md, claims C1 to C5."""
+"""Closed forms of what every algorithm of the reference costs: README.md, claims C1 to C8."""
+
+import itertools
 
 from kvcluster.reference.chunks import entries_of_chunk
 
@@ -15,6 +17,8 @@ __all__ = [
     "matching_bytes",
     "matching_operations",
     "merge_operations",
+    "pooled_bytes",
+    "pooled_operations",
     "round_sizes",
     "similarity_operations",
 ]
@@ -63,6 +67,38 @@ def matching_bytes(
 ) -> int:
     """Keys in, labels and counts (int64) out."""
     return problems * (tokens * dim * itemsize + 8 * (tokens + entries_after(tokens, keep_ratio, chunk_size)))
+
+
+def chunks_of(entries: int, chunk_size: int) -> list[int]:
+    """Entries of each chunk in which pooled matching compares: a last one may be shorter, one alone is none.
+
+    >>> chunks_of(9, 4), chunks_of(10, 4)
+    ([4, 4], [4, 4, 2])
+    """
+    whole, rest = divmod(entries, chunk_size)
+    return [chunk_size] * whole + [rest] * (rest >= 2)
+
+
+def pooled_operations(
+    entries: int, dim: int, dim_value: int, *, target: int, chunk_size: int, problems: int = 1
+) -> Operations:
+    """Pooled matching from `entries` to `target`, at least 1, weighted means of keys and values included."""
+    sizes = round_sizes(entries, target) if entries > target else [entries]
+    operations = Operations()
+    for before, after in itertools.pairwise(sizes):
+        for size in chunks_of(before, chunk_size):
+            sources, destinations = -(-size // 2), size // 2
+            operations += similarity_operations(sources, destinations, dim)
+            operations += Operations(comparisons=2 * sources * (destinations - 1), sorted=sources)
+        operations += merge_operations(before, after, dim + dim_value)
+        operations += Operations(multiplications=before * (dim + dim_value))  # by counts
+    return operations * problems
+
+
+def pooled_bytes(entries: int, dim: int, dim_value: int, *, target: int, problems: int = 1, itemsize: int = 4) -> int:
+    """Keys, values and counts (int32) in; keys and values in float32, and counts, out."""
+    left = min(entries, target)
+    return problems * (entries * ((dim + dim_value) * itemsize + 4) + left * ((dim + dim_value) * 4 + 4))
 
 
 def kmeans_operations(

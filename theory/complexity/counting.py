@@ -11,7 +11,6 @@ n ceil(log2 n). Not counted: copies, conversions, changes of sign, the refusal o
 """
 
 import contextlib
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ KIND_OF_UFUNC: dict[Any, str] = {
     **dict.fromkeys((np.exp, np.log), "exponentials"),
 }
 FREE_UFUNCS = (np.negative, np.absolute, np.isfinite, np.invert, np.logical_and, np.bitwise_and, np.bitwise_or)
-FREE_FUNCTIONS = (np.where, np.concatenate, np.swapaxes, np.moveaxis, np.broadcast_to, np.take_along_axis)
+FREE_FUNCTIONS = (np.where, np.concatenate, np.swapaxes, np.moveaxis, np.broadcast_to, np.take_along_axis, np.split)
 MAKERS = ("zeros", "empty", "full", "ones", "arange")
 
 
@@ -146,6 +145,8 @@ class CountingNumPy:
 
 
 def counted(result: Any) -> Any:
+    if isinstance(result, list):
+        return [counted(part) for part in result]
     return result.view(CountedArray) if isinstance(result, np.ndarray) else result
 
 
@@ -167,10 +168,16 @@ def counting() -> Iterator[Tally]:
         yield tally
 
 
+def parts_of(result: Any) -> list[Any]:
+    """An array, those of a tuple, or the attributes of a result."""
+    if isinstance(result, np.ndarray | tuple):
+        return list(result) if isinstance(result, tuple) else [result]
+    return list(vars(result).values())
+
+
 def count(function: Callable, *arrays: Any, **kwargs: Any) -> tuple[Operations, int, Any]:
     """The operations of `function(*arrays, **kwargs)`, bytes of the arrays that go in and come out, and its result."""
     with counting() as tally:
         result = function(*(counted(array) for array in arrays), **kwargs)
-    outputs = [result] if isinstance(result, np.ndarray) else list(vars(result).values())
-    moved = sum(array.nbytes for array in itertools.chain(arrays, outputs) if isinstance(array, np.ndarray))
+    moved = sum(array.nbytes for array in (*arrays, *parts_of(result)) if isinstance(array, np.ndarray))
     return Operations(**tally.operations), moved, result
