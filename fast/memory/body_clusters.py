@@ -79,14 +79,18 @@ class BodyClusters:
         first_token = self.n_tokens + torch.arange(segments, device=keys.device) * size
         members = (clusters.members.unflatten(0, (problems, segments)) + first_token[:, None]).flatten(1)
 
-        self.counts = longer(self.counts, fitted.counts.reshape(problems, -1))
+        self.counts = longer(self.counts, fitted.counts.reshape(problems, segments * n_clusters))
         self.first_member = self.counts.cumsum(dim=-1) - self.counts
         self.members = longer(self.members, members)
         old_features = None if self.scored is None else self.scored.features
-        self.scored = score_clusters(longer(old_features, features.reshape(problems, -1, 2 * dim)), self.counts)
+        self.scored = score_clusters(
+            longer(old_features, features.reshape(problems, segments * n_clusters, 2 * dim)), self.counts
+        )
         if self.settings.centroids_for_rest:
             means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, self.backend)
-            self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
+            self.value_centroids = longer(
+                self.value_centroids, means.reshape(problems, segments * n_clusters, means.shape[-1])
+            )
         self.n_tokens += segments * size
         self.work.add(fitted.n_rows, fitted.n_scored_rows, time.perf_counter() - begun)
         return members - (self.n_tokens - segments * size)
