@@ -1,7 +1,7 @@
 """The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
 
 from dataclasses import asdict
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -65,7 +65,7 @@ class RecallCache:
         self._begin(RecallSettings(*sizes, *clustering, is_per_query_head, is_exact_counted), backend)
 
     @classmethod
-    def as_published(cls, *, budget: int, seed: int = 0, backend: AnyBackend = "auto") -> Self:
+    def as_published(cls, *, budget: int, seed: int = 0, backend: AnyBackend = "auto") -> "RecallCache":
         """An empty cache with the settings of the paper, see `kvcluster.reference.RecallCache.as_published`."""
         return cls(**asdict(RecallSettings.as_published(budget=budget, seed=seed)), backend=backend)
 
@@ -260,7 +260,7 @@ class RecallCache:
 
     def _take(self, query: Tensor) -> list[Tensor] | None:
         """Tokens taken of each cluster by each choice, see `BodyClusters.take`; None while there is no body."""
-        return None if self.n_clustered == 0 else self.body.take(query, self._n_exact)
+        return None if self.n_clustered == 0 else self.body.take(query, self.settings.budget_of_body(self._n_exact))
 
     def _step(self, taken: list[Tensor] | None) -> RecallStep:
         """A step that takes these tokens."""

@@ -4,7 +4,6 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Int64
@@ -96,7 +95,7 @@ class TieredRecallCache(RecallCache):
         folder: str | Path | None = None,
         n_steps: int = 1,
         backend: AnyBackend = "auto",
-    ) -> Self:
+    ) -> "TieredRecallCache":
         """As `RecallCache.as_published`, in two tiers; the paper's R is 1."""
         settings = RecallSettings.as_published(budget=budget, seed=seed)
         return cls(settings, folder=folder, n_steps=n_steps, backend=backend)

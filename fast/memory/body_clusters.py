@@ -116,12 +116,11 @@ class BodyClusters:
         self.restore({name: array.clone() for name, array in kept.items()} if n_clusters else {})
         return places
 
-    def take(self, query: Float[Tensor, "problems group dim"], n_exact: int) -> list[Tensor]:
-        """Tokens taken of each cluster (problems, clusters), beside `n_exact` sinks and recent ones.
+    def take(self, query: Float[Tensor, "problems group dim"], budget: int) -> list[Tensor]:
+        """Tokens taken of each cluster (problems, clusters), `budget` or all.
 
         One for the whole group, or with `is_per_query_head` one for each query: see `choosing_together`.
         """
-        budget = self.settings.budget_of_body(n_exact)
         queries = self.choosing_together(query)
         if budget >= self.n_tokens:
             return [self.counts] * len(queries)

@@ -1,7 +1,6 @@
 """The settings of a recall cache, and what follows from them: which tokens are clustered together, and when."""
 
 from dataclasses import dataclass
-from typing import Self
 
 from ..arguments import check_integer, check_seed, check_share
 
@@ -27,7 +26,7 @@ class RecallSettings:
     is_exact_counted: bool = True
 
     @classmethod
-    def as_published(cls, *, budget: int, seed: int = 0) -> Self:
+    def as_published(cls, *, budget: int, seed: int = 0) -> "RecallSettings":
         """Those of the paper, see `kvcluster.reference.RecallCache.as_published`."""
         return cls(
             budget=budget,

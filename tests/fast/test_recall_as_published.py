@@ -90,9 +90,11 @@ def test_numpy_torch_and_cpp_recall_the_same_with_any_of_the_options(
 def test_the_preset_is_what_the_paper_states():
     """A prompt whole in L / 80 clusters, 320 tokens in 4 more, no recent ones but those that wait."""
     cache = fast.RecallCache.as_published(budget=64, seed=3)
-    stated = {"n_sink": 16, "tokens_per_cluster": 80, "segment_size": 320, "prompt_segment_size": None, "spread": 0.0}
-    assert stated.items() <= vars(cache.settings).items()
-    assert (cache.settings.init_seed, cache.settings.is_per_query_head, cache.settings.is_centred) == (3, True, False)
+    clustering = {"n_sink": 16, "tokens_per_cluster": 80, "segment_size": 320, "prompt_segment_size": None}
+    clustering |= {"max_iter": 1000, "is_centred": False, "init_seed": 3}
+    recall = {"n_recent": 0, "spread": 0.0, "centroids_for_rest": False}
+    recall |= {"is_per_query_head": True, "is_exact_counted": False}
+    assert vars(cache.settings) == {"budget": 64, **clustering, **recall}
     arrays = tokens_of(0, 816 + 320, lead=(1,))
     for token in (816, *range(817, 816 + 320)):
         start = 0 if token == 816 else token - 1
