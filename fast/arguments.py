@@ -21,6 +21,7 @@ __all__ = [
     "check_method",
     "check_query",
     "check_scored",
+    "check_seed",
     "check_shape",
     "check_share",
     "check_whole_heads",
@@ -98,6 +99,13 @@ def check_integer(name: str, value: int, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Refuse what is not an integer of 32 bits."""
+    check_integer(name, seed, least=0)
+    if seed >= 2**32:
+        raise ValueError(f"{name} must be below 2**32, got {seed}")
 
 
 def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> None:

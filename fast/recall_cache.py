@@ -1,5 +1,6 @@
 """The recall cache on torch tensors: all tokens are kept and clustered as they arrive, few are attended to."""
 
+from dataclasses import asdict
 from typing import ClassVar
 
 import torch
@@ -7,13 +8,14 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from .arguments import check_append, check_half_range, check_integer, check_query
-from .backends import AnyBackend, cell, choose
+from .backends import AnyBackend, choose
 from .exact.clusters import Clusters
-from .exact.entries import Reached, entries_at, places_of, rows_of
+from .exact.entries import Reached, rows_of
 from .memory.body_clusters import BodyClusters
 from .memory.ordinary import on_ordinary_tensors
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
+from .memory.step import RecallStep
 from .memory.work import ClusteringWork
 from .selection import Selection
 
@@ -53,10 +55,19 @@ class RecallCache:
         is_centred: bool = False,
         spread: float = 0.5,
         centroids_for_rest: bool = False,
+        init_seed: int | None = None,
+        is_per_query_head: bool = False,
+        is_exact_counted: bool = True,
         backend: AnyBackend = "auto",
     ) -> None:
         sizes = budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size
-        self._begin(RecallSettings(*sizes, max_iter, is_centred, spread, centroids_for_rest), backend)
+        clustering = max_iter, is_centred, spread, centroids_for_rest, init_seed
+        self._begin(RecallSettings(*sizes, *clustering, is_per_query_head, is_exact_counted), backend)
+
+    @classmethod
+    def as_published(cls, *, budget: int, seed: int = 0, backend: AnyBackend = "auto") -> "RecallCache":
+        """An empty cache with the settings of the paper, see `kvcluster.reference.RecallCache.as_published`."""
+        return cls(**asdict(RecallSettings.as_published(budget=budget, seed=seed)), backend=backend)
 
     def _begin(self, settings: RecallSettings, backend: AnyBackend) -> None:
         self.settings, self.backend = settings, backend
@@ -150,6 +161,7 @@ class RecallCache:
         n_seen = self.n_seen + keys.shape[-2]
         if self._held is None:
             self.body.backend = self._step_backend(keys, values)
+            self.body.n_heads = 1 if keys.ndim == 2 else keys.shape[-3]
         if self._held is None or n_seen > self._held[0].shape[-2]:
             self._move_to_room_for(n_seen, (keys, values))
         for held, new in zip(self._held, (keys, values), strict=True):
@@ -204,30 +216,22 @@ class RecallCache:
     def select_clusters(self, query: Float[Tensor, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
         check_query(query, None if self._held is None else self.stored[0])
-        return None if self.n_clustered == 0 else Selection(self._with_leads(self._take(query)))
+        taken = self._take(self._flat(query.detach()))
+        return None if taken is None else Selection(self._with_leads(self.body.joined(taken)))
 
     def attend(
         self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
     ) -> Float[Tensor, "*lead group dim_value"]:
         """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
         check_query(query, None if self._held is None else self.stored[0])
-        taken = None if self.n_clustered == 0 else self._take(query)
-        output: Tensor = cell("attend_recalled", self.body.backend)(
-            self._flat(query.detach()),
-            self._reached(taken),
-            taken,
-            self._n_recalled,
-            self.body.rest(taken),
-            query.shape[-1] ** -0.5 if scale is None else scale,
-        )
+        flat = self._flat(query.detach())
+        output = self._step(self._take(flat)).attend(flat, query.shape[-1] ** -0.5 if scale is None else scale)
         return output.reshape(*query.shape[:-1], output.shape[-1])
 
     def entries(self, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and counts (..., entries, .) of what is attended to: sinks, recent tokens, what is recalled."""
-        taken = None if selection is None else selection.taken.reshape(-1, self.body.n_clusters)
-        reached, rest = self._reached(taken), self.body.rest(taken)
-        entries = entries_at(reached.keys, reached.values, places_of(reached, taken, self._n_recalled), rest)
-        keys, values, counts = map(self._with_leads, entries)
+        taken = None if selection is None else self.body.parted(selection.taken)
+        keys, values, counts = map(self._with_leads, self._step(taken).entries())
         return keys, values, counts
 
     @on_ordinary_tensors
@@ -268,21 +272,22 @@ class RecallCache:
         for held in map(self._flat, self._held):
             held[:, start : start + places.shape[1]] = rows_of(held, start + places)
 
-    def _take(self, query: Tensor) -> Int64[Tensor, "problems clusters"]:
-        return self.body.take(self._flat(query.detach()), self.settings.budget - self._n_exact)
+    def _take(self, query: Tensor) -> list[Tensor] | None:
+        """Tokens taken of each cluster by each choice, see `BodyClusters.take`; None while there is no body."""
+        return None if self.n_clustered == 0 else self.body.take(query, self.settings.budget_of_body(self._n_exact))
+
+    def _step(self, taken: list[Tensor] | None) -> RecallStep:
+        """A step that takes these tokens."""
+        n_recalled = min(self.settings.budget_of_body(self._n_exact), self.n_clustered)
+        return RecallStep(self.body, self._reached(taken), taken, n_recalled)
 
     @property
     def _n_exact(self) -> int:
         """Tokens that are always attended to: sinks and recent ones."""
         return self.n_seen - self.n_clustered
 
-    @property
-    def _n_recalled(self) -> int:
-        """Tokens of the body that a step attends to."""
-        return min(self.settings.budget - self._n_exact, self.n_clustered)
-
-    def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> Reached:
-        """Where a step that takes so many tokens of each cluster finds them."""
+    def _reached(self, taken: list[Tensor] | None) -> Reached:
+        """Where a step that takes these tokens finds them."""
         first_row = None if taken is None else self.body.first_member
         keys, values = map(self._flat, self._held)
         return Reached(keys, values, first_row, self.settings.n_sink, self.n_clustered, self._n_exact)

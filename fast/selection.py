@@ -23,10 +23,10 @@ class Selection:
 
     def tokens(self, clusters: Clusters) -> Int64[Tensor, "*lead recalled"]:
         """Indices of the recalled tokens, cluster after cluster, ascending inside each; shorter lists end with -1."""
-        lead = self.taken.shape[:-1]
-        members, first_member, taken = (
-            x.reshape(lead.numel(), x.shape[-1]) for x in (clusters.members, clusters.first_member, self.taken)
-        )
+        lead, arrays = self.taken.shape[:-1], [clusters.members, clusters.first_member]
+        if self.taken.ndim > clusters.labels.ndim:  # query heads that took of the same clusters
+            arrays = [x.unsqueeze(-2).expand(*lead, -1) for x in arrays]
+        members, first_member, taken = (x.reshape(lead.numel(), x.shape[-1]) for x in (*arrays, self.taken))
         places = recalled_places(first_member, taken)
         tokens = members.gather(1, places.clamp(min=0)) if members.shape[1] else places
         return torch.where(places < 0, -1, tokens).reshape(*lead, places.shape[1])

@@ -86,6 +86,20 @@ class TieredRecallCache(RecallCache):
         self.statistics = TierStatistics()
         self._near: FastTier | None = None
 
+    @classmethod
+    def as_published(
+        cls,
+        *,
+        budget: int,
+        seed: int = 0,
+        folder: str | Path | None = None,
+        n_steps: int = 1,
+        backend: AnyBackend = "auto",
+    ) -> "TieredRecallCache":
+        """As `RecallCache.as_published`, in two tiers; the paper's R is 1."""
+        settings = RecallSettings.as_published(budget=budget, seed=seed)
+        return cls(settings, folder=folder, n_steps=n_steps, backend=backend)
+
     @property
     def nbytes_reserved(self) -> int:
         return self.body.nbytes + (0 if self._near is None else sum(array.nbytes for array in self._near.held))
@@ -134,15 +148,17 @@ class TieredRecallCache(RecallCache):
         elif self._near is not None and n_tokens > 0:
             self._near.keep(self._before[1], min(self.settings.n_sink, self.n_seen))
 
-    def _with_clusters_of(self, taken: Int64[Tensor, "problems clusters"] | None) -> "FastTier":
+    def _with_clusters_of(self, choices: list[Tensor] | None) -> "FastTier":
         """The fast tier, once all that this step attends to lies there."""
         if self._near is None:
             self._near = FastTier(self._held, self.device, self.settings.budget)
         near, n_exact, problems = self._near, self.n_seen - self.n_clustered, len(self._flat(self._held[0]))
         counts, first_member, n_sink = self.body.counts, self.body.first_member, self.settings.n_sink
-        if taken is None:
-            taken = counts = first_member = torch.zeros(problems, 0, dtype=torch.int64, device=self.device)
-        sizes = near.replace(taken > 0, counts, self.n_steps, self.statistics)
+        if choices is None:
+            counts = first_member = torch.zeros(problems, 0, dtype=torch.int64, device=self.device)
+            choices = [counts]
+        asked = torch.stack(choices).amax(dim=0) > 0  # by any query head
+        sizes = near.replace(asked, counts, self.n_steps, self.statistics)
         near.make_room(n_exact, sizes)
         rows = torch.arange(near.first_new_exact(self.n_clustered, n_sink), n_exact, device=self.device)
         slow_rows = torch.where(rows < n_sink, rows, rows + self.n_clustered)
@@ -152,7 +168,7 @@ class TieredRecallCache(RecallCache):
         self.statistics.nbytes_moved += int(sizes.sum()) * near.nbytes_of_token
         return near
 
-    def _reached(self, taken: Int64[Tensor, "problems clusters"] | None) -> Reached:
+    def _reached(self, taken: list[Tensor] | None) -> Reached:
         near = self._with_clusters_of(taken)
         keys, values = near.held
         # exact rows come first there, then clusters

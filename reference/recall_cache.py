@@ -1,12 +1,13 @@
 """The recall cache: all tokens are kept and clustered as they arrive, few are attended to (ClusterKV)."""
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int64
 
-from .arguments import check_append, check_attention, check_half_range, check_integer, check_share
+from .arguments import check_append, check_attention, check_half_range, check_integer, check_seed, check_share
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, kmeans
 from .recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
+from .sampling import sample_tokens
 from .segments import SegmentPlan
 from .selection import Selection, select_clusters
 
@@ -33,6 +34,11 @@ class RecallCache:
     max_iter, is_centred : as in `kmeans`.
     spread : as in `select_clusters`.
     centroids_for_rest : as in `recall_attention`.
+    init_seed : the `init` of `kmeans` is a random sample of the segment's tokens, see `sample_tokens`; from 0 to
+        2**32 - 1. None: evenly spaced tokens.
+    is_per_query_head : each query head of a group recalls with a budget of its own; else the group does together.
+    is_exact_counted : sinks and recent tokens count in the budget. If not, `budget` tokens are recalled beside them;
+        it need only be 1 then, and `segment_size` is 320 by default.
 
     Attributes
     ----------
@@ -51,9 +57,8 @@ class RecallCache:
     it is linear in the number of tokens.
 
     From the paper (arXiv:2412.03213, DAC 2025): 16 sinks; a prompt of L tokens in L / 80 clusters; every 320 generated
-    tokens clustered alone into 4 new clusters, older ones never changed. That is `tokens_per_cluster=80,
-    segment_size=320, prompt_segment_size=None, spread=0` and one query head per KV head. Its budget does not count
-    sinks and recent tokens, ours does. The defaults are our choice.
+    tokens clustered alone into 4 new clusters, older ones never changed. `as_published` has all its settings. The
+    defaults are our choice.
 
     Examples
     --------
@@ -81,11 +86,18 @@ class RecallCache:
         is_centred: bool = False,
         spread: float = 0.5,
         centroids_for_rest: bool = False,
+        init_seed: int | None = None,
+        is_per_query_head: bool = False,
+        is_exact_counted: bool = True,
     ) -> None:
-        self.plan = SegmentPlan(budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size)
+        sizes = budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size
+        self.plan = SegmentPlan(*sizes, is_exact_counted)
         check_integer("max_iter", max_iter, least=1)
         check_share("spread", spread)
+        if init_seed is not None:
+            check_seed("init_seed", init_seed)
         self.max_iter, self.is_centred = max_iter, is_centred
+        self.init_seed, self.is_per_query_head = init_seed, is_per_query_head
         self.spread, self.centroids_for_rest = spread, centroids_for_rest
         self.keys: Float[np.ndarray, "*lead tokens dim"] | None = None
         self.values: Float[np.ndarray, "*lead tokens dim_value"] | None = None
@@ -93,6 +105,37 @@ class RecallCache:
         self.deviations: Float32[np.ndarray, "*lead clusters dim"] | None = None
         self.n_seen = 0
         self.n_clustered = 0
+
+    @classmethod
+    def as_published(cls, *, budget: int, seed: int = 0) -> "RecallCache":
+        """An empty cache with the settings of the paper (arXiv:2412.03213, DAC 2025), for measurements beside ours.
+
+        Parameters
+        ----------
+        budget : tokens recalled per query head, at least 1. As in the paper, sinks and tokens that wait for a cluster,
+            at most 16 + 320, are attended to beside them and are not counted.
+        seed : `init_seed`.
+
+        Notes
+        -----
+        Stated there: 16 sinks, a prompt of L tokens in L / 80 clusters, 320 generated tokens at a time in 4 more, a
+        random sample as first centroids, rounds until the labels repeat, scores `q . centroid`. Reported of its code:
+        selection per query head. Our choices: `ceil((L - 16) / 80)`; no recent tokens but those that wait;
+        `max_iter=1000`, which only rounds that never repeat would reach. docs/papers.md has it row by row, with what a
+        whole model adds.
+        """
+        return cls(
+            budget=budget,
+            n_recent=0,
+            tokens_per_cluster=80,
+            segment_size=320,
+            prompt_segment_size=None,
+            max_iter=1000,
+            spread=0.0,
+            init_seed=seed,
+            is_per_query_head=True,
+            is_exact_counted=False,
+        )
 
     @property
     def n_stored(self) -> int:
@@ -139,7 +182,8 @@ class RecallCache:
         start = self.plan.n_sink + self.n_clustered
         keys = self.keys[..., start : start + size, :]
         n_clusters = self.plan.n_clusters(size)
-        fitted = kmeans(keys, n_clusters=n_clusters, max_iter=self.max_iter, is_centred=self.is_centred)
+        init = None if self.init_seed is None else self._sample(keys, n_clusters)
+        fitted = kmeans(keys, n_clusters=n_clusters, init=init, max_iter=self.max_iter, is_centred=self.is_centred)
         deviations = round_to_bfloat16(mean_deviations(keys, fitted))
         new = Clusters(fitted.labels, fitted.counts, round_to_bfloat16(fitted.centroids))
         self.n_clustered += size
@@ -154,19 +198,28 @@ class RecallCache:
         )
         self.deviations = np.concatenate([self.deviations, deviations], axis=-2)
 
+    def _sample(self, keys: np.ndarray, n_clusters: int) -> Int64[np.ndarray, "*lead n_clusters"]:
+        """Where k-means of a segment's keys begins: the last leading index is the head, the others draw alike."""
+        *lead, size, _ = keys.shape
+        heads = range(lead[-1] if lead else 1)
+        drawn = [sample_tokens(size, n_clusters, seed=self.init_seed, head=i, start=self.n_clustered) for i in heads]
+        of_heads = np.array(drawn, dtype=np.int64).reshape(*lead[-1:], n_clusters)
+        return np.broadcast_to(of_heads, (*lead, n_clusters))
+
     def select_clusters(self, query: Float[np.ndarray, "*lead group dim"]) -> Selection | None:
-        """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
+        """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body.
+
+        With `is_per_query_head`, `taken` is (..., group, clusters).
+        """
         self._check_query(query)
         if self.clusters is None:
             return None
-        return select_clusters(
-            query,
-            self.clusters.centroids,
-            self.clusters.counts,
-            budget=self.plan.budget - (self.n_seen - self.n_clustered),
-            deviations=self.deviations,
-            spread=self.spread,
-        )
+        scored = self.clusters.centroids, self.clusters.counts, self.deviations
+        if self.is_per_query_head:
+            scored = self._for_query_heads(query.shape[-2], *scored)
+            query = query[..., None, :]  # (..., group, 1, dim)
+        budget = self.plan.budget_of_body(self.n_seen - self.n_clustered)
+        return select_clusters(query, *scored[:2], budget=budget, deviations=scored[2], spread=self.spread)
 
     def attend(
         self, query: Float[np.ndarray, "*lead group dim"], *, scale: float | None = None
@@ -177,26 +230,41 @@ class RecallCache:
         ------
         ValueError : nothing appended yet; else as `select_clusters`.
         """
-        return clustered_attention(query, *self.entries(self.select_clusters(query)), scale=scale)
+        selection = self.select_clusters(query)
+        if selection is None or not self.is_per_query_head:
+            return clustered_attention(query, *self.entries(selection), scale=scale)
+        return clustered_attention(query[..., None, :], *self.entries(selection), scale=scale)[..., 0, :]
 
     def entries(self, selection: Selection | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keys, values and counts of what is attended to: sinks, recent tokens, then what `recalled_entries` gives."""
-        n_sink = self.plan.n_sink
+        """Keys, values and counts of what is attended to: sinks, recent tokens, then what `recalled_entries` gives.
+
+        They have the leading axes of `selection`, so with `is_per_query_head` those of each query head.
+        """
+        n_sink, keys, values, clusters = self.plan.n_sink, self.keys, self.values, self.clusters
+        if self.is_per_query_head and selection is not None:
+            group = selection.taken.shape[-2]
+            keys, values = self._for_query_heads(group, keys, values)
+            clusters = Clusters(*self._for_query_heads(group, clusters.labels, clusters.counts, clusters.centroids))
         body = slice(n_sink, n_sink + self.n_clustered)
         exact = np.r_[: min(n_sink, self.n_seen), body.stop : max(body.stop, self.n_seen)]
         entries = (
-            self.keys[..., exact, :],
-            self.values[..., exact, :],
-            np.ones((*self.keys.shape[:-2], len(exact)), int),
+            keys[..., exact, :],
+            values[..., exact, :],
+            np.ones((*keys.shape[:-2], len(exact)), int),
         )
         if selection is None:
             return entries
-        keys, values = self.keys[..., body, :], self.values[..., body, :]
-        value_centroids = mean_of_members(values, self.clusters) if self.centroids_for_rest else None
-        recalled = recalled_entries(keys, values, self.clusters, selection, value_centroids)
+        keys, values = keys[..., body, :], values[..., body, :]
+        value_centroids = mean_of_members(values, clusters) if self.centroids_for_rest else None
+        recalled = recalled_entries(keys, values, clusters, selection, value_centroids)
         pairs = zip(entries, recalled, (-2, -2, -1), strict=True)
         keys, values, counts = (np.concatenate([a.astype(b.dtype), b], axis=axis) for a, b, axis in pairs)
         return keys, values, counts
+
+    def _for_query_heads(self, group: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Arrays of KV heads (..., .) as arrays of their query heads (..., group, .)."""
+        axis = self.keys.ndim - 2
+        return tuple(np.repeat(np.expand_dims(array, axis), group, axis=axis) for array in arrays)
 
     def _check_query(self, query: np.ndarray) -> None:
         if self.keys is None:

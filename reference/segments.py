@@ -28,6 +28,7 @@ class SegmentPlan:
     tokens_per_cluster: int
     segment_size: int | None
     prompt_segment_size: int | None
+    is_exact_counted: bool = True
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, least=1)
@@ -38,9 +39,9 @@ class SegmentPlan:
             check_integer("prompt_segment_size", self.prompt_segment_size, least=0)
         if self.segment_size is None:
             half = (self.budget - self.n_sink - self.n_recent) // 2
-            object.__setattr__(self, "segment_size", max(1, min(320, half)))
+            object.__setattr__(self, "segment_size", max(1, min(320, half)) if self.is_exact_counted else 320)
         check_integer("segment_size", self.segment_size, least=1)
-        if self.budget < self.n_sink + self.n_recent + self.segment_size:
+        if self.is_exact_counted and self.budget < self.n_sink + self.n_recent + self.segment_size:
             raise ValueError(
                 "budget must be at least n_sink + n_recent + segment_size, which may all be attended to at once, "
                 f"got {self.budget} < {self.n_sink} + {self.n_recent} + {self.segment_size}"
@@ -57,6 +58,10 @@ class SegmentPlan:
             last = leaving % size
             return [size] * (leaving // size) + [last] * (last > 0)
         return [self.segment_size] * (leaving // self.segment_size)
+
+    def budget_of_body(self, n_exact: int) -> int:
+        """Tokens of the body that are recalled beside `n_exact` sinks and recent tokens, if there are so many."""
+        return self.budget - n_exact if self.is_exact_counted else self.budget
 
     def n_clusters(self, size: int) -> int:
         """Clusters of a segment of `size` tokens."""

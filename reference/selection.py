@@ -26,10 +26,13 @@ class Selection:
     def tokens(self, clusters: Clusters) -> Int64[np.ndarray, "*lead recalled"]:
         """Indices of the recalled tokens, cluster after cluster, ascending inside each.
 
-        Where leading indices recall different numbers of tokens, the shorter lists end with -1.
+        Where leading indices recall different numbers of tokens, the shorter lists end with -1. `taken` may have one
+        leading axis more than the clusters: query heads that each took their own tokens of the same clusters.
         """
         lead, n_recalled = self.taken.shape[:-1], self.taken.sum(axis=-1)
         members, first_member = clusters.members, clusters.first_member
+        if self.taken.ndim > members.ndim:
+            members, first_member = (np.repeat(x[..., None, :], lead[-1], axis=-2) for x in (members, first_member))
         tokens = np.full((*lead, n_recalled.max(initial=0)), -1)
         for problem in np.ndindex(*lead):
             spans = zip(first_member[problem], self.taken[problem], strict=True)

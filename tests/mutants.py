@@ -191,7 +191,9 @@ def counting_by(change: Callable[[Tensor, int], Tensor]) -> Patch:
         keys, values, counts = held.entries(held.select_clusters(query))
         if held.n_clustered > 0:
             change(counts, held.settings.n_sink)
-        return fast.clustered_attention(query, keys, values, counts, scale=scale)
+        if keys.ndim == query.ndim:
+            return fast.clustered_attention(query, keys, values, counts, scale=scale)
+        return fast.clustered_attention(query.unsqueeze(-2), keys, values, counts, scale=scale).squeeze(-2)
 
     return put(attend, "recall_cache.RecallCache.attend")
 
@@ -204,6 +206,26 @@ def budget_beside_sinks(right, held, **named):
 
 def zero_is_none(right, settings, *of, **named):
     return right(replace(settings, prompt_segment_size=settings.prompt_segment_size or None), *of, **named)
+
+
+def draw_by(change: Callable[..., dict[str, Tensor]]) -> Patch:
+    """The sample at which k-means of a segment begins, drawn for other heads or starts."""
+
+    def draw(right, *sizes, seed, heads, starts):
+        return right(*sizes, seed=seed, **{"heads": heads, "starts": starts} | change(heads, starts))
+
+    return put(draw, "memory/body_clusters.sample_tokens")
+
+
+def always(**values) -> Patch:
+    """A recall cache for which some settings are always the same."""
+
+    def check(right, settings):
+        for name, value in values.items():
+            object.__setattr__(settings, name, value)
+        right(settings)
+
+    return put(check, "memory/segments.RecallSettings.__post_init__")
 
 
 CACHE, RECALL_CACHE, KMEANS = ("ClusteredCache",), ("RecallCache",), ("kmeans", "RecallCache")
@@ -298,4 +320,9 @@ MUTANTS = (
     Mutant("recall cache: a token twice", RECALL_CACHE, counting_by(lambda counts, n: counts[..., n : n + 1].mul_(2))),
     Mutant("recall cache: sinks on top", RECALL_CACHE, put(budget_beside_sinks, "recall_cache.RecallCache.__init__")),
     Mutant("recall cache: zero is None", RECALL_CACHE, put(zero_is_none, "memory/segments.RecallSettings.sizes")),
+    Mutant("recall cache: no sample", RECALL_CACHE, always(init_seed=None)),
+    Mutant("recall cache: one sample for all heads", RECALL_CACHE, draw_by(lambda heads, _: {"heads": 0 * heads})),
+    Mutant("recall cache: one sample for all segments", RECALL_CACHE, draw_by(lambda _, at: {"starts": 0 * at})),
+    Mutant("recall cache: the group recalls together", RECALL_CACHE, always(is_per_query_head=False)),
+    Mutant("recall cache: all tokens in the budget", RECALL_CACHE, always(is_exact_counted=True)),
 )

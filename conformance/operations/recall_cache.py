@@ -1,15 +1,16 @@
 """`RecallCache`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from kvcluster import reference
+from kvcluster.reference.sampling import sample_tokens
 
-from ..caches import attended, cache_spelling, fill, held_by, refused_tokens, small_tokens
+from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
 from ..case import Case
-from ..changes import given
+from ..changes import given, without
 from ..drawing import Drawing
 from ..inputs import DTYPES, attention_arrays
 from ..mistake import Mistake, Patch
@@ -22,6 +23,18 @@ from .select_clusters import SELECTION
 from .similarity import SIMILARITY
 
 __all__ = ["OPERATION"]
+
+
+# of `as_published`, but for sizes
+PUBLISHED = {
+    "tokens_per_cluster": 10,
+    "segment_size": 40,
+    "prompt_segment_size": None,
+    "init_seed": 2**32 - 1,
+    "is_per_query_head": True,
+    "is_exact_counted": False,
+}
+OPTIONS: dict[str, Any] = {"init_seed": 3, "is_per_query_head": True, "is_exact_counted": False}
 
 
 def cases(base: int) -> Iterator[Case]:
@@ -41,12 +54,21 @@ def cases(base: int) -> Iterator[Case]:
         "budget-covers-all": {**plan, "budget": 300},
         "scale": {**plan, "scale": 0.7},
     }
+    changes |= {
+        "sampled": {**plan, "init_seed": 7},
+        "per-query-head": {**plan, "is_per_query_head": True},
+        "budget-beside-exact": {**plan, "is_exact_counted": False},
+        "published": {"budget": 48, "n_sink": 4, "n_recent": 0, "max_iter": 1000, "spread": 0.0, **PUBLISHED},
+    }
     for name, changed in changes.items():
         yield Case("RecallCache", name, arrays, {**changed, "pieces": (150, 1, 49)})
 
 
 def refused() -> Iterator[Case]:
-    return refused_tokens("RecallCache", {"budget": 20, "n_sink": 2}, {"budget": 0})
+    yield from refused_tokens("RecallCache", {"budget": 20, "n_sink": 2}, {"budget": 0})
+    for name, seed in (("seed", -1), ("seed-of-33-bits", 2**32)):
+        wrong = {"budget": 20, "n_sink": 2, "init_seed": seed, "pieces": (8,)}
+        yield Case("RecallCache", f"refused-{name}", good_tokens(), wrong, is_refused=True)
 
 
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -55,7 +77,8 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     sizes |= {"segment_size": draw.integer(1, 3), "tokens_per_cluster": draw.integer(1, 3)}
     least = sizes["n_sink"] + sizes["n_recent"] + sizes["segment_size"]
     sizes |= {"prompt_segment_size": draw.one_of((0, 3)), "budget": least + draw.integer(0, 4)}
-    return arrays, {**parameters, **sizes}
+    options = draw.one_of(({}, *({name: value} for name, value in OPTIONS.items())))
+    return arrays, {**parameters, **sizes, **options}
 
 
 def filled_cache(port: Port, case: Case) -> Any:
@@ -75,12 +98,21 @@ def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
         selection = cache.select_clusters(port.from_numpy(case.arrays["query"]))
         if selection is not None:
             results |= port.parts(("taken",), selection)
-    return results | attended(port, cache, case)
+    results |= attended(port, cache, case)
+    if case.parameters.get("is_per_query_head"):
+        results["output"] = results["output"][..., None, :]  # (..., group, 1, dim_value): query heads are leading axes
+    return results
 
 
 def oracle(case: Case) -> tuple[Any, ...]:
     cache, query = filled_cache(THE_REFERENCE, case), case.arrays["query"]
-    return query, *cache.entries(cache.select_clusters(query)), case.parameters.get("scale")
+    keys, values, counts = cache.entries(cache.select_clusters(query))
+    if case.parameters.get("is_per_query_head"):
+        query, group = query[..., None, :], query.shape[-2]
+        if keys.ndim < query.ndim:  # there is no body: all query heads attend to the same
+            keys, values = (np.repeat(x[..., None, :, :], group, axis=-3) for x in (keys, values))
+            counts = np.repeat(counts[..., None, :], group, axis=-2)
+    return query, keys, values, counts, case.parameters.get("scale")
 
 
 def budget_beside_sinks(case: Case) -> Case:
@@ -120,6 +152,29 @@ class WithOneTwice(WithCountsChanged):
         counts[..., n_sink] = 2
 
 
+class ForTheGroup(reference.RecallCache):
+    """Query heads never choose alone."""
+
+    def __init__(self, *, is_per_query_head: bool = False, **parameters: Any) -> None:
+        super().__init__(**parameters)
+
+
+def sampled_by(wrong: Callable[..., np.ndarray]) -> tuple[Patch, ...]:
+    return (("recall_cache", "sample_tokens", wrong),)
+
+
+def without_heads(n_tokens: int, n_drawn: int, *, seed: int, head: int, start: int) -> np.ndarray:
+    return sample_tokens(n_tokens, n_drawn, seed=seed, head=0, start=start)
+
+
+def without_starts(n_tokens: int, n_drawn: int, *, seed: int, head: int, start: int) -> np.ndarray:
+    return sample_tokens(n_tokens, n_drawn, seed=seed, head=head, start=0)
+
+
+def descending(n_tokens: int, n_drawn: int, *, seed: int, head: int, start: int) -> np.ndarray:
+    return sample_tokens(n_tokens, n_drawn, seed=seed, head=head, start=start)[::-1]
+
+
 def replaced_cache(wrong: type) -> tuple[Patch, ...]:
     return (("", "RecallCache", wrong),)
 
@@ -144,6 +199,22 @@ ATTENDED = (
         (("recall_cache", "round_to_bfloat16", lambda array: array),),
     ),
 )
+AS_PUBLISHED = (
+    Mistake("init_seed is ignored: the first centroids are drawn", "13.13", change=without("init_seed")),
+    Mistake("all heads draw the same tokens: each has its own sample", "13.13", sampled_by(without_heads)),
+    Mistake("all segments draw the same indices: each has its own sample", "13.13", sampled_by(without_starts)),
+    Mistake("the sample is not in the order of the tokens", "13.13", sampled_by(descending)),
+    Mistake(
+        "the group recalls together: with is_per_query_head each query head does alone",
+        "13.14",
+        replaced_cache(ForTheGroup),
+    ),
+    Mistake(
+        "sinks and recent tokens are counted in the budget: without is_exact_counted they come beside it",
+        "13.10",
+        change=without("is_exact_counted"),
+    ),
+)
 OPERATION = Operation(
     name="RecallCache",
     section=13,
@@ -153,7 +224,17 @@ OPERATION = Operation(
     spelling=cache_spelling,
     call=call,
     oracle=oracle,
-    mistakes=(*SIMILARITY, *MEANS, *WEIGHTS, *HEADS, *lloyd_mistakes(max_iter=4), *SELECTION, *ATTENDED),
+    options=tuple(OPTIONS),
+    mistakes=(
+        *SIMILARITY,
+        *MEANS,
+        *WEIGHTS,
+        *HEADS,
+        *lloyd_mistakes(max_iter=4),
+        *SELECTION,
+        *ATTENDED,
+        *AS_PUBLISHED,
+    ),
     scaffold="""
 # append(keys, values), attend(query), n_seen, n_stored
 # RecallCache = my_package.RecallCache

@@ -1,6 +1,6 @@
 """A transformers `Cache` that forgets nothing: each new token recalls the clusters nearest to it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,6 @@ from ..recall_cache import RecallCache as LayerCache
 from ..tiers import TieredRecallCache, TierStatistics
 from .hooks import ModelHooks, check_model
 from .layers import EntryLayer, ModelCache, check_dense_layers, layers_of_model
-from .row_groups import RowGroups
 from .saving import load_cache
 
 __all__ = ["RecallCache", "RecallLayer"]
@@ -27,10 +26,11 @@ class RecallCache(ModelCache):
     Notes
     -----
     All tokens are kept. A token that comes alone, as in decoding, attends to at most `budget` tokens per KV head, its
-    own choice in each layer and KV head, shared by the query heads of the group. Several new tokens at once, as of a
-    prompt or of a second turn, attend to all tokens, as in a stock cache; so does every token while there are no more
-    tokens than `budget`. Batches may have padding on the left: the rows' caches are those of the rows
-    alone. Beams may be reordered; tokens of the last call may be taken out again by `crop`, as assisted decoding does.
+    own choice in each layer and KV head, shared by the query heads of the group unless `is_per_query_head`. Several
+    new tokens at once, as of a prompt or of a second turn, attend to all tokens, as in a stock cache; so does every
+    token while the budget covers all of them. Batches may have padding on the left: the rows' caches are those of the
+    rows alone. Beams may be reordered; tokens of the last call may be taken out again by `crop`, as assisted decoding
+    does.
     See docs/modes.md.
     """
 
@@ -51,6 +51,9 @@ class RecallCache(ModelCache):
         max_iter: int = 4,
         spread: float = 0.5,
         centroids_for_rest: bool = False,
+        init_seed: int | None = None,
+        is_per_query_head: bool = False,
+        is_exact_counted: bool = True,
         offloading: bool = False,
         folder: str | Path | None = None,
         n_steps: int = 1,
@@ -64,6 +67,7 @@ class RecallCache(ModelCache):
         n_dense_layers : first layers that attend to all tokens (sliding ones are counted, but keep to their window);
             2 in the paper (arXiv:2412.03213).
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
+        init_seed : layer i of n draws with the seed `(init_seed * n + i) % 2**32`; None: nothing is drawn.
         offloading : keep keys and values in slow memory, except those of the clusters that were recalled in the last
             `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder`. Dense layers, whose steps
             read all of them, stay in fast memory. The tokens generated are the same.
@@ -92,17 +96,52 @@ class RecallCache(ModelCache):
             max_iter=max_iter,
             spread=spread,
             centroids_for_rest=centroids_for_rest,
+            init_seed=init_seed,
+            is_per_query_head=is_per_query_head,
+            is_exact_counted=is_exact_counted,
         )
         tiers = {"folder": folder, "n_steps": n_steps} if offloading else {}
         if not offloading and (folder is not None or n_steps != 1):
             raise ValueError(f"offloading must be True for a folder or n_steps, got {folder!r} and {n_steps}")
-        layers = layers_of_model(
-            config,
-            lambda index: RecallLayer(index < n_dense_layers, settings, {} if index < n_dense_layers else tiers),
-        )
+
+        def layer(index: int) -> RecallLayer:
+            is_dense, of_layer = index < n_dense_layers, settings
+            if init_seed is not None:
+                of_layer = replace(settings, init_seed=(init_seed * config.num_hidden_layers + index) % 2**32)
+            return RecallLayer(is_dense, of_layer, {} if is_dense else tiers)
+
+        layers = layers_of_model(config, layer)
         parameters = asdict(settings) | {"segment_size": segment_size, "n_dense_layers": n_dense_layers}
         del parameters["is_centred"]  # never asked for here
         return cls(layers, ModelHooks.of(model), parameters)
+
+    @classmethod
+    def as_published(
+        cls,
+        model: nn.Module,
+        *,
+        budget: int,
+        seed: int = 0,
+        offloading: bool = False,
+        folder: str | Path | None = None,
+        n_steps: int = 1,
+    ) -> "RecallCache":
+        """An empty cache with the settings of the paper (arXiv:2412.03213, DAC 2025), two dense layers included.
+
+        Parameters
+        ----------
+        model : as in `for_model`, of two layers or more.
+        budget, seed : as in `kvcluster.reference.RecallCache.as_published`; `budget` tokens are recalled beside sinks
+            and tokens that wait for a cluster.
+        offloading, folder, n_steps : as in `for_model`; the paper offloads, and its R, our `n_steps`, is 1.
+
+        Raises
+        ------
+        ValueError : as `for_model`.
+        """
+        settings = asdict(RecallSettings.as_published(budget=budget, seed=seed))
+        del settings["is_centred"]
+        return cls.for_model(model, n_dense_layers=2, offloading=offloading, folder=folder, n_steps=n_steps, **settings)
 
     @classmethod
     def load(
@@ -145,11 +184,12 @@ class RecallLayer(EntryLayer):
     def attends(self, queries: int) -> bool:
         if self.cache.is_padded:
             return not self.is_first
-        return self.recalls(self.cache, queries)
+        return self.recalls(self.cache.caches[0], queries)
 
-    def recalls(self, cache: LayerCache | RowGroups, queries: int) -> bool:
+    def recalls(self, cache: LayerCache, queries: int) -> bool:
         """Whether `queries` new tokens attend to what they recall rather than to all."""
-        return queries == 1 and not self.is_dense and cache.n_seen > self.settings.budget
+        is_covered = cache.n_clustered <= self.settings.budget_of_body(cache.n_seen - cache.n_clustered)
+        return queries == 1 and not self.is_dense and not is_covered
 
     def attend_to(self, cache: LayerCache, query: Tensor, scale: float) -> Tensor:
         rows = self.by_kv_head(query)

@@ -1,6 +1,7 @@
 """The clusters of a recall cache's body: they grow segment by segment, and a query takes tokens of them."""
 
 import time
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..backends import cell
 from ..exact.clusters import Clusters
 from ..exact.entries import Rest
+from ..exact.sampling import sample_tokens
 from ..exact.scores import ScoredClusters, make_probe, score_clusters
 from .segments import RecallSettings
 from .work import ClusteringWork
@@ -24,6 +26,7 @@ class BodyClusters:
     Attributes
     ----------
     backend : that of decoding steps, as `choose` gives it.
+    n_heads : size of the last of the axes that problems are made of; 1 without any.
     n_tokens : tokens clustered so far.
     counts, first_member : (problems, clusters), int64: as in `Clusters`.
     members : (problems, n_tokens), int64: the tokens, segment after segment, cluster after cluster.
@@ -34,7 +37,7 @@ class BodyClusters:
 
     def __init__(self, settings: RecallSettings) -> None:
         self.settings = settings
-        self.backend = "auto"  # until the first tokens decide it
+        self.backend, self.n_heads = "auto", 1  # until the first tokens decide it
         self.n_tokens = 0
         self.work = ClusteringWork()
         self.scored: ScoredClusters | None = None
@@ -67,26 +70,41 @@ class BodyClusters:
         begun = time.perf_counter()
         problems, segments, size, dim = keys.shape
         flat = keys.reshape(problems * segments, size, dim)
-        init = torch.arange(n_clusters, device=keys.device) * size // n_clusters
+        first = flat.gather(1, self._begin_at(keys, n_clusters).unsqueeze(-1).expand(-1, -1, dim))
         rules = {"max_iter": self.settings.max_iter, "is_centred": self.settings.is_centred}
-        fitted = cell("kmeans", self.backend)(flat, flat[:, init].float(), **rules)
+        fitted = cell("kmeans", self.backend)(flat, first.float(), **rules)
         clusters = Clusters(fitted.labels, fitted.counts, fitted.centroids)
         features = torch.cat([fitted.centroids, mean_deviations(flat, clusters, self.backend)], dim=-1)
         features = features.clamp(-LARGEST_BFLOAT16, LARGEST_BFLOAT16).bfloat16()
         first_token = self.n_tokens + torch.arange(segments, device=keys.device) * size
         members = (clusters.members.unflatten(0, (problems, segments)) + first_token[:, None]).flatten(1)
 
-        self.counts = longer(self.counts, fitted.counts.reshape(problems, -1))
+        self.counts = longer(self.counts, fitted.counts.reshape(problems, segments * n_clusters))
         self.first_member = self.counts.cumsum(dim=-1) - self.counts
         self.members = longer(self.members, members)
         old_features = None if self.scored is None else self.scored.features
-        self.scored = score_clusters(longer(old_features, features.reshape(problems, -1, 2 * dim)), self.counts)
+        self.scored = score_clusters(
+            longer(old_features, features.reshape(problems, segments * n_clusters, 2 * dim)), self.counts
+        )
         if self.settings.centroids_for_rest:
             means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, self.backend)
-            self.value_centroids = longer(self.value_centroids, means.reshape(problems, -1, means.shape[-1]))
+            self.value_centroids = longer(
+                self.value_centroids, means.reshape(problems, segments * n_clusters, means.shape[-1])
+            )
         self.n_tokens += segments * size
         self.work.add(fitted.n_rows, fitted.n_scored_rows, time.perf_counter() - begun)
         return members - (self.n_tokens - segments * size)
+
+    def _begin_at(self, keys: Tensor, n_clusters: int) -> Int64[Tensor, "problems_and_segments clusters"]:
+        """Tokens of the segments `keys` (problems, segments, size, dim) that are the first centroids."""
+        problems, segments, size, _ = keys.shape
+        if self.settings.init_seed is None:
+            evenly = torch.arange(n_clusters, device=keys.device) * size // n_clusters
+            return evenly.expand(problems * segments, -1)
+        heads = torch.arange(problems, device=keys.device) % max(1, self.n_heads)
+        starts = self.n_tokens + torch.arange(segments, device=keys.device) * size
+        drawn = sample_tokens(size, n_clusters, seed=self.settings.init_seed, heads=heads, starts=starts)
+        return drawn.flatten(0, 1)
 
     def drop(self, n_tokens: int, n_clusters: int) -> Int64[Tensor, "problems dropped"]:
         """Forget all but the first `n_clusters` clusters, those of the first `n_tokens` tokens.
@@ -98,13 +116,29 @@ class BodyClusters:
         self.restore({name: array.clone() for name, array in kept.items()} if n_clusters else {})
         return places
 
-    def take(self, query: Float[Tensor, "problems group dim"], budget: int) -> Int64[Tensor, "problems clusters"]:
-        """Tokens taken of each cluster."""
+    def take(self, query: Float[Tensor, "problems group dim"], budget: int) -> list[Tensor]:
+        """Tokens taken of each cluster (problems, clusters), `budget` or all.
+
+        One for the whole group, or with `is_per_query_head` one for each query: see `choosing_together`.
+        """
+        queries = self.choosing_together(query)
         if budget >= self.n_tokens:
-            return self.counts
-        probe = make_probe(query, self.settings.spread)
-        taken: Tensor = cell("take", self.backend)(probe, self.scored, self.counts, budget)
-        return taken
+            return [self.counts] * len(queries)
+        probes = (make_probe(each, self.settings.spread) for each in queries)
+        return [cell("take", self.backend)(probe, self.scored, self.counts, budget) for probe in probes]
+
+    def choosing_together(self, query: Float[Tensor, "problems group dim"]) -> tuple[Tensor, ...]:
+        """The queries in parts that share a selection."""
+        return query.split(1, dim=1) if self.settings.is_per_query_head else (query,)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """What each choice gave, (problems, ...), as one: (problems, group, ...) if query heads choose."""
+        return torch.stack(tuple(parts), dim=1) if self.settings.is_per_query_head else parts[0]
+
+    def parted(self, taken: Int64[Tensor, "*lead clusters"]) -> list[Tensor]:
+        """As `take` gives it, what was `joined`."""
+        group = taken.shape[-2] if self.settings.is_per_query_head else 1
+        return list(taken.reshape(len(self.counts), group, self.n_clusters).unbind(dim=1))
 
     def rest(self, taken: Int64[Tensor, "problems clusters"] | None) -> Rest | None:
         """The clusters as what stands for their tokens that are not taken; None if nothing does."""

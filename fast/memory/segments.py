@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..arguments import check_integer, check_share
+from ..arguments import check_integer, check_seed, check_share
 
 __all__ = ["RecallSettings"]
 
@@ -21,6 +21,25 @@ class RecallSettings:
     is_centred: bool = False
     spread: float = 0.5
     centroids_for_rest: bool = False
+    init_seed: int | None = None
+    is_per_query_head: bool = False
+    is_exact_counted: bool = True
+
+    @classmethod
+    def as_published(cls, *, budget: int, seed: int = 0) -> "RecallSettings":
+        """Those of the paper, see `kvcluster.reference.RecallCache.as_published`."""
+        return cls(
+            budget=budget,
+            n_recent=0,
+            tokens_per_cluster=80,
+            segment_size=320,
+            prompt_segment_size=None,
+            max_iter=1000,
+            spread=0.0,
+            init_seed=seed,
+            is_per_query_head=True,
+            is_exact_counted=False,
+        )
 
     def __post_init__(self) -> None:
         check_integer("budget", self.budget, least=1)
@@ -31,15 +50,17 @@ class RecallSettings:
             check_integer("prompt_segment_size", self.prompt_segment_size, least=0)
         if self.segment_size is None:
             half = (self.budget - self.n_sink - self.n_recent) // 2
-            object.__setattr__(self, "segment_size", max(1, min(320, half)))
+            object.__setattr__(self, "segment_size", max(1, min(320, half)) if self.is_exact_counted else 320)
         check_integer("segment_size", self.segment_size, least=1)
-        if self.budget < self.n_sink + self.n_recent + self.segment_size:
+        if self.is_exact_counted and self.budget < self.n_sink + self.n_recent + self.segment_size:
             raise ValueError(
                 "budget must be at least n_sink + n_recent + segment_size, which may all be attended to at once, "
                 f"got {self.budget} < {self.n_sink} + {self.n_recent} + {self.segment_size}"
             )
         check_integer("max_iter", self.max_iter, least=1)
         check_share("spread", self.spread, may_be_zero=True)
+        if self.init_seed is not None:
+            check_seed("init_seed", self.init_seed)
 
     def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones."""
@@ -48,6 +69,10 @@ class RecallSettings:
             last = leaving % size
             return [size] * (leaving // size) + [last] * (last > 0)
         return [self.segment_size] * (leaving // self.segment_size)
+
+    def budget_of_body(self, n_exact: int) -> int:
+        """Tokens of the body that are recalled beside `n_exact` sinks and recent tokens, if there are so many."""
+        return self.budget - n_exact if self.is_exact_counted else self.budget
 
     def fewest_seen(self, n_clustered: int) -> int:
         """Fewest tokens of which so many are clustered."""

@@ -70,6 +70,10 @@ CASES = {
     "recall cache prompt": ("RecallCache", (), {"budget": 512, "prompt_segment_size": -1}),
     "recall cache max_iter": ("RecallCache", (), {"budget": 512, "max_iter": 0}),
     "recall cache spread": ("RecallCache", (), {"budget": 512, "spread": -1}),
+    "recall cache seed": ("RecallCache", (), {"budget": 512, "init_seed": -1}),
+    "recall cache seed of 33 bits": ("RecallCache", (), {"budget": 512, "init_seed": 2**32}),
+    "recall cache seed no integer": ("RecallCache", (), {"budget": 512, "init_seed": 0.5}),
+    "recall cache budget of the body": ("RecallCache", (), {"budget": 0, "is_exact_counted": False}),
 }
 MERGES = {
     "labels of other tokens": (GOOD[:, :5], LABELS, COUNTS),

@@ -92,10 +92,11 @@ for dtype in (np.float16, np.float32):
                 selection = backend.select_clusters(query_, clusters.centroids, clusters.counts, budget=20)
                 selection.tokens(clusters)
                 backend.recall_attention(query_, keys_, keys_, clusters, budget=20, centroids_for_rest=True)
-                cache = backend.RecallCache(budget=30, n_sink=2, segment_size=9)
-                cache.append(keys_, keys_)
-                cache.attend(query_)
-                cache.entries(cache.select_clusters(query_))
+                for options in ({}, {"init_seed": 1, "is_per_query_head": True}):
+                    cache = backend.RecallCache(budget=30, n_sink=2, segment_size=9, **options)
+                    cache.append(keys_, keys_)
+                    cache.attend(query_)
+                    cache.entries(cache.select_clusters(query_))
                 backend.alternating_partition(5)
 for backend, convert in ((reference, np.asarray), (fast, torch.from_numpy)):
     try:

@@ -77,7 +77,7 @@ def assert_cache_of(cache, pieces, parameters, query):
     ),
     prompt_segment_size=st.sampled_from([None, 0, 7, 20]),
     n_recent=st.integers(0, 3),
-    option=st.sampled_from([{}, {"centroids_for_rest": True}, {"is_centred": True}]),
+    option=st.sampled_from([{}, {"centroids_for_rest": True}, {"is_centred": True}, {"init_seed": 4}]),
     kind=st.sampled_from([kind for kind in KINDS if kind != "huge"]),
     dtype=st.sampled_from(list(DTYPES)),
     backend=st.sampled_from(["torch", "cpp"]),

@@ -29,6 +29,7 @@ MAKERS = {
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
     "recall-dense": lambda model: RecallCache.for_model(model, **RECALL, n_dense_layers=1),
     "recall-offloaded": lambda model: RecallCache.for_model(model, **RECALL, offloading=True),
+    "recall-published": lambda model: RecallCache.as_published(model, budget=24, seed=1),
 }
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),

@@ -34,6 +34,10 @@ CACHES = {
         },
     ),
     "recall": (RecallCache, SMALL),
+    "recall-sampled": (
+        RecallCache,
+        {**SMALL, "init_seed": 3, "is_per_query_head": True, "is_exact_counted": False, "n_dense_layers": 2},
+    ),
     "recall-dense-rest": (RecallCache, {**SMALL, "n_dense_layers": 1, "centroids_for_rest": True, "max_iter": 2}),
 }
 KINDS = pytest.mark.parametrize("name", CACHES)
