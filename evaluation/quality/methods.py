@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcluster.fast import Distinctive, SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache, layer_ratios
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache, known_whole_heads, layer_ratios
 from kvcluster.fast.methods import Method as ClusteringMethod
 
 from ..models import READING_LAYERS
 
-__all__ = ["METHODS", "Method", "chunked_keep_ratio"]
+__all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads"]
 
-CHUNK_SIZE, N_SINK, N_RECENT = 64, 4, 64
+CHUNKED = {"chunk_size": 64, "n_sink": 4, "n_recent": 64}
+EXACT = 16 + 64  # sinks and recent tokens of the published cache
 DISTINCTIVE = {"chunk_size": 256, "n_sink": 4, "n_recent": 252}
 
 
@@ -40,27 +41,35 @@ class Method:
     is_blind: bool = False
 
 
-def chunked_keep_ratio(keep: float, n_tokens: int) -> float:
-    """The largest `keep_ratio` with which `n_tokens` tokens become at most `keep * n_tokens` entries, all included.
+def body_entries(keep: float, n_tokens: int, *, chunk_size: int, n_sink: int, n_recent: int) -> int:
+    """The most entries that each chunk may become, so that `n_tokens` tokens become at most `keep * n_tokens`, all in.
 
-    Every chunk becomes a whole number of entries, so a few may be left over.
+    Raises
+    ------
+    ValueError : not even one.
     """
-    n_chunks = max(0, n_tokens - N_SINK - N_RECENT) // CHUNK_SIZE
-    exact = n_tokens - n_chunks * CHUNK_SIZE
+    n_chunks = max(0, n_tokens - n_sink - n_recent) // chunk_size
+    exact = n_tokens - n_chunks * chunk_size
     n_entries = int(keep * n_tokens - exact) // n_chunks if n_chunks else 0
     if n_entries < 1:
         raise ValueError(
             f"keep must leave an entry for each of {n_chunks} chunks beside {exact} exact tokens, got {keep:g} of "
             f"{n_tokens:,} tokens"
         )
-    return min(n_entries, CHUNK_SIZE) / CHUNK_SIZE
+    return min(n_entries, chunk_size)
+
+
+def chunked_keep_ratio(keep: float, n_tokens: int) -> float:
+    """The largest `keep_ratio` with which `n_tokens` tokens become at most `keep * n_tokens` entries, all included.
+
+    Every chunk becomes a whole number of entries, so a few may be left over.
+    """
+    return body_entries(keep, n_tokens, **CHUNKED) / CHUNKED["chunk_size"]
 
 
 def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     ratio = chunked_keep_ratio(keep, n_tokens)
-    return ClusteredCache.for_model(
-        model, keep_ratio=ratio, chunk_size=CHUNK_SIZE, n_sink=N_SINK, n_recent=N_RECENT, method=SoftMatching()
-    )
+    return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), **CHUNKED)
 
 
 def body_ratio(keep: float, n_tokens: int) -> float:
@@ -96,14 +105,89 @@ def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache
     return ClusteredCache.for_model(model, keep_ratio=ratios, method=Distinctive(n_shared=4), **DISTINCTIVE)
 
 
+def full_heads(model: Any) -> int:
+    """KV heads of the layers that attend to all tokens."""
+    config = model.config
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    return config.num_key_value_heads * sum(kind != "sliding_attention" for kind in types)
+
+
+def whole_and_others(model: Any, keep: float, share: float) -> tuple[list[tuple[int, int]], float]:
+    """The `share` of the KV heads, at least one, that wants every token most, and what is left of `keep` for others.
+
+    Raises
+    ------
+    ValueError : no heads known for the model; whole heads that need more than `keep`.
+    """
+    n_heads = full_heads(model)
+    if not share:
+        return [], keep
+    n_whole = max(1, round(share * n_heads))
+    left = keep * n_heads - n_whole
+    if left <= 0:
+        raise ValueError(f"keep must be above {n_whole} whole heads of {n_heads}, got {keep:g}")
+    try:
+        return known_whole_heads(model, n_whole), left / (n_heads - n_whole)
+    except LookupError as error:
+        raise ValueError(str(error)) from error
+
+
+def chelsea(share: float) -> Callable[[Any, float, int], ChelseaCache]:
+    """The published cache with a share of the heads whole; what is kept is counted just after the compression."""
+
+    def make(model: Any, keep: float, n_tokens: int) -> ChelseaCache:
+        heads, of_others = whole_and_others(model, keep, share)
+        n_entries = int(of_others * n_tokens)
+        if n_entries <= EXACT:
+            raise ValueError(f"keep must leave a head more than {EXACT} exact tokens, got {n_entries} of {n_tokens:,}")
+        ratio = min(1.0, (n_entries - 0.5) / n_tokens)  # of which `ceil` makes that number, whatever the rounding
+        return ChelseaCache.for_model(model, ratio=ratio, max_new_tokens=0, whole_heads=heads)
+
+    return make
+
+
+def with_whole_heads(method: ClusteringMethod, share: float) -> Callable[[Any, float, int], ClusteredCache]:
+    """Caches by `method` with the sizes that it has without whole heads, and a share of the heads whole."""
+    sizes = CHUNKED if isinstance(method, SoftMatching) else DISTINCTIVE
+
+    def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+        heads, of_others = whole_and_others(model, keep, share)
+        ratio = body_entries(of_others, n_tokens, **sizes) / sizes["chunk_size"]
+        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, whole_heads=heads, **sizes)
+
+    return make
+
+
 def recall(model: Any, keep: float, n_tokens: int) -> RecallCache:
     return RecallCache.for_model(model, budget=int(keep * n_tokens))
 
 
+def recall_as_published(model: Any, keep: float, n_tokens: int) -> RecallCache:
+    return RecallCache.as_published(model, budget=int(keep * n_tokens))
+
+
 METHODS = {
     "full": Method(lambda model, keep, n_tokens: None, "transformers' own cache", has_keep=False, stores_all=True),
-    "chunked": Method(chunked, "chunked soft matching, as published", is_blind=True),
+    "chunked": Method(chunked, "chunked soft matching, equally in each chunk, no whole heads", is_blind=True),
+    "chunked-10": Method(
+        with_whole_heads(SoftMatching(), 0.1), "the same, a tenth of the KV heads whole", is_blind=True
+    ),
+    "chelsea-0": Method(chelsea(0.0), "the published method without its whole heads", is_blind=True),
+    "chelsea": Method(chelsea(0.04), "the published method, as far as known: 4 % of the KV heads whole", is_blind=True),
+    "chelsea-10": Method(chelsea(0.1), "the same, a tenth of the KV heads whole", is_blind=True),
     "distinctive": Method(alike(Distinctive(n_shared=4)), "distinctive matching, all layers alike", is_blind=True),
     "distinctive-layers": Method(distinctive_layers, "distinctive matching, most for reading layers", is_blind=True),
+    "distinctive-10": Method(
+        with_whole_heads(Distinctive(n_shared=4), 0.1),
+        "distinctive matching, a tenth of the KV heads whole",
+        is_blind=True,
+    ),
     "recall": Method(recall, "stores all, attends to a share", stores_all=True, is_stepwise=True, is_blind=True),
+    "clusterkv": Method(
+        recall_as_published,
+        "stores all, recalls a share, as published",
+        stores_all=True,
+        is_stepwise=True,
+        is_blind=True,
+    ),
 }
