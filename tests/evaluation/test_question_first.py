@@ -12,7 +12,7 @@ from evaluation_inputs import character_tokenizer, long_llama, short_text
 from models import greedy, tiny_gemma
 from rich.console import Console
 
-from kvcluster.evaluation.quality import METHODS, Method, Options, needle_cases, run_all, summarize, task_case
+from kvcluster.evaluation.quality import METHODS, Method, Options, needle_cases, reading, run_all, summarize, task_case
 from kvcluster.evaluation.quality.attention_error import attention_errors
 from kvcluster.evaluation.quality.methods import chunked
 from kvcluster.evaluation.quality.reading import Context
@@ -122,6 +122,22 @@ def test_a_cache_compressed_before_the_question_gives_other_numbers(model, token
     for before, after in zip(later[:6], results[:6], strict=True):
         assert equal_in_float32(numbers(before), numbers(after)) == (before["key"]["method"] == "full")
     assert first_tokens(later[1]) != first_tokens(later[0])
+
+
+def test_a_question_is_read_once_for_all_methods_and_again_without_room(tokenizer, cases, monkeypatch):
+    model, calls = lively_llama(), []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(args[0].shape[1]), with_kwargs=True
+    )
+    expected = {}
+    for n_bytes, times in ((2**32, 1), (0, 3)):
+        monkeypatch.setattr(reading, "KEPT_BYTES", n_bytes)
+        calls.clear()
+        expected[times] = run_all(model, tokenizer, cases[:1], PAIRS, Runs(), options=FIRST)
+        assert calls.count(400) == 1
+        assert calls.count(len(cases[0].needles[0].question)) == times
+    handle.remove()
+    assert without_seconds(expected[1]) == without_seconds(expected[3])
 
 
 @pytest.mark.parametrize("is_stepwise", [False, True])
