@@ -11,7 +11,7 @@ from .cases import Case, Needle, Prompt
 from .methods import METHODS, Method
 from .metrics import METRICS
 from .reading import Context
-from .scoring import NeedleScore, copy_rows, following_nll, generate, generate_on, score_answer, score_needles
+from .scoring import NeedleScore, copy_rows, following_nll, generate, generate_on, score_answers, score_needles
 
 __all__ = ["measure", "measure_question_first"]
 
@@ -61,7 +61,8 @@ def measure_question_first(
             cache = copy_rows(cache)
         held.append(stored(cache, method, keep, len(asked.prompt.tokens)))
         if isinstance(asked_for, Needle):
-            score = score_answer(model, cache, asked.logits, asked_for.answer, is_stepwise=key["is_stepwise"])
+            answers = [asked_for.answer]
+            [score] = score_answers(model, cache, asked.logits[None], answers, is_stepwise=key["is_stepwise"])
             needles.append(of_needle(asked_for, score))
         else:
             answer = generate_on(model, cache, asked.logits, n_new=asked_for.n_new, stop=stop)

@@ -22,7 +22,7 @@ from kvcluster.evaluation.quality.scoring import (
     generate,
     generate_on,
     prefill,
-    score_answer,
+    score_answers,
     score_needles,
 )
 from kvcluster.evaluation.quality.tables import print_summaries
@@ -154,7 +154,7 @@ def test_an_answer_from_a_cache_that_keeps_all_is_that_of_one_plain_call(model, 
     for keep in (1.0, 0.5):
         asked = Context(model, tokens).ask(needle.question)
         cache = asked.prompt.cache(METHODS["chunked"], keep)
-        score = score_answer(model, cache, asked.logits, needle.answer, is_stepwise=is_stepwise)
+        [score] = score_answers(model, cache, asked.logits[None], [needle.answer], is_stepwise=is_stepwise)
         assert logits_agree(np.array([score.nll], dtype=np.float32), plain, exact) == (keep == 1)
 
 
