@@ -1,10 +1,12 @@
 """The caches that a press makes of a context for every ratio, without reading the context again.
 
 kvpress compresses each layer in a hook after its attention, which is given the layer's input, its keys and its values.
-All of these are kept from one reading, so that the same function of the press gets the same arguments.
-`test_compressing.py` compares the caches with those that kvpress itself makes.
+All of these are kept from one reading, so that the same function of the press gets the same arguments. So they are of a
+context with a question behind it, where only the question is read anew.
+`test_compressing.py` compares the caches, and the arguments, with those of kvpress itself.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
-__all__ = ["Context", "PressedLayer", "compress", "read_context"]
+__all__ = ["Context", "PressedLayer", "Prompt", "compress", "read_context", "read_question", "side_by_side"]
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of all positions
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,60 @@ class Context:
     ----------
     cache : transformers' own, of all tokens.
     inputs : of the attention of each layer, (1, tokens, features).
-    rotary : cosines and sines of all positions.
+    rotary : of all tokens.
+    logits : after the last token, (vocabulary).
     """
 
     cache: DynamicCache
     inputs: list[Tensor]
-    rotary: tuple[Tensor, Tensor]
+    rotary: Rotary
+    logits: Tensor
 
     @property
     def n_tokens(self) -> int:
         return self.inputs[0].shape[1]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, keys and values of all tokens. Keys and values are clones, since a press may write into them."""
+        stored = self.cache.layers[index]
+        return self.inputs[index], stored.keys.clone(), stored.values.clone()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A context with a question behind it, of which only what the question adds is held; see `Context`.
+
+    Attributes
+    ----------
+    inputs, keys, values : of each layer, of the tokens of the question.
+    rotary : of all tokens.
+    logits : after the last token of the question, (vocabulary).
+    """
+
+    context: Context
+    inputs: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+    rotary: Rotary
+    logits: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        return self.context.n_tokens + self.inputs[0].shape[1]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, keys and values of all tokens, all new."""
+        stored = self.context.cache.layers[index]
+        return (
+            torch.cat([self.context.inputs[index], self.inputs[index]], dim=1),
+            torch.cat([stored.keys, self.keys[index]], dim=2),
+            torch.cat([stored.values, self.values[index]], dim=2),
+        )
+
+    def full(self) -> Cache:
+        """A cache of all tokens."""
+        layers = [self.layer(index)[1:] for index in range(len(self.inputs))]
+        return Cache(layers=[PressedLayer(keys, values, self.n_tokens) for keys, values in layers])
 
 
 class PressedLayer(DynamicLayer):
@@ -54,16 +102,35 @@ class PressedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] + self.n_dropped
 
-    def get_mask_sizes(self, cache_position: Tensor) -> tuple[int, int]:
-        return self.keys.shape[-2] + len(cache_position), self.n_dropped
+    def get_mask_sizes(self, new: Tensor | int) -> tuple[int, int]:
+        """Of the new tokens kvpress's transformers gives the positions; from 5.4 on it is their number."""
+        return self.keys.shape[-2] + (new if isinstance(new, int) else len(new)), self.n_dropped
 
 
 @torch.inference_mode()
 def read_context(model: Any, tokens: list[int]) -> Context:
     """Read `tokens` in one call, and keep what presses need."""
     cache = DynamicCache(config=model.config)
+    return Context(cache, *watched(model, cache, tokens))
+
+
+@torch.inference_mode()
+def read_question(model: Any, context: Context, question: list[int]) -> Prompt:
+    """Read a question behind a context, exactly; the context is left as it is."""
+    cache = copy.deepcopy(context.cache)
+    inputs, rotary, logits = watched(model, cache, question)
+    keys, values = (
+        [getattr(layer, name)[:, :, context.n_tokens :].clone() for layer in cache.layers]
+        for name in ("keys", "values")
+    )
+    cos, sin = (torch.cat(parts, dim=1) for parts in zip(context.rotary, rotary, strict=True))
+    return Prompt(context, inputs, keys, values, (cos, sin), logits)
+
+
+def watched(model: Any, cache: Any, tokens: list[int]) -> tuple[list[Tensor], Rotary, Tensor]:
+    """Let the model read `tokens`: the inputs of each attention, cosines and sines, and the logits after the last."""
     inputs: list[Tensor] = []
-    rotary: list[tuple[Tensor, Tensor]] = []
+    rotary: list[Rotary] = []
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         inputs.append(kwargs["hidden_states"])
@@ -71,29 +138,45 @@ def read_context(model: Any, tokens: list[int]) -> Context:
 
     handles = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers]
     try:
-        model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
+        logits = model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1).logits
     finally:
         for handle in handles:
             handle.remove()
-    return Context(cache, inputs, rotary[0])
+    return inputs, rotary[0], logits[0, -1]
 
 
 @torch.inference_mode()
-def compress(model: Any, presses: list[Any], context: Context, *, needs_weights: bool = False) -> list[Cache]:
+def compress(model: Any, presses: list[Any], context: Context | Prompt, *, needs_weights: bool = False) -> list[Cache]:
     """A cache for each of `presses`; weights of attention are computed once per layer for all of them."""
     layers: list[list[PressedLayer]] = [[] for _ in presses]
     kwargs = {"position_embeddings": context.rotary}
     with prepared(model, presses):
-        for block, hidden, stored in zip(model.model.layers, context.inputs, context.cache.layers, strict=True):
-            module = block.self_attn
-            weights = attention_weights(module, hidden, stored.keys, context.rotary) if needs_weights else None
+        for index, block in enumerate(model.model.layers):
+            module, weights = block.self_attn, None
             for of_press, press in zip(layers, presses, strict=True):
-                # a clone, since a press may write into what it gets
-                keys, values = press.compress(
-                    module, hidden, stored.keys.clone(), stored.values.clone(), weights, kwargs
-                )
+                hidden, keys, values = context.layer(index)
+                if needs_weights and weights is None:
+                    weights = attention_weights(module, hidden, keys, context.rotary)
+                keys, values = press.compress(module, hidden, keys, values, weights, kwargs)
                 of_press.append(PressedLayer(keys, values, context.n_tokens))
     return [Cache(layers=of_press) for of_press in layers]
+
+
+def side_by_side(caches: list[Cache]) -> Cache:
+    """The caches of several prompts as rows of one.
+
+    Raises
+    ------
+    ValueError : prompts of different lengths, whose next tokens stand at different positions.
+    """
+    lengths = sorted({cache.get_seq_length() for cache in caches})
+    if len(lengths) != 1:
+        raise ValueError(f"caches must be of prompts of one length, got {', '.join(map(str, lengths))} tokens")
+    layers = []
+    for rows in zip(*(cache.layers for cache in caches), strict=True):
+        keys, values = (torch.cat([getattr(row, name) for row in rows]) for name in ("keys", "values"))
+        layers.append(PressedLayer(keys, values, lengths[0]))
+    return Cache(layers=layers)
 
 
 @contextmanager

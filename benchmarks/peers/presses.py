@@ -25,7 +25,7 @@ from kvpress import (
     TOVAPress,
 )
 
-__all__ = ["PRESSES", "Press"]
+__all__ = ["COMPARED", "PRESSES", "Press"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,5 @@ PRESSES = {
     "EntropyGatedChunkKV(SnapKV)": Press(lambda ratio: EntropyGatedChunkKVPress(SnapKVPress(ratio))),
     "ObservedAttention": Press(lambda ratio: ObservedAttentionPress(compression_ratio=ratio), needs_weights=True),
 }
+# Those that papers on compression after the question compare with.
+COMPARED = ("SnapKV", "StreamingLLM", "LagKV", "KeyDiff", "Compactor", "ExpectedAttention", "TOVA")

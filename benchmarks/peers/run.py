@@ -4,6 +4,10 @@ Runs beside the torch of .venv with the packages of requirements/peers.txt, whic
 works with. Presses are scored by the functions that score our own methods, and results have the same format. Every run
 is kept in the file of results as sums of its context, and only what is missing there runs. A context is read once for
 all presses and ratios.
+
+With `--question-first` a press is given context and question, as it would be with the question in the prompt, anew for
+each needle; the question is read once for all presses and ratios. Results go into a file of their own, and the presses
+are by default those that papers compare with.
 """
 
 import argparse
@@ -11,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +26,15 @@ sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
 
 import torch
 from rich.progress import Progress
+from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.peers.compressing import compress, read_context
-from benchmarks.peers.presses import PRESSES
+from benchmarks.peers.compressing import Context, Prompt, compress, read_context, read_question
+from benchmarks.peers.measuring import measure, measure_question_first
+from benchmarks.peers.presses import COMPARED, PRESSES
 from benchmarks.quality.cases import add_case_arguments, cases_of
 from kvcluster.evaluation.models import load_llama, smollm2_folder
 from kvcluster.evaluation.quality import Case
-from kvcluster.evaluation.quality.scoring import following_nll, score_needles
 from kvcluster.evaluation.runs import Runs, condense
 from kvcluster.fast.huggingface.saving import fingerprint
 
@@ -41,10 +47,11 @@ FULL = "full (in kvpress's environment)"
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
-    parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=PRESSES, metavar="NAME")
+    parser.add_argument("--presses", nargs="+", choices=PRESSES, metavar="NAME")
+    parser.add_argument("--question-first", action="store_true", help="compress after each question, no perplexity")
     add_case_arguments(parser)
     parser.add_argument(
-        "--json", type=Path, default=RESULTS / "runs.jsonl", metavar="FILE", help="kept from run to run"
+        "--json", type=Path, metavar="FILE", help="kept from run to run: results/runs.jsonl or question-first.jsonl"
     )
     parser.add_argument("--made", type=Path, default=RESULTS / "presses.json", metavar="FILE", help="presses as code")
     arguments = parser.parse_args()
@@ -54,76 +61,81 @@ def main() -> None:
     cases = cases_of(arguments, tokenizer)
     presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
     arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
-    runs = Runs(arguments.json, condense)
+    is_first = arguments.question_first
+    names = arguments.presses or list(COMPARED if is_first else PRESSES)
+    runs = Runs(arguments.json or RESULTS / ("question-first.jsonl" if is_first else "runs.jsonl"), condense)
+    run = run_case_question_first if is_first else run_case
     with Progress() as progress:
-        task = progress.add_task("kvpress", total=len(cases) * (1 + len(arguments.presses)))
+        task = progress.add_task("kvpress", total=len(cases) * (1 + len(names)))
         for case in cases:
-            for _ in run_case(model, case, runs, arguments.presses, arguments.keep):
+            for _ in run(model, case, runs, names, arguments.keep):
                 progress.advance(task)
 
 
-def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Any:
+def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Iterator[None]:
     """Add the missing runs to `runs`: one step for the full cache and one for each press."""
-    context = None
-    shared = {"case": case.fingerprint, "model": fingerprint(model)["weights"]}
-    shared |= {"is_stepwise": False, "has_attention_error": False}
+    context, shared = None, shared_key(model, case)
     for name in (FULL, *names):
-        method = name if name == FULL else f"kvpress {name}"
-        keys = [{"method": method, "keep": keep, **shared} for keep in ([1.0] if name == FULL else keeps)]
-        missing = [key for key in keys if runs.found(key) is None]
+        missing = missing_keys(runs, name, keeps, shared)
         if missing and context is None:
             context = read_context(model, case.tokens)
         if missing and name == FULL:
             runs.add(measure(model, context.cache, case, missing[0], seconds=0.0))
         elif missing:
-            torch.manual_seed(case.number)  # of presses that draw
-            begun = time.perf_counter()
-            presses = [PRESSES[name].make(1 - key["keep"]) for key in missing]
-            caches = compress(model, presses, context, needs_weights=PRESSES[name].needs_weights)
-            seconds = (time.perf_counter() - begun) / len(missing)
-            for key, cache in zip(missing, caches, strict=True):
+            caches, seconds = compress_all(model, name, missing, [context], seed=case.number)
+            for key, [cache] in zip(missing, caches, strict=True):
                 runs.add(measure(model, cache, case, key, seconds=seconds))
         yield
 
 
-def measure(model: Any, cache: Any, case: Case, key: dict[str, Any], *, seconds: float) -> dict[str, Any]:
-    """What a cache stores and answers; `seconds` it took to compress."""
-    n_stored = [layer.keys.shape[-2] for layer in cache.layers]
-    nbytes = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-    if max(n_stored) > key["keep"] * len(case.tokens):
-        raise RuntimeError(f"{key['method']} must store {key['keep']:g} of {len(case.tokens)} entries, got {n_stored}")
-    begun = time.perf_counter()
-    scores = score_needles(model, cache, case.needles, nbytes=nbytes)
-    nll = following_nll(model, cache, case.following)
-    asking = time.perf_counter() - begun
-    return {
-        "key": key,
-        "task": case.task,
-        "n_tokens": len(case.tokens),
-        "n_stored": n_stored,
-        "nbytes": nbytes,
-        "needles": [
-            {
-                "kind": needle.kind,
-                "depth": round(needle.depth, 4),
-                "is_right": score.is_right,
-                "nll": rounded(score.nll),
-            }
-            for needle, score in zip(case.needles, scores, strict=True)
-        ],
-        "following_nll": rounded(nll),
-        "seconds": {"clustering": round(seconds, 3), "asking": round(asking, 2)},
-    }
+def run_case_question_first(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Iterator[None]:
+    """As `run_case`, with each needle's question in the prompt."""
+    prompts, shared = None, shared_key(model, case) | {"is_question_first": True}
+    for name in (FULL, *names):
+        missing = missing_keys(runs, name, keeps, shared)
+        if missing and prompts is None:
+            context = read_context(model, case.tokens)
+            prompts = [read_question(model, context, needle.question) for needle in case.needles]
+        if missing and name == FULL:
+            caches, seconds = [[prompt.full() for prompt in prompts]], 0.0
+        elif missing:
+            caches, seconds = compress_all(model, name, missing, prompts, seed=case.number)
+        for key in missing:  # each key's caches are used up and go
+            runs.add(measure_question_first(model, caches.pop(0), prompts, case, key, seconds=seconds))
+        yield
+
+
+def shared_key(model: Any, case: Case) -> dict[str, Any]:
+    """What the keys of all runs of a case have in common."""
+    shared = {"case": case.fingerprint, "model": fingerprint(model)["weights"]}
+    return shared | {"is_stepwise": False, "has_attention_error": False}
+
+
+def missing_keys(runs: Runs, name: str, keeps: list[float], shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Keys of a press, or of the full cache, that are not in `runs`."""
+    method = name if name == FULL else f"kvpress {name}"
+    keys = [{"method": method, "keep": keep, **shared} for keep in ([1.0] if name == FULL else keeps)]
+    return [key for key in keys if runs.found(key) is None]
+
+
+def compress_all(
+    model: Any, name: str, keys: list[dict[str, Any]], read: Sequence[Context | Prompt], *, seed: int
+) -> tuple[list[list[Cache]], float]:
+    """For each key the cache of a press of each of `read`, and the seconds that one took, on average."""
+    torch.manual_seed(seed)  # of presses that draw
+    begun, press = time.perf_counter(), PRESSES[name]
+    caches = [
+        compress(model, [press.make(1 - key["keep"]) for key in keys], each, needs_weights=press.needs_weights)
+        for each in read
+    ]
+    seconds = (time.perf_counter() - begun) / (len(keys) * len(read))
+    return [list(of_key) for of_key in zip(*caches, strict=True)], seconds
 
 
 def described(press: Any) -> str:
     """A press with its settings, as code."""
     is_plain = type(press).__repr__ is object.__repr__
     return f"{type(press).__name__}({press.press!r})" if is_plain else repr(press)
-
-
-def rounded(numbers: list[float]) -> list[float]:
-    return [round(number, 4) for number in numbers]
 
 
 if __name__ == "__main__":

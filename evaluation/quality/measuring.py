@@ -11,7 +11,7 @@ from .cases import Case, Needle, Prompt
 from .methods import METHODS, Method
 from .metrics import METRICS
 from .reading import Context
-from .scoring import NeedleScore, following_nll, generate, generate_on, score_answer, score_needles
+from .scoring import NeedleScore, copy_rows, following_nll, generate, generate_on, score_answers, score_needles
 
 __all__ = ["measure", "measure_question_first"]
 
@@ -52,13 +52,17 @@ def measure_question_first(
     method, keep = METHODS[key["method"]], key["keep"]
     held: list[Stored] = []
     needles, prompts, stop = [], [], stops(model, tokenizer)
+    assert context.full.get_seq_length() == len(case.tokens)  # read before the clock starts, whoever is first
     begun = time.perf_counter()
     for asked_for in case.asked:
         asked = context.ask(asked_for.question)
         cache = asked.prompt.cache(method, keep)
+        if cache is asked.prompt.full:
+            cache = copy_rows(cache)
         held.append(stored(cache, method, keep, len(asked.prompt.tokens)))
         if isinstance(asked_for, Needle):
-            score = score_answer(model, cache, asked.logits, asked_for.answer, is_stepwise=key["is_stepwise"])
+            answers = [asked_for.answer]
+            [score] = score_answers(model, cache, asked.logits[None], answers, is_stepwise=key["is_stepwise"])
             needles.append(of_needle(asked_for, score))
         else:
             answer = generate_on(model, cache, asked.logits, n_new=asked_for.n_new, stop=stop)

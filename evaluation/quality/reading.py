@@ -20,11 +20,15 @@ from .scoring import copy_rows, fill, prefill, read
 __all__ = ["Asked", "Context"]
 
 
+KEPT_BYTES = 2**32  # the most that full caches of prompts may take, which are kept for the next method
+
+
 class Context:
     """Tokens and transformers' own cache of them, `full`, for which the model reads them when it is first needed."""
 
     def __init__(self, model: Any, tokens: list[int]) -> None:
         self.model, self.tokens = model, tokens
+        self.asked: dict[tuple[int, ...], Asked] = {}
 
     @cached_property
     def full(self) -> Any:
@@ -43,17 +47,26 @@ class Context:
     def ask(self, question: list[int]) -> "Asked":
         """The prompt of these tokens and a question, of which only the question is read anew, exactly.
 
+        It is kept for the next method that is asked the same, if there is room, and so is to be left as it is.
+
         Raises
         ------
         ValueError : a question without tokens.
         """
         if not question:
             raise ValueError("question must have at least one token, got none")
+        known = self.asked.get(tuple(question))
+        if known is not None:
+            return known
         full = copy_rows(self.full)
         logits = read(self.model, full, torch.tensor([question], device=self.model.device))
         prompt = Context(self.model, self.tokens + question)
         prompt.full = full
-        return Asked(prompt, logits[0, -1])
+        asked = Asked(prompt, logits[0, -1].clone())  # without those of the other tokens
+        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+        if (len(self.asked) + 1) * nbytes <= KEPT_BYTES:
+            self.asked[tuple(question)] = asked
+        return asked
 
 
 @dataclass(frozen=True)

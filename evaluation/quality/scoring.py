@@ -25,7 +25,7 @@ __all__ = [
     "generate_on",
     "prefill",
     "read",
-    "score_answer",
+    "score_answers",
     "score_needles",
 ]
 
@@ -109,25 +109,31 @@ def score_needles(
 
 
 @torch.inference_mode()
-def score_answer(
+def score_answers(
     model: Any,
     cache: Any,
-    logits: Float[Tensor, " vocabulary"],
-    answer: list[int],
+    logits: Float[Tensor, "rows vocabulary"],
+    answers: list[list[int]],
     *,
     is_stepwise: bool = False,
-) -> NeedleScore:
-    """Score of one answer to the question that `cache` has read; the cache is used up.
+) -> list[NeedleScore]:
+    """Score of the answer of each row to the question that `cache` has read; the cache is used up.
 
     `logits`, those after the question, predict the first token; the others are predicted from the cache, which takes
     the true ones before them in one call, or one by one with `is_stepwise`.
     """
-    right = torch.tensor(answer, device=model.device)
-    predicted = logits[None]  # (tokens, vocabulary)
-    if len(answer) > 1:
-        predicted = torch.cat([predicted, read(model, cache, right[None, :-1], is_stepwise=is_stepwise)[0]])
-    is_right, nll = judged(predicted, right)
-    return NeedleScore(is_right.tolist(), nll.tolist())
+    longest = max(map(len, answers))
+    # Padding on the right is behind all that counts: nothing attends to it.
+    padded = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=model.device)
+    predicted = logits[:, None]  # (rows, tokens, vocabulary)
+    if longest > 1:
+        read_after = read(model, cache, padded[:, :-1], is_stepwise=is_stepwise)
+        predicted = torch.cat([predicted, read_after], dim=1)
+    scores = []
+    for answer, row, logits_of_row in zip(answers, padded, predicted, strict=True):
+        is_right, nll = judged(logits_of_row[: len(answer)], row[: len(answer)])
+        scores.append(NeedleScore(is_right.tolist(), nll.tolist()))
+    return scores
 
 
 @torch.inference_mode()

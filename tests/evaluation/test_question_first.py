@@ -12,7 +12,7 @@ from evaluation_inputs import character_tokenizer, long_llama, short_text
 from models import greedy, tiny_gemma
 from rich.console import Console
 
-from kvcluster.evaluation.quality import METHODS, Method, Options, needle_cases, run_all, summarize, task_case
+from kvcluster.evaluation.quality import METHODS, Method, Options, needle_cases, reading, run_all, summarize, task_case
 from kvcluster.evaluation.quality.attention_error import attention_errors
 from kvcluster.evaluation.quality.methods import chunked
 from kvcluster.evaluation.quality.reading import Context
@@ -22,7 +22,7 @@ from kvcluster.evaluation.quality.scoring import (
     generate,
     generate_on,
     prefill,
-    score_answer,
+    score_answers,
     score_needles,
 )
 from kvcluster.evaluation.quality.tables import print_summaries
@@ -124,6 +124,22 @@ def test_a_cache_compressed_before_the_question_gives_other_numbers(model, token
     assert first_tokens(later[1]) != first_tokens(later[0])
 
 
+def test_a_question_is_read_once_for_all_methods_and_again_without_room(tokenizer, cases, monkeypatch):
+    model, calls = lively_llama(), []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(args[0].shape[1]), with_kwargs=True
+    )
+    expected = {}
+    for n_bytes, times in ((2**32, 1), (0, 3)):
+        monkeypatch.setattr(reading, "KEPT_BYTES", n_bytes)
+        calls.clear()
+        expected[times] = run_all(model, tokenizer, cases[:1], PAIRS, Runs(), options=FIRST)
+        assert calls.count(400) == 1
+        assert calls.count(len(cases[0].needles[0].question)) == times
+    handle.remove()
+    assert without_seconds(expected[1]) == without_seconds(expected[3])
+
+
 @pytest.mark.parametrize("is_stepwise", [False, True])
 def test_an_answer_from_a_cache_that_keeps_all_is_that_of_one_plain_call(model, cases, is_stepwise):
     tokens, needle = cases[0].tokens, cases[0].needles[0]
@@ -138,7 +154,7 @@ def test_an_answer_from_a_cache_that_keeps_all_is_that_of_one_plain_call(model, 
     for keep in (1.0, 0.5):
         asked = Context(model, tokens).ask(needle.question)
         cache = asked.prompt.cache(METHODS["chunked"], keep)
-        score = score_answer(model, cache, asked.logits, needle.answer, is_stepwise=is_stepwise)
+        [score] = score_answers(model, cache, asked.logits[None], [needle.answer], is_stepwise=is_stepwise)
         assert logits_agree(np.array([score.nll], dtype=np.float32), plain, exact) == (keep == 1)
 
 
