@@ -1,7 +1,7 @@
 """The published methods in the setting they were published in, and in the harder one: `make bench-published`.
 
-Runs the published methods and ours through `kvcluster.evaluation.quality` on both real models, and fills in the tables of
-docs/published.md, whose sentences are written by hand. Every run is kept as sums of its context, and only what is
+Runs the published methods and ours through `kvcluster.evaluation.quality` on both real models, and fills in the tables
+of docs/published.md, whose sentences are written by hand. Every run is kept as sums of its context, and only what is
 missing there runs: after a change to a method, remove its lines.
 """
 
