@@ -26,7 +26,7 @@ And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213
 13. `cluster_scores`      how near a cluster lies to a query
 14. `selection`           a budget of tokens, spent on the nearest clusters
 15. `recall`              attention to the tokens of these clusters
-16. `segments`            which tokens are clustered together, and when
+16. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
 17. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held
