@@ -33,7 +33,7 @@ And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213
 17. `cluster_scores`      how near a cluster lies to a query
 18. `selection`           a budget of tokens, spent on the nearest clusters
 19. `recall`              attention to the tokens of these clusters
-20. `segments`            which tokens are clustered together, and when
+20. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
 21. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held

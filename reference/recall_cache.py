@@ -214,12 +214,12 @@ class RecallCache:
         self._check_query(query)
         if self.clusters is None:
             return None
-        scored = self.clusters.centroids, self.clusters.counts, self.deviations
+        centroids, counts, deviations = self.clusters.centroids, self.clusters.counts, self.deviations
         if self.is_per_query_head:
-            scored = self._for_query_heads(query.shape[-2], *scored)
+            centroids, counts, deviations = self._for_query_heads(query.shape[-2], centroids, counts, deviations)
             query = query[..., None, :]  # (..., group, 1, dim)
         budget = self.plan.budget_of_body(self.n_seen - self.n_clustered)
-        return select_clusters(query, *scored[:2], budget=budget, deviations=scored[2], spread=self.spread)
+        return select_clusters(query, centroids, counts, budget=budget, deviations=deviations, spread=self.spread)
 
     def attend(
         self, query: Float[np.ndarray, "*lead group dim"], *, scale: float | None = None

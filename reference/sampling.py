@@ -28,11 +28,13 @@ def sample_tokens(n_tokens: int, n_drawn: int, *, seed: int, head: int, start: i
     >>> sample_tokens(10, 3, seed=0, head=0, start=0), sample_tokens(10, 3, seed=1, head=0, start=0)
     (array([0, 4, 5]), array([4, 5, 6]))
     """
-    state = scramble(scramble(scramble(0, int(seed)), head), start)
-    return np.sort(np.argsort(scramble(state, np.arange(n_tokens)))[:n_drawn])
+    numbers: int | np.ndarray = 0
+    for word in (int(seed), head, start, np.arange(n_tokens)):
+        numbers = scramble(numbers, word)
+    return np.sort(np.argsort(numbers)[:n_drawn])
 
 
-def scramble(state: int, word: int | np.ndarray) -> int | np.ndarray:
+def scramble(state: int | np.ndarray, word: int | np.ndarray) -> int | np.ndarray:
     """32 bits that depend on both; different ones for different words below 2**32."""
     bits = (state + word + STEP) & MASK
     for _ in range(2):

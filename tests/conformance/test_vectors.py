@@ -187,7 +187,8 @@ def test_edited_manifests_and_missing_files_are_found(copied):
     (copied / "kmeans.safetensors").unlink()
     (copied / "merge.safetensors").write_bytes(b"nothing")
     found = "\n".join(verify_vectors(copied))
-    for text in ("size0 is missing", "other is not a case", "RecallCache scale", "kmeans.safetensors: missing", "read"):
+    texts = ("size0 is missing", "other is not a case", "RecallCache published", "kmeans.safetensors: missing", "read")
+    for text in texts:
         assert text in found
 
 
