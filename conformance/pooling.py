@@ -1,18 +1,38 @@
-"""Pooled matching in steps that can go wrong, one mistake each."""
+"""Pooled matching in words, step by step, and what goes wrong in its steps."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from kvcluster.reference.partition import alternating_partition
 from kvcluster.reference.pooled_matching import compress_entries, pooled_round
-from kvcluster.reference.similarity import halving_sum
+from kvcluster.reference.similarity import halving_sum, similarity
 from kvcluster.reference.soft_matching import join
 from kvcluster.reference.span_merging import merge_stored, weighted_mean
 
 from .mistake import Mistake, Patch
 
-__all__ = ["POOLING"]
+__all__ = ["POOLING", "told_steps"]
+
+
+def told_steps(keys: np.ndarray, values: np.ndarray, counts: np.ndarray, target: int, chunk_size: int) -> Iterator[str]:
+    """A line for each step of the first leading index, and one for each source in it."""
+    first = (0,) * (counts.ndim - 1)
+    keys, values, counts = keys[first].astype(np.float32), values[first].astype(np.float32), counts[first]
+    while (size := len(keys)) > target:
+        n_merged = min(size // 2, size - target)
+        labels = pooled_round(keys, n_merged, chunk_size)
+        yield f"a step from {size} entries, of which {n_merged} merge, in chunks of {chunk_size}:"
+        for at in range(size):
+            first_of_chunk = at - at % chunk_size
+            others = np.arange(first_of_chunk + 1, min(first_of_chunk + chunk_size, size), 2)
+            if (at - first_of_chunk) % 2 == 0 and len(others):
+                similarities = similarity(keys[at : at + 1], keys[others])[0]
+                match = others[similarities.argmax()]
+                does = "merges" if labels[at] == labels[match] else "stays"
+                yield f"  source {at} matches destination {match} (similarity {similarities.max():.17g}); it {does}"
+        keys, values, counts = merge_stored(keys, values, counts, labels, size - n_merged)
 
 
 class Pooling:

@@ -60,9 +60,8 @@ def the_others(case: Case) -> Case:
 
 def others_first(*arrays: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All heads, those that are clustered first."""
-    *stored, whole_heads = arrays
-    keys, values, counts = right_together(*stored, whole_heads)
-    heads = keys.shape[-3]
+    keys, values, counts = right_together(*arrays)
+    heads, whole_heads = keys.shape[-3], arrays[-1]
     order = [*(head for head in range(heads) if head not in whole_heads), *whole_heads]
     return keys[..., order, :, :], values[..., order, :, :], counts[..., order, :]
 

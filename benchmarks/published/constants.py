@@ -11,7 +11,7 @@ from kvcluster.evaluation.quality.cases import Case
 from kvcluster.evaluation.quality.measuring import of_needle
 from kvcluster.evaluation.quality.methods import body_entries
 from kvcluster.evaluation.quality.reading import Context
-from kvcluster.evaluation.quality.scoring import fill, following_nll, score_answer, score_needles
+from kvcluster.evaluation.quality.scoring import copy_rows, fill, following_nll, score_answers, score_needles
 from kvcluster.evaluation.report import with_interval
 from kvcluster.evaluation.runs import Runs, needle_sums
 from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
@@ -61,7 +61,8 @@ def measure(model: Any, context: Context, case: Case, keep: float, chunk: int, s
     first = []
     for needle in case.needles:
         asked = context.ask(needle.question)
-        score = score_answer(model, compressed(asked.prompt), asked.logits, needle.answer, is_stepwise=False)
+        cache = copy_rows(asked.prompt.full) if not chunk else compressed(asked.prompt)
+        [score] = score_answers(model, cache, asked.logits[None], [needle.answer])
         first.append(of_needle(needle, score))
     return {
         "entries": sum(layer.keys.shape[-2] for layer in later.layers) / len(later.layers) / len(case.tokens),

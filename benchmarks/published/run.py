@@ -58,7 +58,7 @@ def main() -> None:
             model, tokenizer = load_model(name, MODEL_TYPES)
             measure_model(model, tokenizer, Runs(results(name), condense), arguments.contexts, arguments.tokens)
             if name == "smollm2":
-                sizes = {"n_contexts": arguments.contexts, "n_tokens": arguments.tokens}
+                sizes = {"n_contexts": (arguments.contexts + 1) // 2, "n_tokens": arguments.tokens}
                 measure_constants(model, tokenizer, Runs(HERE / "results" / "constants.jsonl"), **sizes)
     by_model = {name: Runs(results(name)).all for name in arguments.models}
     tables = make_tables(by_model, Runs(HERE / "results" / "constants.jsonl").all, KEEPS)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 SOURCE = Path(__file__).resolve().parents[2] / "docs" / "vectors" / "reader.cpp"
 COMPILE = ("c++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
-ATTENTION = ("attention", "clustered_attention", "ClusteredCache", "recall_attention", "RecallCache")
+ATTENTION = ("attention", "clustered_attention", "ClusteredCache", "ChelseaCache", "recall_attention", "RecallCache")
 app = typer.Typer()
 app.command()(vectors)
 
