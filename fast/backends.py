@@ -41,7 +41,11 @@ TABLE = {
         "kernels.distinctive_matching:compress",
         "cpu.distinctive_matching:compress",
     ),
-    "pooled_matching": Row("plain.pooled_matching:compress_entries"),
+    "pooled_matching": Row(
+        "plain.pooled_matching:compress_entries",
+        "kernels.pooled_matching:compress_entries",
+        "cpu.pooled_matching:compress_entries",
+    ),
     "merge": Row("exact.mean:ordered_mean", "kernels.merge:merge_clusters"),
     "merge_entries": Row("plain.span_merging:merge_entries"),
     "attend": Row("plain.attention:attend", "kernels.attention:attend", "cpu.attention:attend"),

@@ -130,7 +130,7 @@ def merge_stored(
 
 def weighted_sum(array: Tensor, counts: Tensor, labels: Tensor, n_left: int) -> Float64[Tensor, "problems left dim"]:
     """Sum of each cluster's `count * entry`, in ascending order."""
-    problems, entries, dim = array.shape
+    problems, _, dim = array.shape
     weights = counts.double().unsqueeze(-1)
     if array.device.type != "cpu":
         return ordered_sum(array.double() * weights, labels, count_members(labels, n_left))

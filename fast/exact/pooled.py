@@ -7,10 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
-__all__ = ["CompressedEntries", "compress_in_steps", "destination_entries", "source_entries", "spans_with_matches"]
+__all__ = [
+    "CompressedEntries",
+    "compress_in_steps",
+    "count_sources",
+    "destination_entries",
+    "in_one_row",
+    "source_entries",
+    "spans_with_matches",
+]
 
 WORKING_BYTES = 4 * 2**20  # of float64 numbers of the problems that are worked on together
 
@@ -60,15 +68,29 @@ def compress_in_steps(
     together = max(1, WORKING_BYTES // max(1, entries * widest * torch.float64.itemsize))
     n_rows = n_scored_rows = 0
     for part in (slice(first, first + together) for first in range(0, problems, together)):
-        now = given[0][part].float().contiguous(), given[1][part].float().contiguous(), given[2][part].contiguous()
-        while (size := now[2].shape[1]) > target:
-            *now, n_scored = take_step(*now, min(size // 2, size - target), chunk_size)
-            n_rows += len(now[2]) * len(source_entries(size, chunk_size))
-            n_scored_rows += n_scored
-        for into, array in zip(made, now, strict=True):
+        *left_of, n_matched, n_scored = take_steps(
+            take_step, given[0][part], given[1][part], given[2][part], target, chunk_size
+        )
+        for into, array in zip(made, left_of, strict=True):
             into[part] = array
+        n_rows += n_matched
+        n_scored_rows += n_scored
     new_keys, new_values, new_counts = (x.unflatten(0, lead) for x in made)
     return CompressedEntries(new_keys, new_values, new_counts, n_rows, n_scored_rows)
+
+
+def take_steps(
+    take_step: Step, keys: Tensor, values: Tensor, counts: Tensor, target: int, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Keys, values and counts of these problems after all steps, `n_rows` and `n_scored_rows`."""
+    keys, values, counts = keys.float().contiguous(), values.float().contiguous(), counts.contiguous()
+    n_rows = n_scored_rows = 0
+    while (size := counts.shape[1]) > target:
+        n_merged = min(size // 2, size - target)
+        keys, values, counts, n_scored = take_step(keys, values, counts, n_merged, chunk_size)
+        n_rows += len(counts) * count_sources(size, chunk_size)
+        n_scored_rows += n_scored
+    return keys, values, counts, n_rows, n_scored_rows
 
 
 def source_entries(size: int, chunk_size: int, device: torch.device | None = None) -> Int64[Tensor, " sources"]:
@@ -83,10 +105,23 @@ def spans_with_matches(size: int, chunk_size: int) -> list[tuple[int, int, int]]
     return [span for span in ((0, whole, chunk_size), (whole, size, size - whole)) if span[1] - span[0] > 1]
 
 
+def count_sources(size: int, chunk_size: int) -> int:
+    """How many there are."""
+    return sum(
+        (end - first) // chunk * ((chunk + 1) // 2) for first, end, chunk in spans_with_matches(size, chunk_size)
+    )
+
+
+def in_one_row(found: Shaped[Tensor, "all_chunks sources"], problems: int) -> Shaped[Tensor, "problems all_sources"]:
+    """What was found for the sources of each chunk, for all chunks of a problem."""
+    chunks = len(found) // max(1, problems)
+    return found.reshape(problems, chunks * found.shape[1])
+
+
 def destination_entries(
     destination: Int64[Tensor, "all_chunks sources"], problems: int, first: int, chunk_size: int
-) -> Int64[Tensor, "problems sources_of_all_chunks"]:
-    """Entries that sources found in the chunks, which begin at entry `first` of each problem."""
-    chunks = destination.reshape(problems, -1, destination.shape[-1])
-    begins = torch.arange(chunks.shape[1], device=destination.device)[:, None] * chunk_size + first
-    return (begins + 2 * chunks + 1).flatten(1)
+) -> Int64[Tensor, "problems all_sources"]:
+    """Entries that the sources found in chunks which begin at entry `first` of each problem, `in_one_row`."""
+    found = in_one_row(destination, problems)
+    chunk = torch.arange(found.shape[1], device=found.device) // destination.shape[1]
+    return first + chunk * chunk_size + 2 * found + 1

@@ -24,6 +24,7 @@ from .attention import N_WARPS as attention_warps
 from .likeness import BLOCK_TOKENS, likeness_kernel
 from .likeness import N_WARPS as likeness_warps
 from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel
+from .match import N_STAGES as match_stages
 from .match import N_WARPS as match_warps
 from .merge import BLOCK_ENTRIES, merge_kernel
 from .merge import N_WARPS as merge_warps
@@ -41,7 +42,10 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 8.0e12),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 5.3e12),
 }
-KERNELS = ("match", "score", "merge", "attend", "combine", "assign", "settle", "select", "recall", "likeness")
+KERNELS = (
+    *("match", "score", "likeness", "merge", "merge_weighted"),
+    *("attend", "combine", "assign", "settle", "select", "recall"),
+)
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The problem whose bytes are counted.
@@ -96,21 +100,26 @@ def compile_all(targets: tuple[str, ...] = tuple(TARGETS), dim: int = 128) -> It
 
 
 def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
-    """Name, code and options of each kernel at chunk size 64, as a contiguous tensor calls it."""
+    """Name, code and options of each kernel, as a contiguous tensor calls it; likeness at chunk size 64."""
     strides = dict.fromkeys(("stride_batch", "stride_head", "stride_token"), "i32")
-    chunk = {"keys": TYPES[dtype], "heads": "i32", "chunks": "i32"} | strides
+    chunk = {"keys": TYPES[dtype], "heads": "i32", "chunks": "i32", "size": "i32"} | strides
     shape = {"stride_dim": 1, "DIM": dim, "BLOCK_DIM": dim}
-    in_chunk = shape | {"SIZE": CHUNK_SIZE, "STEPS": dim.bit_length() - 1}
+    in_chunk = shape | {"STEPS": dim.bit_length() - 1}
     types = chunk | {"destination_out": "*i64", "is_scored_out": "*i1", "lead": "fp32"}
     blocks = {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_COLUMNS, "SCORED": BLOCK_SCORED, "WIDEN": False}
-    yield "match", source(match_kernel, types, in_chunk | blocks), {"num_warps": match_warps[backend]}
+    options = {"num_warps": match_warps[backend], "num_stages": match_stages}
+    yield "match", source(match_kernel, types, in_chunk | blocks), options
     types = chunk | {"destination_in": "*i64", "similarity_out": "*fp64"}
     yield "score", source(score_kernel, types, in_chunk | {"ROWS": BLOCK_SOURCES}), {"num_warps": score_warps}
     types = chunk | {"array": TYPES[dtype], "means": "*fp32", "similarity_out": "*fp64"}
-    yield "likeness", source(likeness_kernel, types, in_chunk | {"ROWS": BLOCK_TOKENS}), {"num_warps": likeness_warps}
+    blocks = {"SIZE": CHUNK_SIZE, "ROWS": BLOCK_TOKENS}
+    yield "likeness", source(likeness_kernel, types, in_chunk | blocks), {"num_warps": likeness_warps}
     types = {"array": TYPES[dtype], "members": "*i64", "first_member": "*i64", "counts": "*i64", "means": "*fp32"}
     types |= dict.fromkeys(("n_entries", "heads", "tokens"), "i32") | strides
-    yield "merge", source(merge_kernel, types, shape | {"ENTRIES": BLOCK_ENTRIES}), {"num_warps": merge_warps}
+    for kernel, has_weights in (("merge", False), ("merge_weighted", True)):
+        types["weights"] = "*i32" if has_weights else TYPES[dtype]
+        constants = shape | {"ENTRIES": BLOCK_ENTRIES, "HAS_WEIGHTS": has_weights}
+        yield kernel, source(merge_kernel, types, constants), {"num_warps": merge_warps}
     yield "attend", *attention_source(dtype, dim, has_places=False)
     types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"rows": "i32", "splits": "i32"}
     yield (
@@ -182,8 +191,8 @@ def compile_one(kernel: str, code: ASTSource, options: dict[str, int], dtype: st
 
 
 def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
-    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token, 16 an entry, and centroids;
-    for likeness 8 a token, and the mean of each chunk.
+    """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token (12 with its weight), 16 an
+    entry, and centroids; for likeness 8 a token, and the mean of each chunk.
 
     In attention all keys, values and counts, and the partial results, which are what is combined. To assign, all keys,
     the centroids of every segment, and 9 bytes a token; to select, all features and 8 bytes a cluster; to recall, the
@@ -198,9 +207,9 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     if kernel == "likeness":
         return keys + HEADS * TOKENS * 8 + HEADS * TOKENS // CHUNK_SIZE * dim * 4
     entries = HEADS * TOKENS // 2  # after the first round; as many sources
-    if kernel != "merge":
+    if kernel in ("match", "score"):
         return keys + entries * (9 if kernel == "match" else 16)
-    return keys + HEADS * TOKENS * 8 + entries * (16 + dim * 4)
+    return keys + HEADS * TOKENS * (8 if kernel == "merge" else 12) + entries * (16 + dim * 4)
 
 
 def recall_bytes_moved(kernel: str, dtype: str, dim: int) -> int:

@@ -9,12 +9,13 @@ from ..exact.similarity import SAFE_NORM, margin
 from .canonical import canonical_similarity
 from .rows import chunk_base, load_rows
 
-__all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "BLOCK_SCORED", "N_WARPS", "match", "match_kernel"]
+__all__ = ["BLOCK_COLUMNS", "BLOCK_ROWS", "BLOCK_SCORED", "N_STAGES", "N_WARPS", "match", "match_kernel"]
 
 BLOCK_ROWS = 16  # sources of a program
 BLOCK_COLUMNS = 32  # destinations that are filtered together
 BLOCK_SCORED = 8  # destinations that are scored canonically together; 4 or 16 would spill registers
 N_WARPS = {"cuda": 8, "hip": 4}  # with others, registers spill
+N_STAGES = 1  # loads that run ahead of the loop would spill registers, too
 # What one addition in float32 may lose. Tensor cores add products of 16-bit numbers less carefully than IEEE 754 asks.
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-21, torch.bfloat16: 2.0**-21}
 LOWEST_NORM = tl.constexpr(SAFE_NORM[0])
@@ -47,9 +48,9 @@ def match(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
         is_scored,
         heads,
         chunks,
+        size,
         *keys.stride(),
         lead=margin(dim, UNIT[keys.dtype]),
-        SIZE=size,
         DIM=dim,
         BLOCK_DIM=block_dim,
         STEPS=block_dim.bit_length() - 1,
@@ -58,6 +59,7 @@ def match(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
         SCORED=BLOCK_SCORED,
         WIDEN=triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16,  # it gets their products wrong
         num_warps=N_WARPS["hip" if torch.version.hip else "cuda"],
+        num_stages=N_STAGES,
     )
     return destination, is_scored
 
@@ -78,12 +80,12 @@ def match_kernel(
     is_scored_out,
     heads,
     chunks,
+    size,
     stride_batch,
     stride_head,
     stride_token,
     stride_dim,
     lead,
-    SIZE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     STEPS: tl.constexpr,
@@ -93,12 +95,12 @@ def match_kernel(
     WIDEN: tl.constexpr,
 ):
     """One program: ROWS sources of one chunk. Sources are the entries 0, 2, ..., destinations 1, 3, ... of it."""
-    N_SOURCES: tl.constexpr = (SIZE + 1) // 2
-    N_DESTINATIONS: tl.constexpr = SIZE // 2
-    base = chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, SIZE)
+    n_sources = (size + 1) // 2
+    n_destinations = size // 2
+    base = chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, size)
     row = tl.arange(0, ROWS)
     source = tl.program_id(1) * ROWS + row
-    is_source = source < N_SOURCES
+    is_source = source < n_sources
     a = load_rows(base, 2 * source, is_source, stride_token, stride_dim, DIM, BLOCK_DIM)
     a_inverse, is_safe = inverse_norm(a)
 
@@ -106,9 +108,9 @@ def match_kernel(
     best = tl.full((ROWS,), -4.0, tl.float32)
     second = tl.full((ROWS,), -4.0, tl.float32)
     destination = tl.zeros((ROWS,), tl.int32)
-    for first in range(0, N_DESTINATIONS, COLUMNS):
+    for first in range(0, n_destinations, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        is_destination = column < N_DESTINATIONS
+        is_destination = column < n_destinations
         b = load_rows(base, 2 * column + 1, is_destination, stride_token, stride_dim, DIM, BLOCK_DIM)
         b_inverse, is_safe_column = inverse_norm(b)
         is_safe &= tl.min((is_safe_column | ~is_destination).to(tl.int32), axis=0) > 0
@@ -133,9 +135,9 @@ def match_kernel(
         a64 = load_rows(base, entry, entry >= 0, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)
         highest = tl.full((1,), -4.0, tl.float64)
         winner = tl.zeros((1,), tl.int32)
-        for first in range(0, N_DESTINATIONS, SCORED):
+        for first in range(0, n_destinations, SCORED):
             column = first + tl.arange(0, SCORED)
-            is_destination = column < N_DESTINATIONS
+            is_destination = column < n_destinations
             b = load_rows(base, 2 * column + 1, is_destination, stride_token, stride_dim, DIM, BLOCK_DIM)
             scores = canonical_similarity(a64, b.to(tl.float64), SCORED, BLOCK_DIM, STEPS)
             scores = tl.where(is_destination, scores, -4.0)[None, :]  # (1, SCORED)
@@ -144,6 +146,6 @@ def match_kernel(
             highest = tl.maximum(highest, top)
         destination = tl.where(row == open_row, winner, destination)
 
-    offset = tl.program_id(0).to(tl.int64) * N_SOURCES + source
+    offset = tl.program_id(0).to(tl.int64) * n_sources + source
     tl.store(destination_out + offset, destination.to(tl.int64), mask=is_source)
     tl.store(is_scored_out + offset, is_open, mask=is_source)

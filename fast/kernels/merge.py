@@ -20,14 +20,16 @@ def merge_clusters(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     return means.reshape(*counts.shape, array.shape[-1])
 
 
-def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+def merge(array: Tensor, labels: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of each cluster.
 
     Parameters
     ----------
     array : (batch, heads, tokens, dim), any strides; float16, bfloat16 or float32; dim at most 256.
     labels : (problems, tokens of a problem), int64; batch * heads problems, or that many times the chunks of each.
-    counts : (problems, entries), int64.
+    counts : (problems, entries), int64: members of each cluster.
+    weights : (problems, tokens of a problem), int32, from 1 to 2**29, so that no product with a float32 number is
+        rounded. None: all tokens weigh the same.
 
     Returns
     -------
@@ -47,6 +49,7 @@ def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         members,
         first.contiguous(),
         counts.contiguous(),
+        array if weights is None else weights.contiguous(),
         means,
         problems * entries,
         heads,
@@ -55,6 +58,7 @@ def merge(array: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
         DIM=dim,
         BLOCK_DIM=triton.next_power_of_2(dim),
         ENTRIES=BLOCK_ENTRIES,
+        HAS_WEIGHTS=weights is not None,
         num_warps=N_WARPS,
     )
     return means
@@ -66,6 +70,7 @@ def merge_kernel(
     members,
     first_member,
     counts,
+    weights,
     means,
     n_entries,
     heads,
@@ -77,6 +82,7 @@ def merge_kernel(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     ENTRIES: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
 ):
     """One program: ENTRIES clusters, in as many steps as the largest of them has members."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
@@ -87,6 +93,9 @@ def merge_kernel(
     is_feature = feature < DIM
     # -0.0, for only -0.0 + x is x for every x; a product, because Triton writes the constant -0.0 as 0.0.
     sums = tl.zeros((ENTRIES, BLOCK_DIM), tl.float64) * -1.0
+    total = count
+    if HAS_WEIGHTS:
+        total = tl.zeros((ENTRIES,), tl.int64)
     for rank in range(0, tl.max(count, axis=0)):
         is_member = rank < count
         token = tl.load(members + first + rank, mask=is_member, other=0)  # counted over all problems
@@ -94,6 +103,10 @@ def merge_kernel(
         offset = head // heads * stride_batch + head % heads * stride_head + token % tokens * stride_token
         pointers = array + offset[:, None] + feature[None, :] * stride_dim
         tokens64 = tl.load(pointers, mask=is_member[:, None] & is_feature[None, :], other=0.0).to(tl.float64)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights + token, mask=is_member, other=0)
+            total += weight
+            tokens64 *= weight.to(tl.float64)[:, None]
         sums = tl.where(is_member[:, None], sums + tokens64, sums)
-    mean = (sums / count.to(tl.float64)[:, None]).to(tl.float32)
+    mean = (sums / total.to(tl.float64)[:, None]).to(tl.float32)
     tl.store(means + entry[:, None] * DIM + feature[None, :], mean, mask=is_entry[:, None] & is_feature[None, :])

@@ -7,12 +7,12 @@ __all__ = ["chunk_base", "load_rows"]
 
 
 @triton.jit
-def chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, SIZE: tl.constexpr):
+def chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, size):
     """Where the chunk of this program begins: programs count the chunks of all heads of all batch rows."""
     chunk = tl.program_id(0) % chunks
     head = tl.program_id(0) // chunks
     base = keys + (head // heads).to(tl.int64) * stride_batch + (head % heads).to(tl.int64) * stride_head
-    return base + (chunk * SIZE).to(tl.int64) * stride_token
+    return base + (chunk * size).to(tl.int64) * stride_token
 
 
 @triton.jit

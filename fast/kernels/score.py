@@ -37,8 +37,8 @@ def score(keys: Tensor, size: int, destination: Tensor) -> Tensor:
         similarity,
         heads,
         tokens // size,
+        size,
         *keys.stride(),
-        SIZE=size,
         DIM=dim,
         BLOCK_DIM=block_dim,
         STEPS=block_dim.bit_length() - 1,
@@ -55,22 +55,22 @@ def score_kernel(
     similarity_out,
     heads,
     chunks,
+    size,
     stride_batch,
     stride_head,
     stride_token,
     stride_dim,
-    SIZE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """One program: ROWS sources of one chunk."""
-    N_SOURCES: tl.constexpr = (SIZE + 1) // 2
-    base = chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, SIZE)
+    n_sources = (size + 1) // 2
+    base = chunk_base(keys, heads, chunks, stride_batch, stride_head, stride_token, size)
     source = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    is_source = source < N_SOURCES
-    offset = tl.program_id(0).to(tl.int64) * N_SOURCES + source
+    is_source = source < n_sources
+    offset = tl.program_id(0).to(tl.int64) * n_sources + source
     destination = tl.load(destination_in + offset, mask=is_source, other=0)
     a = load_rows(base, 2 * source, is_source, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)
     b = load_rows(base, 2 * destination + 1, is_source, stride_token, stride_dim, DIM, BLOCK_DIM).to(tl.float64)

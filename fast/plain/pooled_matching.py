@@ -10,6 +10,7 @@ from ..exact.pooled import (
     CompressedEntries,
     compress_in_steps,
     destination_entries,
+    in_one_row,
     source_entries,
     spans_with_matches,
 )
@@ -76,10 +77,10 @@ def match_chunks(keys: Float32[Tensor, "problems span dim"], first: int, size: i
     found = [certified_matches(part[:, 0::2], part[:, 1::2]) for part in chunks.split(together)]
     return Matches(
         destination=destination_entries(torch.cat([part.destination for part in found]), problems, first, size),
-        cosine=torch.cat([part.cosine for part in found]).reshape(problems, -1),
-        is_unsafe=torch.cat([part.is_unsafe for part in found]).reshape(problems, -1).any(dim=1),
-        is_scored=torch.cat([part.is_scored for part in found]).reshape(problems, -1),
-        similarity=torch.cat([part.similarity for part in found]).reshape(problems, -1),
+        cosine=in_one_row(torch.cat([part.cosine for part in found]), problems),
+        is_unsafe=in_one_row(torch.cat([part.is_unsafe for part in found])[:, None], problems).any(dim=1),
+        is_scored=in_one_row(torch.cat([part.is_scored for part in found]), problems),
+        similarity=in_one_row(torch.cat([part.similarity for part in found]), problems),
     )
 
 
