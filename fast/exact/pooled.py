@@ -83,7 +83,7 @@ def take_steps(
     take_step: Step, keys: Tensor, values: Tensor, counts: Tensor, target: int, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """Keys, values and counts of these problems after all steps, `n_rows` and `n_scored_rows`."""
-    keys, values, counts = keys.float().contiguous(), values.float().contiguous(), counts.contiguous()
+    keys, values, counts = keys.float().contiguous(), values.float().contiguous(), counts.int().contiguous()
     n_rows = n_scored_rows = 0
     while (size := counts.shape[1]) > target:
         n_merged = min(size // 2, size - target)
