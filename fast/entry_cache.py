@@ -117,7 +117,7 @@ class EntryCache:
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        check_append(keys, values, self.like())
+        check_append(keys, values, self.like)
         check_heads(self.whole_heads, tuple(keys.shape))
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
         n_new, of_whole = keys.shape[-2], ()
@@ -155,7 +155,7 @@ class EntryCache:
             raise ValueError("attend needs at least one appended token, got an empty cache")
         if not self.whole_heads:
             return clustered_attention(query, self.keys, self.values, self.counts, scale=scale)
-        like = self.like()
+        like = self.like
         check_query(query, None if like is None else like[0])
         output = self.attend_rows(with_batch(query, 3), queries=1, scale=scale)
         return output.reshape(*query.shape[:-1], output.shape[-1])
@@ -187,6 +187,7 @@ class EntryCache:
         stored = self.keys, self.values, self.counts
         return together(*stored, self.whole_keys, self.whole_values, self.whole_heads)
 
+    @property
     def like(self) -> tuple[Tensor, ...] | None:
         """Tensors of the shape of keys and values of all heads, without memory of their own; None at first."""
         if self.keys is None or self.values is None:

@@ -36,7 +36,6 @@ class RecallCache:
     32 of the tokens, at least one segment): `nbytes` counts what is there, `nbytes_reserved` the memory. Appending a
     token moves others only where the room ends, clustering a segment moves only its own. `stored` are views that the
     next `append` may overwrite, enough for dense attention; `keys` and `values` are copies once there is a body.
-
     A step reads centroids and deviations, in bfloat16, and `budget` keys and values. No gradient flows through it.
     """
 
@@ -89,6 +88,8 @@ class RecallCache:
         """Keys and values (..., n_seen, .) as they lie in memory: sinks, body in cluster order, recent tokens."""
         return self._held[0][..., : self.n_seen, :], self._held[1][..., : self.n_seen, :]
 
+    like = stored  # the shapes of keys and values of all heads
+
     @property
     def clusters(self) -> Clusters | None:
         if self.body.scored is None:
@@ -104,9 +105,10 @@ class RecallCache:
     def n_stored(self) -> int:
         return self.n_seen
 
+    width = mean_entries = n_stored  # every KV head holds every token
+
     @property
     def work(self) -> ClusteringWork:
-        """What clustering has cost."""
         return self.body.work
 
     @property
@@ -117,20 +119,6 @@ class RecallCache:
     def n_croppable(self) -> int:
         """The most tokens that `crop` takes out: clusters that are older than the last append stay whole."""
         return self.n_seen - self.settings.fewest_seen(self._before[0])
-
-    @property
-    def width(self) -> int:
-        """Entries of each KV head, all of which several new tokens attend to."""
-        return self.n_stored
-
-    @property
-    def mean_entries(self) -> float:
-        """Entries per KV head."""
-        return self.n_stored
-
-    def like(self) -> tuple[Tensor, ...] | None:
-        """Tensors of the shape of keys and values of all heads; None at first."""
-        return None if self._held is None else self.stored
 
     @property
     def n_rows(self) -> int:

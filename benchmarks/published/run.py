@@ -56,7 +56,7 @@ def main() -> None:
     if not arguments.page_only:
         for name in arguments.models:
             model, tokenizer = load_model(name, MODEL_TYPES)
-            measure_model(model, tokenizer, Runs(results(name), condense), arguments.contexts, arguments.tokens)
+            measure_model(model, tokenizer, Runs(results(name), without_texts), arguments.contexts, arguments.tokens)
             if name == "smollm2":
                 sizes = {"n_contexts": (arguments.contexts + 1) // 2, "n_tokens": arguments.tokens}
                 measure_constants(model, tokenizer, Runs(HERE / "results" / "constants.jsonl"), **sizes)
@@ -66,6 +66,13 @@ def main() -> None:
     console = Console()
     for name, table in tables.items():
         console.print(f"\n{name}", Markdown(table))
+
+
+def without_texts(run: dict[str, Any]) -> dict[str, Any]:
+    """A condensed run; of what was generated, the scores."""
+    condensed = condense(run)
+    prompts = [{name: prompt[name] for name in ("metric", "score")} for prompt in condensed.get("prompts", ())]
+    return {**condensed, "prompts": prompts} if prompts else condensed
 
 
 def results(name: str) -> Path:

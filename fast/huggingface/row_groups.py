@@ -248,7 +248,7 @@ class RowGroups:
             cache = self.make()
             cache.restore(group_tensors, described["numbers"])
             if group_tensors:
-                self._remember(*cache.like())
+                self._remember(*cache.like)
             self.groups.append(RowGroup(described["padding"], row_indices(described["rows"], device), cache))
 
 

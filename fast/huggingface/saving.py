@@ -235,7 +235,7 @@ def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> 
         layer.cumulative_length = numbers["n_seen"]
     else:
         layer.cache.restore(tensors, numbers)
-        layer.lazy_initialization(*next(cache.like() for cache in layer.cache.caches if cache.n_seen))
+        layer.lazy_initialization(*next(cache.like for cache in layer.cache.caches if cache.n_seen))
 
 
 def digest(array: Tensor) -> str:

@@ -10,6 +10,7 @@ from models import tiny_gemma
 from typer.testing import CliRunner
 
 from kvcluster.cli import app
+from kvcluster.evaluation.quality import METHODS
 
 SIZE = ["--tokens", "700,900", "--contexts", 2, "--needles", 4, "--following", 30]
 
@@ -116,7 +117,7 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     local = ["--model", llama, "--text", text]
     for arguments, message in (
-        (["--method", "best"], "method must be of full, chunked, distinctive"),
+        (["--method", "best"], "method must be of full, chunked, chunked-10, chelsea-0"),
         (["--keep", "0"], "keep must be in (0, 1], got 0"),
         (["--keep", "half"], "keep must be numbers, got 'half'"),
         (["--tokens", "4k"], "tokens must be whole numbers, got '4k'"),
@@ -126,7 +127,7 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
             "tasks must have a question where it comes first, got perplexity, attention",
         ),
         (["--model", "gemma"], "model must be a folder with a config.json, got gemma"),
-        (["--method", ""], "method must be of full, chunked, distinctive, distinctive-layers, recall, got none"),
+        (["--method", ""], f"method must be of {', '.join(METHODS)}, got none"),
         ([*local, "--tasks", ""], "there must be something to do, got no tasks and no files"),
         ([*local, "--tokens", "4000"], "within the model's 4,096 positions, got 4,000"),
         ([*local, "--contexts", "99"], "text must have at least"),
