@@ -22,8 +22,8 @@ class BoundedCache(ClusteredCache):
         *,
         budget: int,
         keep_ratio: float,
-        chunk_size: int = 64,
-        n_sink: int = 4,
+        chunk_size: int = 256,
+        n_sink: int = 16,
         n_recent: int = 64,
         backend: Backend = "auto",
     ) -> None:

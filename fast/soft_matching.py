@@ -34,7 +34,7 @@ class SoftMatching:
 
 
 def chunked_soft_matching(
-    keys: Float[Tensor, "*lead tokens dim"], *, keep_ratio: float, chunk_size: int = 64, backend: Backend = "auto"
+    keys: Float[Tensor, "*lead tokens dim"], *, keep_ratio: float, chunk_size: int = 256, backend: Backend = "auto"
 ) -> Clustering:
     """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters.
 

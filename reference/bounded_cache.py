@@ -27,7 +27,7 @@ class BoundedCache(ClusteredCache):
     tokens alone, after every single token, so this cache does not depend on how they arrived either. With keep_ratio
     1 nothing is merged while `n_seen <= budget`.
 
-    All of it is our choice, from no paper.
+    All of it is our choice, from no paper; the default sizes are those of `ClusteredCache`.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class BoundedCache(ClusteredCache):
     """
 
     def __init__(
-        self, *, budget: int, keep_ratio: float, chunk_size: int = 64, n_sink: int = 4, n_recent: int = 64
+        self, *, budget: int, keep_ratio: float, chunk_size: int = 256, n_sink: int = 16, n_recent: int = 64
     ) -> None:
         super().__init__(keep_ratio=keep_ratio, chunk_size=chunk_size, n_sink=n_sink, n_recent=n_recent)
         self._n_span = entries_of_chunk(keep_ratio, chunk_size)  # entries of a span

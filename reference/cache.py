@@ -46,8 +46,9 @@ class ClusteredCache(EntryCache):
     Chunks lie at absolute positions (the first begins at `n_sink`) and each is clustered once, alone. So the cache
     does not depend on how the tokens arrived: one prefill, token by token or any split gives the same bytes.
 
-    Online clustering in chunks: arXiv:2506.11418v1. Sinks, recent window, chunk positions and the moment of
-    clustering: our choice; the paper's text was not available to us.
+    Online clustering in chunks: arXiv:2506.11418v1. The default sizes: as a digest of v1 has it; chunks of 256 and 16
+    sinks were also the best of those measured here (docs/published.md). Chunk positions and the moment of clustering:
+    our choice; the paper's text was not available to us.
 
     Examples
     --------
@@ -65,8 +66,8 @@ class ClusteredCache(EntryCache):
         *,
         keep_ratio: float,
         method: Method = SoftMatching(),
-        chunk_size: int = 64,
-        n_sink: int = 4,
+        chunk_size: int = 256,
+        n_sink: int = 16,
         n_recent: int = 64,
         whole_heads: Sequence[int] = (),
     ) -> None:

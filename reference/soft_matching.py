@@ -43,7 +43,7 @@ class SoftMatching:
 
 
 def chunked_soft_matching(
-    keys: Float[np.ndarray, "*lead tokens dim"], *, keep_ratio: float, chunk_size: int = 64
+    keys: Float[np.ndarray, "*lead tokens dim"], *, keep_ratio: float, chunk_size: int = 256
 ) -> Clustering:
     """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters.
 
@@ -51,7 +51,8 @@ def chunked_soft_matching(
     ----------
     keys : (..., tokens, dim), float16, bfloat16 or float32; tokens may be 0.
     keep_ratio : entries kept / tokens seen, in (0, 1].
-    chunk_size : tokens in a chunk, at least 1. A trailing partial chunk is left as it is.
+    chunk_size : tokens in a chunk, at least 1. A trailing partial chunk is left as it is. 256 as a digest of
+        arXiv:2506.11418v1 has it, and the best of the sizes measured here (docs/published.md).
 
     Returns
     -------
