@@ -61,7 +61,7 @@ def main() -> None:
                 sizes = {"n_contexts": (arguments.contexts + 1) // 2, "n_tokens": arguments.tokens}
                 measure_constants(model, tokenizer, Runs(HERE / "results" / "constants.jsonl"), **sizes)
     by_model = {name: Runs(results(name)).all for name in arguments.models}
-    tables = make_tables(by_model, Runs(HERE / "results" / "constants.jsonl").all, KEEPS)
+    tables = make_tables(by_model, Runs(HERE / "results" / "constants.jsonl").all)
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
     for name, table in tables.items():

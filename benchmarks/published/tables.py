@@ -6,10 +6,11 @@ from benchmarks.published.constants import constants_table
 from kvcluster.evaluation.pages import table
 from kvcluster.evaluation.quality import METHODS, summarize
 from kvcluster.evaluation.report import with_interval
+from kvcluster.evaluation.statistics import estimate
 
 __all__ = ["ROWS", "make_tables"]
 
-Summaries = dict[tuple[str, float, bool], dict[str, Any]]  # by method, share kept, whether the question comes first
+Runs = dict[tuple[str, float, bool], list[dict[str, Any]]]  # by method, share kept, whether the question comes first
 
 ROWS = {
     "chelsea-0": "`ChelseaCache`, no whole heads",
@@ -23,54 +24,68 @@ ROWS = {
     "recall": "`RecallCache` (ours)",
 }
 TITLES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
-HEAD = ["kept", "entries", "method", "needles, question first", "needles, question later"]
-HEAD += ["tasks, question first", "tasks, question later", "perplexity"]
+SETTINGS = (True, False)  # whether the question comes first
+KINDS = ("digits", "words")
+HEAD = ["kept", "entries", "method", "digits, first", "digits, later", "words, first", "words, later"]
+HEAD += ["tasks, first", "tasks, later", "perplexity"]
 
 
-def make_tables(
-    by_model: dict[str, list[dict[str, Any]]], constants: list[dict[str, Any]], keeps: Any
-) -> dict[str, str]:
+def make_tables(by_model: dict[str, list[dict[str, Any]]], constants: list[dict[str, Any]]) -> dict[str, str]:
     """Each as Markdown."""
-    tables = {name: model_table(summaries_of(runs), keeps) for name, runs in by_model.items()}
+    tables = {name: model_table(grouped(runs)) for name, runs in by_model.items()}
     return {**tables, "full": full_table(by_model), "constants": constants_table(constants)}
 
 
-def summaries_of(runs: list[dict[str, Any]]) -> Summaries:
-    return {(x["method"], x["keep"], x["is_question_first"]): x for x in summarize(runs)}
+def grouped(runs: list[dict[str, Any]]) -> Runs:
+    groups: Runs = {}
+    for run in runs:
+        key = run["key"]
+        groups.setdefault((key["method"], key["keep"], key.get("is_question_first", False)), []).append(run)
+    return groups
 
 
 def full_table(by_model: dict[str, list[dict[str, Any]]]) -> str:
-    """What the full cache makes of the same contexts, as it is."""
+    """What the full cache makes of the same contexts, the same in both settings, as it is."""
     rows = []
     for name, runs in by_model.items():
-        summaries = summaries_of(runs)
-        first, later = summaries["full", 1.0, True], summaries["full", 1.0, False]
-        cells = [TITLES[name], str(later["needles"]["n"])]
-        cells += [with_interval(x["needles"]["token_accuracy"], to="-") for x in (first, later)]
-        cells += [f"{score(x):.3f}" for x in (first, later)]
-        rows.append([*cells, with_interval(later["perplexity"]["value"], to="-")])
-    return table(["model", "needles", *HEAD[3:]], rows)
+        full = grouped(runs)["full", 1.0, False]
+        summary = summarize(full)[0]
+        cells = [TITLES[name], str(summary["needles"]["n"])]
+        for kind in KINDS:
+            sums = [run["needles"]["kinds"][kind] for run in full if "needles" in run]
+            cells.append(with_interval(estimate(*([x[part] for x in sums] for part in ("right", "tokens"))), to="-"))
+        cells += [f"{score(full):.3f}", with_interval(summary["perplexity"]["value"], to="-")]
+        rows.append(cells)
+    return table(["model", "needles", *KINDS, "tasks", "perplexity"], rows)
 
 
-def model_table(summaries: Summaries, keeps: Any) -> str:
+def model_table(runs: Runs) -> str:
     """A row for each method and share kept, over the full cache's; what a method was not run at is left out."""
-    full = {is_first: summaries["full", 1.0, is_first] for is_first in (True, False)}
     rows = []
-    for keep in sorted({keep for name, keep, _ in summaries if name in ROWS}, reverse=True):
+    for keep in sorted({keep for name, keep, _ in runs if name in ROWS}, reverse=True):
         for name, title in ROWS.items():
-            both = [summaries.get((name, keep, is_first)) for is_first in (True, False)]
-            if both[0] is None or both[1] is None:
-                continue
-            first, later = both[0], both[1]
-            stored = "all" if METHODS[name].stores_all else f"{later['entries']:.3f}"
-            needles = [with_interval(x["needles"]["of_full"], to="-") for x in (first, later)]
-            tasks = [f"{score(x) / score(full[x['is_question_first']]):.2f}" for x in (first, later)]
-            perplexity = with_interval(later["perplexity"]["of_full"], to="-")
-            rows.append([f"{keep:g}", stored, title, *needles, *tasks, perplexity])
+            if (name, keep, False) in runs:
+                rows.append([f"{keep:g}", *row(runs, name, keep, title)])
     return table(HEAD, rows)
 
 
-def score(summary: dict[str, Any]) -> float:
-    """Mean over the tasks of their mean score."""
-    scores = [task["score"]["value"] for task in summary["tasks"].values()]
+def row(runs: Runs, name: str, keep: float, title: str) -> list[str]:
+    """Entries, title, needles of each kind in both settings, tasks in both, perplexity."""
+    later, full = runs[name, keep, False], runs["full", 1.0, False]
+    summary = summarize([*full, *later])[1]
+    cells = ["all" if METHODS[name].stores_all else f"{summary['entries']:.3f}", title]
+    for kind in KINDS:
+        for setting in SETTINGS:
+            both = (
+                [run["needles"]["kinds"][kind]["right"] for run in group if "needles" in run]
+                for group in (runs[name, keep, setting], runs["full", 1.0, setting])
+            )
+            cells.append(with_interval(estimate(*both), to="-"))
+    of_full = (score(runs[name, keep, setting]) / score(runs["full", 1.0, setting]) for setting in SETTINGS)
+    return [*cells, *(f"{share:.2f}" for share in of_full), with_interval(summary["perplexity"]["of_full"], to="-")]
+
+
+def score(runs: list[dict[str, Any]]) -> float:
+    """Mean over all answers that were generated."""
+    scores = [prompt["score"] for run in runs for prompt in run.get("prompts", ())]
     return sum(scores) / len(scores)
