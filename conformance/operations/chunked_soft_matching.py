@@ -68,7 +68,7 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def decisions(case: Case) -> Iterator[str]:
-    keys, chunk_size = case.arrays["keys"], case.parameters.get("chunk_size", 64)
+    keys, chunk_size = case.arrays["keys"], case.parameters.get("chunk_size", 256)
     keys = keys[(0,) * (keys.ndim - 2)]
     target = entries_of_chunk(case.parameters["keep_ratio"], chunk_size)
     yield f"a chunk of {chunk_size} tokens becomes {target} entries"
@@ -158,7 +158,7 @@ def rounded_to_dtype(keys: np.ndarray, labels: np.ndarray, *_: np.ndarray) -> np
 
 def one_round(case: Case) -> Case:
     """A target that one round reaches."""
-    chunk_size = case.parameters.get("chunk_size", 64)
+    chunk_size = case.parameters.get("chunk_size", 256)
     least = (chunk_size - chunk_size // 2) / chunk_size
     return given(keep_ratio=max(least, case.parameters["keep_ratio"]))(case)
 
@@ -174,14 +174,14 @@ def of_first_head(keys: np.ndarray, **parameters: Any) -> Clustering:
     return Clustering(*(np.broadcast_to(x[..., :1, :], x.shape) for x in (clustering.labels, clustering.counts)))
 
 
-def with_partial_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 64) -> Clustering:
+def with_partial_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 256) -> Clustering:
     """The trailing partial chunk is clustered too."""
     n_whole = keys.shape[-2] // chunk_size * chunk_size
     spans = [(keys[..., :n_whole, :], chunk_size), (keys[..., n_whole:, :], keys.shape[-2] - n_whole)]
     return joined([right_matching(x, keep_ratio=keep_ratio, chunk_size=n) for x, n in spans if n])
 
 
-def without_last_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 64) -> Clustering:
+def without_last_chunk(keys: np.ndarray, *, keep_ratio: float, chunk_size: int = 256) -> Clustering:
     """The last whole chunk is left as it is."""
     n_whole = max(0, keys.shape[-2] // chunk_size - 1) * chunk_size
     labels_of_rest = np.broadcast_to(np.arange(keys.shape[-2] - n_whole), (*keys.shape[:-2], keys.shape[-2] - n_whole))
@@ -270,7 +270,7 @@ OPERATION = Operation(
     decisions=decisions,
     mistakes=(*BEFORE, *PARTIAL, *AFTER),
     scaffold='''
-def chunked_soft_matching(keys, *, keep_ratio, chunk_size=64):
+def chunked_soft_matching(keys, *, keep_ratio, chunk_size=256):
     """labels (..., tokens), counts (..., entries)."""
     return my_package.match(keys, keep_ratio, chunk_size)
 ''',

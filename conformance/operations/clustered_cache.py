@@ -33,8 +33,8 @@ def cases(base: int) -> Iterator[Case]:
         for name, pieces in (("prompt", (150,)), ("split", (1, 2, 60, 1, 0, 37, 49)), ("tokens", (100, *[1] * 50))):
             yield Case("ClusteredCache", f"{kind}-{name}-{dtype}", arrays, {**plan, "pieces": pieces})
     arrays = attention_arrays("normal", (1, 2), 2, 200, 8, "f32", base + 120)
-    changes: dict[str, dict[str, Any]] = {
-        "defaults": {"keep_ratio": 0.25},
+    changes: dict[str, Any] = {
+        "defaults": {"keep_ratio": 0.25, "chunk_size": 64, "n_sink": 4, "n_recent": 64},  # those of 0.2
         "keep-all": {**plan, "keep_ratio": 1.0},
         "no-sink": {**plan, "n_sink": 0},
         "no-recent": {**plan, "n_recent": 0},
@@ -52,8 +52,11 @@ def cases(base: int) -> Iterator[Case]:
     yield from whole_head_cases("ClusteredCache", plan, base + 260)
     layer = attention_arrays("smooth", (2, 4), 2, 80, 8, "f32", base + 273)
     for name, heads in (("shared-whole1", (2,)), ("shared-whole2", (0, 3))):
-        parameters = {**plan, "method": Distinctive(n_shared=2), "whole_heads": heads, "pieces": (70, 10)}
-        yield Case("ClusteredCache", name, layer, parameters)
+        yield Case(
+            "ClusteredCache", name, layer, {**plan, "method": Distinctive(2), "whole_heads": heads, "pieces": (70, 10)}
+        )
+    long = attention_arrays("normal", (1,), 2, 700, 8, "f32", base + 275)
+    yield Case("ClusteredCache", "new-defaults", long, {"keep_ratio": 0.25, "pieces": (690, 10)})
 
 
 def distinctive_cases(base: int) -> Iterator[Case]:
@@ -161,13 +164,13 @@ def pattern(kinds: set[str], results: set[str]) -> tuple[str, str] | None:
 
 def boundaries_at_zero(case: Case) -> Case:
     """Sinks are taken out of the first chunk, so that chunks begin at multiples of the chunk size."""
-    chunk, sinks = case.parameters.get("chunk_size", 64), case.parameters.get("n_sink", 4)
+    chunk, sinks = case.parameters.get("chunk_size", 256), case.parameters.get("n_sink", 16)
     return given(n_sink=-(-sinks // chunk) * chunk)(case)
 
 
 def budget_beside_sinks(case: Case) -> Case:
     budget = case.parameters.get("budget")
-    return case if budget is None else given(budget=budget + case.parameters.get("n_sink", 4))(case)
+    return case if budget is None else given(budget=budget + case.parameters.get("n_sink", 16))(case)
 
 
 class ByArrival(reference.ClusteredCache):

@@ -154,9 +154,9 @@ def test_empty_input_gives_an_empty_clustering(dtype):
 def test_an_empty_batch_is_no_error(backend):
     convert = to_torch if backend is fast else np.asarray
     keys = convert(np.ones((0, 64, 4), dtype=np.float32))
-    clustering = backend.chunked_soft_matching(keys, keep_ratio=0.5)
+    clustering = backend.chunked_soft_matching(keys, keep_ratio=0.5, chunk_size=64)
     assert tuple(backend.merge(keys, clustering).shape) == (0, 32, 4)
-    cache = backend.ClusteredCache(keep_ratio=0.5, n_recent=0, n_sink=0)
+    cache = backend.ClusteredCache(keep_ratio=0.5, chunk_size=64, n_recent=0, n_sink=0)
     cache.append(keys, keys)
     assert cache.n_stored == 32
 

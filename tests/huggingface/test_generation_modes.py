@@ -29,19 +29,16 @@ from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 
 CLUSTERED = {"chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
 RECALLED = {"n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
-CHELSEA = {"interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
-HEADS = [(0, 1), (1, 0)]  # whole ones
+CHELSEA = {"interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "whole_heads": [(0, 1), (1, 0)]}
 # each cache: one that keeps everything, and one that leaves much out
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, keep_ratio=1, **CLUSTERED),
-    "chelsea": lambda model: ChelseaCache.for_model(model, ratio=1, max_new_tokens=1000, whole_heads=HEADS, **CHELSEA),
+    "chelsea": lambda model: ChelseaCache.for_model(model, ratio=1, max_new_tokens=1000, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, budget=1000, **RECALLED),
 }
 SMALL = {
     "clustered": lambda model: ClusteredCache.for_model(model, keep_ratio=0.25, **CLUSTERED),
-    "chelsea": lambda model: ChelseaCache.for_model(
-        model, ratio=0.25, max_new_tokens=20, n_prompt=90, whole_heads=HEADS, **CHELSEA
-    ),
+    "chelsea": lambda model: ChelseaCache.for_model(model, ratio=0.25, max_new_tokens=20, n_prompt=90, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, budget=40, **RECALLED),
 }
 CACHES = pytest.mark.parametrize("name", WHOLE)
@@ -68,9 +65,9 @@ def generate(model, cache, tokens=None, *, n_seen=0, **mode):
     """The new tokens of `tokens`, which follow `n_seen` others; with the same seed each time."""
     tokens = prompt() if tokens is None else tokens
     torch.manual_seed(7)
-    mode = {"do_sample": False, "max_new_tokens": N_NEW, "pad_token_id": 0} | mode
     mask = tokens.new_ones(len(tokens), n_seen + tokens.shape[1])
-    return model.generate(tokens, attention_mask=mask, past_key_values=cache, **mode)[:, tokens.shape[1] :]
+    mode = {"do_sample": False, "max_new_tokens": N_NEW, "pad_token_id": 0, "attention_mask": mask} | mode
+    return model.generate(tokens, past_key_values=cache, **mode)[:, tokens.shape[1] :]
 
 
 def prompt_of(mode):
@@ -122,14 +119,6 @@ def test_a_prompt_in_chunks_leaves_the_entries_of_a_prompt_at_once(name):
     stock = [first_keys(model, DynamicCache(config=model.config), **mode) for mode in (chunks, {})]
     skip_unless_right(*stock)
     assert torch.equal(first_keys(model, SMALL[name](model), **chunks), first_keys(model, SMALL[name](model)))
-
-
-def test_a_prompt_in_chunks_leaves_other_entries_in_the_published_cache():
-    """It clusters together what comes together, and says so."""
-    model, make = tiny_llama(layers=2), SMALL["chelsea"]
-    in_chunks, at_once = first_keys(model, make(model), prefill_chunk_size=37), first_keys(model, make(model))
-    assert in_chunks.shape[2] == at_once.shape[2] == N_PROMPT  # the whole head of this layer has every token
-    assert not torch.equal(in_chunks, at_once)
 
 
 @pytest.mark.slow

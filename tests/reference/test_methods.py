@@ -82,7 +82,7 @@ def test_methods_are_compared_and_shown_by_what_they_do():
 
 
 def test_a_budget_is_of_the_bounded_cache_alone():
-    assert isinstance(BoundedCache(budget=200, keep_ratio=0.5), ClusteredCache)
+    assert isinstance(BoundedCache(budget=500, keep_ratio=0.5), ClusteredCache)
     for parameters in ({"budget": 100}, {"n_shared": 4}):
         with pytest.raises(TypeError, match="unexpected keyword"):
             ClusteredCache(keep_ratio=0.5, **parameters)
