@@ -48,13 +48,12 @@ def cases(base: int) -> Iterator[Case]:
     yield Case("ClusteredCache", "scale", arrays, {**plan, "scale": 0.7, "pieces": (200,)})
     yield from distinctive_cases(base)
     yield from budget_cases(base)
-    plan = {"keep_ratio": 0.3, "chunk_size": 10, "n_sink": 3, "n_recent": 9}
+    plan = {"keep_ratio": 0.3, "chunk_size": 10, "n_sink": 3, "n_recent": 9, "pieces": (70, 10)}
     yield from whole_head_cases("ClusteredCache", plan, base + 260)
     layer = attention_arrays("smooth", (2, 4), 2, 80, 8, "f32", base + 273)
-    for name, heads in (("shared-whole1", (2,)), ("shared-whole2", (0, 3))):
-        yield Case(
-            "ClusteredCache", name, layer, {**plan, "method": Distinctive(2), "whole_heads": heads, "pieces": (70, 10)}
-        )
+    for heads in ((2,), (0, 3)):
+        changed = {**plan, "method": Distinctive(n_shared=2), "whole_heads": heads}
+        yield Case("ClusteredCache", f"shared-whole{len(heads)}", layer, changed)
     long = attention_arrays("normal", (1,), 2, 700, 8, "f32", base + 275)
     yield Case("ClusteredCache", "new-defaults", long, {"keep_ratio": 0.25, "pieces": (690, 10)})
 
@@ -173,9 +172,7 @@ def budget_beside_sinks(case: Case) -> Case:
     return case if budget is None else given(budget=budget + case.parameters.get("n_sink", 16))(case)
 
 
-class ByArrival(reference.ClusteredCache):
-    """Single tokens cluster nothing: chunks that are due wait for the next prompt."""
-
+class ByArrival(reference.ClusteredCache):  # single tokens cluster nothing: what is due waits for the next prompt
     def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
         n_recent, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
         entries = super().append(keys, values)
