@@ -18,7 +18,7 @@ def demo(
         Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
     ] = None,
     keep_ratio: Annotated[float, typer.Option(help="Entries kept / tokens in the clustered body, in (0, 1].")] = 0.25,
-    chunk_size: Annotated[int, typer.Option(help="Tokens that are clustered together.")] = 64,
+    chunk_size: Annotated[int, typer.Option(help="Tokens that are clustered together.")] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens of context.")] = 4096,
     figure: Annotated[Path, typer.Option(help="Where the figure is saved.")] = Path("kvcluster-demo.png"),
 ) -> None:

@@ -47,7 +47,7 @@ class ClusteredCache(EntryCache):
         whole_heads: Sequence[int] = (),
         backend: AnyBackend = "auto",
     ) -> None:
-        super().__init__(whole_heads, least_room=chunk_size)
+        super().__init__(whole_heads, least_room=min(chunk_size, 64))
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)

@@ -121,7 +121,7 @@ def measure(
     """The full and the clustered cache of `context` (1, tokens), each with the numbers by which it is judged."""
     full, first = prefill(model, context, progress)
     clustered = ClusteredCache.for_model(
-        model, keep_ratio=keep_ratio, method=SoftMatching(), chunk_size=chunk_size, n_recent=64
+        model, keep_ratio=keep_ratio, method=SoftMatching(), chunk_size=chunk_size, n_sink=16, n_recent=64
     )
     layers = list(zip(full.layers, clustered.layers, strict=True))
     for full_layer, layer in progress.track(layers, description="Cluster, layer by layer"):

@@ -80,7 +80,8 @@ void weigh(float (*weights)[BLOCK], const float* bias, int n, int first, const i
     }
 }
 
-// Adds the values of a block, times their weights, to the outputs. Meanwhile the next keys are asked for.
+// Adds the values of a block, times their weights, to the outputs: first up among themselves, which rounds less than one
+// by one to an output that has grown large. Meanwhile the next keys are asked for.
 template <class Element, int N>
 void add_values(const float (*weights)[BLOCK], const Element* values, int64_t value_stride, const Element* next_keys,
                 int64_t key_stride, int n, int dim, float* output) {
@@ -88,11 +89,7 @@ void add_values(const float (*weights)[BLOCK], const Element* values, int64_t va
     constexpr int STEP = 4 * LANES;
     int d = 0;
     for (; d + STEP <= dim; d += STEP) {
-        Floats out[N][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < N; r++)
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) out[r][c] = load(output + r * dim + d + c * LANES);
+        Floats out[N][4] = {};
         for (int j = 0; j < n; j++) {
             const int64_t place = static_cast<int64_t>(d) * BLOCK + j * STEP;  // in the next block, line after line
             const Element* ahead = next_keys + place / dim * key_stride + place % dim;
@@ -109,13 +106,16 @@ void add_values(const float (*weights)[BLOCK], const Element* values, int64_t va
 #pragma GCC unroll 4
         for (int r = 0; r < N; r++)
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) store(output + r * dim + d + c * LANES, out[r][c]);
+            for (int c = 0; c < 4; c++) {
+                float* total = output + r * dim + d + c * LANES;
+                store(total, load(total) + out[r][c]);
+            }
     }
     for (; d < dim; d += LANES)
         for (int r = 0; r < N; r++) {
-            Floats out = load(output + r * dim + d);
+            Floats out = {};
             for (int j = 0; j < n; j++) out += weights[r][j] * load(values + j * value_stride + d);
-            store(output + r * dim + d, out);
+            store(output + r * dim + d, load(output + r * dim + d) + out);
         }
 }
 

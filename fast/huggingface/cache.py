@@ -66,7 +66,7 @@ class ClusteredCache(ModelCache):
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
         method : how chunks are clustered. `Distinctive()` keeps distinctive tokens exact, which loses far less of what
             may be asked later: see benchmarks/quality/QUALITY.md. The published method is `SoftMatching()`, in this
-            project's examples with `chunk_size=64, n_recent=64`.
+            project's examples with `n_sink=16, n_recent=64`.
         chunk_size, n_sink, n_recent : as in `kvcluster.reference.ClusteredCache`, for every layer.
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.
