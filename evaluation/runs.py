@@ -73,7 +73,7 @@ def condense(run: Run, n_depths: int = N_DEPTHS) -> Run:
     return condensed | {name: run[name] for name in ("attention_errors", "prompts", "seconds") if name in run}
 
 
-def stored_sums(n_stored: Sequence[int]) -> dict[str, int]:
+def stored_sums(n_stored: Sequence[float]) -> dict[str, float]:
     """Sums, least and most of the entries of each layer."""
     return {"layers": len(n_stored), "entries": sum(n_stored), "least": min(n_stored), "most": max(n_stored)}
 

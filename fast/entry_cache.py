@@ -109,7 +109,6 @@ class EntryCache:
         """
         self.extend(keys, values)
         seen = self.entries()
-        assert seen is not None  # the new tokens
         if self.is_due:
             seen = seen[0].clone(), seen[1].clone(), seen[2].clone()
             self.cluster()
@@ -120,7 +119,8 @@ class EntryCache:
         check_append(keys, values, self.like)
         check_heads(self.whole_heads, tuple(keys.shape))
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
-        n_new, of_whole = keys.shape[-2], ()
+        n_new = keys.shape[-2]
+        of_whole: tuple[Tensor, ...] = ()
         if self.whole_heads:
             (keys, whole_keys), (values, whole_values) = (apart(x, self.whole_heads) for x in (keys, values))
             of_whole = whole_keys, whole_values

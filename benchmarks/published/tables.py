@@ -81,8 +81,13 @@ def row(runs: Runs, name: str, keep: float, title: str) -> list[str]:
                 for group in (runs[name, keep, setting], runs["full", 1.0, setting])
             )
             cells.append(with_interval(estimate(*both), to="-"))
-    of_full = (score(runs[name, keep, setting]) / score(runs["full", 1.0, setting]) for setting in SETTINGS)
-    return [*cells, *(f"{share:.2f}" for share in of_full), with_interval(summary["perplexity"]["of_full"], to="-")]
+    cells += [over(score(runs[name, keep, setting]), score(runs["full", 1.0, setting])) for setting in SETTINGS]
+    return [*cells, with_interval(summary["perplexity"]["of_full"], to="-")]
+
+
+def over(part: float, whole: float) -> str:
+    """A ratio; a dash where the full cache knows nothing either."""
+    return f"{part / whole:.2f}" if whole else "-"
 
 
 def score(runs: list[dict[str, Any]]) -> float:

@@ -27,7 +27,7 @@ __all__ = ["OPERATION"]
 
 
 def cases(base: int) -> Iterator[Case]:
-    plan = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 3, "n_recent": 20}
+    plan: dict[str, Any] = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 3, "n_recent": 20}
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
         arrays = attention_arrays(kind, (2,), 3, 150, 16, dtype, base + 110 + index)
         for name, pieces in (("prompt", (150,)), ("split", (1, 2, 60, 1, 0, 37, 49)), ("tokens", (100, *[1] * 50))):
@@ -48,7 +48,7 @@ def cases(base: int) -> Iterator[Case]:
     yield Case("ClusteredCache", "scale", arrays, {**plan, "scale": 0.7, "pieces": (200,)})
     yield from distinctive_cases(base)
     yield from budget_cases(base)
-    plan = {"keep_ratio": 0.3, "chunk_size": 10, "n_sink": 3, "n_recent": 9, "pieces": (70, 10)}
+    plan = {**plan, "keep_ratio": 0.3, "chunk_size": 10, "n_recent": 9, "pieces": (70, 10)}
     yield from whole_head_cases("ClusteredCache", plan, base + 260)
     layer = attention_arrays("smooth", (2, 4), 2, 80, 8, "f32", base + 273)
     for heads in ((2,), (0, 3)):

@@ -86,7 +86,7 @@ class Stored:
     """
 
     n_tokens: int
-    n_stored: list[int]
+    n_stored: list[float]
     nbytes: int
     clustering: float
 

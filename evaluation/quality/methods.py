@@ -12,9 +12,9 @@ from ..models import READING_LAYERS
 
 __all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads"]
 
-CHUNKED = {"chunk_size": 256, "n_sink": 16, "n_recent": 64}
+CHUNKED: dict[str, Any] = {"chunk_size": 256, "n_sink": 16, "n_recent": 64}
 EXACT = 16 + 64  # sinks and recent tokens of the published cache
-DISTINCTIVE = {"chunk_size": 256, "n_sink": 4, "n_recent": 252}
+DISTINCTIVE: dict[str, Any] = {"chunk_size": 256, "n_sink": 4, "n_recent": 252}
 
 
 @dataclass(frozen=True)

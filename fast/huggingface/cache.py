@@ -111,7 +111,12 @@ class ClusteredCache(ModelCache):
             return BoundedCache(budget=most, keep_ratio=ratio, **shared)
 
         layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
-        parameters = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers, "method": method}
+        parameters: dict[str, Any] = {
+            "keep_ratio": keep_ratio,
+            "budget": budget,
+            "n_dense_layers": n_dense_layers,
+            "method": method,
+        }
         parameters["whole_heads"] = [list(pair) for pair in whole_heads]
         return cls(layers, ModelHooks.of(model), parameters | shared)
 

@@ -17,7 +17,7 @@ ANSWERS = {  # to the exercises, as their solutions give them
     "01": "16",
     "02": "0",
     "03": "1 / 9",
-    "04": "328",
+    "04": "424",
     "05": "(False, True)",
     "06": "[0, 50, 10]",
     "07": "True",
