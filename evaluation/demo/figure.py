@@ -21,6 +21,8 @@ from .oracle import NextTokenAttention
 
 __all__ = ["check_figure_path", "draw"]
 
+N_SHOWN = 64  # tokens of a chunk, as many as can be read beside each other
+
 
 def check_figure_path(path: Path) -> None:
     """Raise ValueError unless a figure can be saved as `path`."""
@@ -89,15 +91,15 @@ def sum_spans(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def draw_chunk(axis: Axes, entries: Any, labels: np.ndarray, chunk: int, words: list[str]) -> None:
-    """Arcs between the tokens of one chunk that share a centroid."""
+    """Arcs between the first tokens of one chunk that share a centroid."""
     size = entries.chunk_size
-    start = entries.n_sink + chunk * size
+    start, n_shown = entries.n_sink + chunk * size, min(size, N_SHOWN)
     chunk_labels = labels[chunk * size : (chunk + 1) * size]
     colours = matplotlib.colormaps["tab20"]
     n_shared = 0
-    for label in np.unique(chunk_labels):
-        members = np.flatnonzero(chunk_labels == label)
-        shared = len(members) > 1
+    for label in np.unique(chunk_labels[:n_shown]):
+        members = np.flatnonzero(chunk_labels[:n_shown] == label)
+        shared = np.count_nonzero(chunk_labels == label) > 1
         colour = colours(n_shared % 20) if shared else GREY
         n_shared += shared
         axis.plot(members, np.zeros(len(members)), "o", color=colour, markersize=6 if shared else 4)
@@ -106,13 +108,15 @@ def draw_chunk(axis: Axes, entries: Any, labels: np.ndarray, chunk: int, words: 
             radius = (right - left) / 2
             axis.plot((left + right) / 2 - radius * np.cos(angle), radius * np.sin(angle), color=colour, linewidth=1.5)
     axis.set_title(
-        f"One chunk: {size} tokens became {len(np.unique(chunk_labels))} entries. Arcs join tokens that now share one "
-        "centroid; grey tokens stayed alone."
+        f"One chunk: {size} tokens became {len(np.unique(chunk_labels))} entries"
+        f"{'' if n_shown == size else f'; its first {n_shown}'}. Arcs join tokens that now share one centroid; grey "
+        "tokens stayed alone."
     )
-    axis.set_xticks(range(size), [repr(word)[1:-1] for word in words[start : start + size]], rotation=90, fontsize=7)
-    axis.set_xlim(-1, size)
+    shown_words = [repr(word)[1:-1] for word in words[start : start + n_shown]]
+    axis.set_xticks(range(n_shown), shown_words, rotation=90, fontsize=7)
+    axis.set_xlim(-1, n_shown)
     axis.set_yticks([])
-    axis.set_xlabel(f"tokens of the text, positions {start:,} to {start + size - 1:,}")
+    axis.set_xlabel(f"tokens of the text, positions {start:,} to {start + n_shown - 1:,}")
     axis.spines[["left", "right", "top"]].set_visible(False)
 
 
