@@ -69,8 +69,10 @@ def main() -> None:
 
 
 def without_texts(run: dict[str, Any]) -> dict[str, Any]:
-    """A condensed run; of what was generated, the scores."""
+    """A condensed run; of what was generated, the scores, and of needles no depths."""
     condensed = condense(run)
+    if "needles" in condensed:
+        condensed["needles"] = {"kinds": condensed["needles"]["kinds"]}
     prompts = [{name: prompt[name] for name in ("metric", "score")} for prompt in condensed.get("prompts", ())]
     return {**condensed, "prompts": prompts} if prompts else condensed
 
