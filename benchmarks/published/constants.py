@@ -1,5 +1,7 @@
 """Which chunk size and how many sinks chunked soft matching needs, at equal entries: what its defaults come from."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +22,12 @@ from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.saving import fingerprint
 
-__all__ = ["constants_table", "measure_constants"]
+__all__ = ["HEAD", "N_RECENT", "constants_table", "measure", "measure_constants", "over_full"]
 
 CHUNKS, SINKS, N_RECENT = (16, 64, 256), (4, 16), 64
 KEEPS = (0.5, 0.25)
 FULL = "full"
+HEAD = ["entries", "needles, first", "needles, later", "perplexity"]
 
 
 def measure_constants(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int, n_tokens: int) -> None:
@@ -41,55 +44,66 @@ def measure_constants(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int
                 key = {"part": "constants", "kind": kind, "keep": keep, "chunk": chunk, "sinks": sinks}
                 key |= {"case": case.fingerprint, "model": weights}
                 if runs.found(key) is None:
-                    runs.add({"key": key, **measure(model, context, case, keep, chunk, sinks)})
+                    make = partial(soft_matching, model, keep, chunk, sinks) if chunk else None
+                    runs.add({"key": key, **measure(model, context, case, make)})
                 progress.advance(task)
 
 
+def soft_matching(model: Any, keep: float, chunk: int, sinks: int, n_tokens: int) -> ClusteredCache:
+    """A cache that may store `keep * n_tokens` entries in each head."""
+    sizes: dict[str, Any] = {"chunk_size": chunk, "n_sink": sinks, "n_recent": N_RECENT}
+    ratio = body_entries(keep, n_tokens, **sizes) / chunk
+    return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), **sizes)
+
+
 @torch.inference_mode()
-def measure(model: Any, context: Context, case: Case, keep: float, chunk: int, sinks: int) -> dict[str, Any]:
-    """Sums of one context; `chunk` 0 is the full cache."""
+def measure(model: Any, context: Context, case: Case, make: Callable[[int], Any] | None) -> dict[str, Any]:
+    """Sums of one context, in both settings; None makes the full cache."""
 
     def compressed(read: Context) -> Any:
-        if not chunk:
-            return read.full
-        ratio = body_entries(keep, len(read.tokens), chunk_size=chunk, n_sink=sinks, n_recent=N_RECENT) / chunk
-        sizes = {"chunk_size": chunk, "n_sink": sinks, "n_recent": N_RECENT}
-        return fill(ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), **sizes), read.full)
+        return read.full if make is None else fill(make(len(read.tokens)), read.full)
 
     later = compressed(context)
-    scores = score_needles(model, later, case.needles, nbytes=sum(x.keys.nbytes for x in later.layers) * 2)
+    layers = [layer for layer in later.layers if not layer.is_sliding]
+    scores = score_needles(model, later, case.needles, nbytes=2 * sum(layer.keys.nbytes for layer in layers))
     first = []
     for needle in case.needles:
         asked = context.ask(needle.question)
-        cache = copy_rows(asked.prompt.full) if not chunk else compressed(asked.prompt)
+        cache = copy_rows(asked.prompt.full) if make is None else compressed(asked.prompt)
         [score] = score_answers(model, cache, asked.logits[None], [needle.answer])
         first.append(of_needle(needle, score))
     return {
-        "entries": sum(layer.keys.shape[-2] for layer in later.layers) / len(later.layers) / len(case.tokens),
+        "entries": sum(map(entries, layers)) / len(layers) / len(case.tokens),
         "later": needle_sums([x.is_right for x in scores], [x.nll for x in scores]),
         "first": needle_sums([x["is_right"] for x in first], [x["nll"] for x in first]),
         "following": {"n": len(case.following) - 1, "nll": round(sum(following_nll(model, later, case.following)), 6)},
     }
 
 
+def entries(layer: Any) -> float:
+    """Of a KV head of a layer, the mean of all."""
+    return layer.cache.caches[0].mean_entries if hasattr(layer, "cache") else layer.keys.shape[-2]
+
+
+def over_full(group: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str]:
+    """Entries, needles in both settings and perplexity, over the full cache's where that is 1."""
+    cells = [f"{sum(run['entries'] for run in group) / len(group):.3f}"]
+    for setting in ("first", "later"):
+        right = ([run[setting]["right"] for run in runs] for runs in (group, full))
+        cells.append(with_interval(estimate(*right), to="-"))
+    differences = [run["following"]["nll"] - whole["following"]["nll"] for run, whole in zip(group, full, strict=True)]
+    perplexity = estimate(differences, [run["following"]["n"] for run in group], exp_ratio_of_sums)
+    return [*cells, with_interval(perplexity, to="-")]
+
+
 def constants_table(runs: list[dict[str, Any]]) -> str:
-    """A row for each share kept, chunk size and number of sinks; over the full cache's where that is 1."""
+    """A row for each share kept, chunk size and number of sinks."""
     grouped: dict[tuple[float, int, int], list[dict[str, Any]]] = {}
     for run in runs:
         grouped.setdefault(tuple(run["key"][name] for name in ("keep", "chunk", "sinks")), []).append(run)  # type: ignore[arg-type]
     full = grouped.pop((1.0, 0, 0))
-    rows = []
-    for (keep, chunk, sinks), group in grouped.items():
-        needles = (
-            estimate([run[setting]["right"] for run in group], [run[setting]["right"] for run in full])
-            for setting in ("first", "later")
-        )
-        differences = [
-            run["following"]["nll"] - whole["following"]["nll"] for run, whole in zip(group, full, strict=True)
-        ]
-        perplexity = estimate(differences, [run["following"]["n"] for run in group], exp_ratio_of_sums)
-        entries = sum(run["entries"] for run in group) / len(group)
-        cells = [f"{keep:g}", str(chunk), str(sinks), f"{entries:.3f}"]
-        rows.append([*cells, *(with_interval(x, to="-") for x in (*needles, perplexity))])
-    head = ["kept", "chunk", "sinks", "entries", "needles, question first", "needles, question later", "perplexity"]
-    return table(head, rows)
+    rows = [
+        [f"{keep:g}", str(chunk), str(sinks), *over_full(group, full)]
+        for (keep, chunk, sinks), group in grouped.items()
+    ]
+    return table(["kept", "chunk", "sinks", *HEAD], rows)

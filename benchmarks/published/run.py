@@ -23,7 +23,8 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.published.constants import measure_constants
+from benchmarks.published.constants import constants_table, measure_constants
+from benchmarks.published.layers import layers_table, measure_layers
 from benchmarks.published.tables import ROWS, make_tables
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.pages import fill
@@ -37,6 +38,7 @@ __all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "published.md"
+MODELS = ("smollm2", "gemma3-270m")
 KEEPS = (0.5, 0.25, 0.2)
 BESIDE = (("chelsea", 0.24), ("chelsea-10", 0.28), ("chunked-10", 0.28))  # a fifth in the other heads
 TASKS = ("single", "multi-key", "multi-query")
@@ -45,7 +47,7 @@ TASKS = ("single", "multi-key", "multi-query")
 def main() -> None:
     """Measure what is missing, fill in the page, print its tables."""
     parser = argparse.ArgumentParser(description="The published methods in both settings: docs/published.md.")
-    parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3-270m"])
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--contexts", type=int, default=4, help="with needles; half as many of each task")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -57,11 +59,15 @@ def main() -> None:
         for name in arguments.models:
             model, tokenizer = load_model(name, MODEL_TYPES)
             measure_model(model, tokenizer, Runs(results(name), without_texts), arguments.contexts, arguments.tokens)
+            sizes = {"n_contexts": (arguments.contexts + 1) // 2, "n_tokens": arguments.tokens}
             if name == "smollm2":
-                sizes = {"n_contexts": (arguments.contexts + 1) // 2, "n_tokens": arguments.tokens}
-                measure_constants(model, tokenizer, Runs(HERE / "results" / "constants.jsonl"), **sizes)
-    by_model = {name: Runs(results(name)).all for name in arguments.models}
-    tables = make_tables(by_model, Runs(HERE / "results" / "constants.jsonl").all)
+                measure_constants(model, tokenizer, Runs(results("constants")), **sizes)
+            if name == "gemma3-270m":
+                measure_layers(model, tokenizer, Runs(results("layers")), **sizes)
+    by_model = {name: Runs(results(name)).all for name in MODELS}
+    tables = make_tables(by_model)
+    tables |= {"constants": constants_table(Runs(results("constants")).all)}
+    tables |= {"layers": layers_table(Runs(results("layers")).all)}
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
     for name, table in tables.items():

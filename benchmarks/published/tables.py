@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from benchmarks.published.constants import constants_table
 from kvcluster.evaluation.pages import table
 from kvcluster.evaluation.quality import METHODS, summarize
 from kvcluster.evaluation.report import with_interval
@@ -30,10 +29,10 @@ HEAD = ["kept", "entries", "method", "digits, first", "digits, later", "words, f
 HEAD += ["tasks, first", "tasks, later", "perplexity"]
 
 
-def make_tables(by_model: dict[str, list[dict[str, Any]]], constants: list[dict[str, Any]]) -> dict[str, str]:
+def make_tables(by_model: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     """Each as Markdown."""
     tables = {name: model_table(grouped(runs)) for name, runs in by_model.items()}
-    return {**tables, "full": full_table(by_model), "constants": constants_table(constants)}
+    return {**tables, "full": full_table(by_model)}
 
 
 def grouped(runs: list[dict[str, Any]]) -> Runs:

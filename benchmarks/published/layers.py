@@ -1,0 +1,56 @@
+"""Which of the three layers of Gemma that attend to everything should stay whole: how far whole heads go there."""
+
+from functools import partial
+from typing import Any
+
+from rich.progress import Progress
+
+from benchmarks.published.constants import HEAD, N_RECENT, measure, over_full
+from kvcluster.evaluation.pages import table
+from kvcluster.evaluation.quality import needle_cases
+from kvcluster.evaluation.quality.methods import body_entries
+from kvcluster.evaluation.quality.reading import Context
+from kvcluster.evaluation.runs import Runs
+from kvcluster.evaluation.texts import built_in_text, encode
+from kvcluster.fast import SoftMatching
+from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.saving import fingerprint
+
+__all__ = ["layers_table", "measure_layers"]
+
+KEEP, OTHERS = 0.5, 0.25  # of all three layers, and of each of the two that are clustered
+SIZES = {"chunk_size": 256, "n_sink": 16, "n_recent": N_RECENT}
+
+
+def measure_layers(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int, n_tokens: int) -> None:
+    """Add what is missing: soft matching with each of the layers whole in turn, on contexts of the tuning half."""
+    tokens = encode(tokenizer, built_in_text())
+    cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], n_contexts=n_contexts)
+    weights = fingerprint(model)["weights"]
+    full = [layer for layer, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    with Progress() as progress:
+        task = progress.add_task("Whole layers", total=len(cases) * (1 + len(full)))
+        for case in cases:
+            context = Context(model, case.tokens)
+            for layer in (None, *full):
+                key = {"part": "layers", "layer": layer, "case": case.fingerprint, "model": weights}
+                if runs.found(key) is None:
+                    make = None if layer is None else partial(with_whole_layer, model, layer)
+                    runs.add({"key": key, **measure(model, context, case, make)})
+                progress.advance(task)
+
+
+def with_whole_layer(model: Any, layer: int, n_tokens: int) -> ClusteredCache:
+    """The one KV head of a layer whole, those of the other two at a quarter."""
+    sizes: dict[str, Any] = SIZES
+    ratio = body_entries(OTHERS, n_tokens, **sizes) / sizes["chunk_size"]
+    return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), whole_heads=[(layer, 0)], **sizes)
+
+
+def layers_table(runs: list[dict[str, Any]]) -> str:
+    """A row for each layer that is whole."""
+    groups: dict[int | None, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run["key"]["layer"], []).append(run)
+    full = groups.pop(None)
+    return table(["whole layer", *HEAD], [[str(layer), *over_full(group, full)] for layer, group in groups.items()])
