@@ -75,7 +75,7 @@ def test_the_reference_imports_and_works_alone(python):
     code = (
         "import kvcluster.reference as reference, numpy as np, sys; assert 'torch' not in sys.modules;"
         "keys = np.random.default_rng(0).standard_normal((4, 128, 64)).astype(np.float32);"
-        "print(reference.chunked_soft_matching(keys, keep_ratio=0.25).counts.shape)"
+        "print(reference.chunked_soft_matching(keys, keep_ratio=0.25, chunk_size=64).counts.shape)"
     )
     assert run(python, "-c", code) == "(4, 32)\n"
 
