@@ -36,8 +36,8 @@ class ChelseaCache(EntryCache):
 
     Attributes
     ----------
-    budget : entries of a head after a compression, sinks and recent tokens included: `ceil(ratio * (n_prompt +
-        max_new_tokens))`, but at least `n_sink + n_recent + 1`. None before the first token. The others are those of
+    budget : entries of a head after a compression, sinks and recent tokens included. None before the first token:
+        `ceil(ratio * (n_prompt + max_new_tokens))`, but at least `n_sink + n_recent + 1`. The others are those of
         `EntryCache`.
 
     Notes

@@ -101,7 +101,7 @@ def draw_chunk(axis: Axes, entries: Any, labels: np.ndarray, chunk: int, words: 
         members = np.flatnonzero(chunk_labels[:n_shown] == label)
         shared = np.count_nonzero(chunk_labels == label) > 1
         colour = colours(n_shared % 20) if shared else GREY
-        n_shared += shared
+        n_shared += int(shared)
         axis.plot(members, np.zeros(len(members)), "o", color=colour, markersize=6 if shared else 4)
         for left, right in itertools.pairwise(members):
             angle = np.linspace(0, np.pi, 30)
