@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
@@ -23,6 +24,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.published.agreement import agreement_table, measure_agreement
 from benchmarks.published.constants import constants_table, measure_constants
 from benchmarks.published.layers import layers_table, measure_layers
 from benchmarks.published.tables import ROWS, make_tables
@@ -58,6 +60,7 @@ def main() -> None:
     if not arguments.page_only:
         for name in arguments.models:
             model, tokenizer = load_model(name, MODEL_TYPES)
+            measure_agreement(name, model, tokenizer, Runs(results("agreement")), n_tokens=arguments.tokens)
             measure_model(model, tokenizer, Runs(results(name), without_texts), arguments.contexts, arguments.tokens)
             sizes = {"n_contexts": (arguments.contexts + 1) // 2, "n_tokens": arguments.tokens}
             if name == "smollm2":
@@ -68,6 +71,7 @@ def main() -> None:
     tables = make_tables(by_model)
     tables |= {"constants": constants_table(Runs(results("constants")).all)}
     tables |= {"layers": layers_table(Runs(results("layers")).all)}
+    tables |= {"agreement": agreement_table(Runs(results("agreement")).all)}
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
     for name, table in tables.items():
