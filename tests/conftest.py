@@ -6,6 +6,7 @@ Without a CUDA device the Triton kernels run in Triton's interpreter, which must
 import functools
 import inspect
 import os
+import types
 
 os.environ.setdefault("KVCLUSTER_TEST_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", os.environ["KVCLUSTER_TEST_THREADS"])
@@ -27,6 +28,9 @@ def few_programs(monkeypatch):
     """Triton's interpreter is slow per program, not per number: a whole chunk in one, and its lookups remembered."""
     if torch.cuda.is_available():
         return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
     from kvcluster.fast.kernels import assign, attention, likeness, match, merge, score, select
 
     for module, name in (
@@ -45,6 +49,11 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(attention, "entries_of_step", lambda *_: 128)
     monkeypatch.setattr(merge, "BLOCK_ENTRIES", 4096)
     monkeypatch.setattr(inspect, "getmembers", functools.cache(inspect.getmembers))
+    # Each call of a device function would patch `triton.language` again: a launch patches all of it, a call nothing.
+    patch, language = interpreter._patch_lang, types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: patch(language))
+    call = lambda self, *args, **given: self.rewrite()(*args, **given)  # noqa: E731
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,6 +18,7 @@ from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast.huggingface import known_whole_heads
 from kvcluster.fast.huggingface.head_pairs import heads_of_layers
 from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.kernels import match, merge, score
 
 __all__ = ["agreement_table", "differing_bytes", "fed", "measure_agreement"]
 
@@ -47,6 +48,7 @@ def measure_agreement(name: str, model: Any, tokenizer: Any, runs: Runs, *, n_to
     cases = [key for key in cases if runs.found(key) is None]
     if not cases:
         return
+    few_programs()
     tokens = encode(tokenizer, built_in_text())[: n_tokens + N_DECODED]
     with torch.inference_mode():
         stored = model(torch.tensor(tokens)[None], use_cache=True, logits_to_keep=1).past_key_values.layers
@@ -61,6 +63,12 @@ def measure_agreement(name: str, model: Any, tokenizer: Any, runs: Runs, *, n_to
             ours = fed(fast.ChelseaCache(**plan, backend=key["backend"]), keys, values, pieces)
             compared, differing = differing_bytes(ours, oracle)
             runs.add({"key": key, "bytes": compared, "differing": differing})
+
+
+def few_programs() -> None:
+    """Triton's interpreter is slow per program, not per number: a whole chunk in one. No block size changes a bit."""
+    match.BLOCK_ROWS = match.BLOCK_COLUMNS = match.BLOCK_SCORED = score.BLOCK_SOURCES = 128
+    merge.BLOCK_ENTRIES = 4096
 
 
 def fed(cache: Any, keys: Any, values: Any, pieces: list[int]) -> Any:

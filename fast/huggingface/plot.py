@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..chelsea_cache import ChelseaCache
+from ..memory.whole_heads import heads_apart
 from ..recall_cache import RecallCache
 
 if TYPE_CHECKING:
@@ -15,7 +17,9 @@ __all__ = ["plot_cache"]
 def plot_cache(cache: Any, row: int = 0) -> "Figure":
     """Cluster sizes along the sequence, a line of pixels for each layer and KV head of one batch row.
 
-    A pixel is a chunk (of a `RecallCache`: a segment); its colour says how many tokens its largest cluster has.
+    A pixel is as many tokens as a chunk has (of a `RecallCache`: a segment); its colour says how many the largest
+    cluster there has. Entries do not know their tokens, so each is shown as if its tokens followed one another: within
+    a chunk of a `ClusteredCache`, over a whole `ChelseaCache`. Heads that stay whole have clusters of one.
 
     Raises
     ------
@@ -30,12 +34,12 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
         if not 0 <= row < layer.cache.n_rows:
             raise ValueError(f"row must be from 0 to {layer.cache.n_rows - 1}, got {row}")
         row_cache, place = layer.cache.of_row(row)
-        if not row_cache.n_clustered:
+        sizes = sizes_of_tokens(row_cache, place)
+        if not sizes:
             continue
-        sizes, per_span, spans, width = sizes_of(row_cache)
-        for head, head_sizes in enumerate(sizes[place]):
-            largest = torch.stack([part.max() for part in head_sizes.split(per_span)])
-            lines.append(largest.repeat_interleave(torch.tensor(spans, device=largest.device)))
+        width = pixel_width(row_cache)
+        for head, of_head in enumerate(sizes):
+            lines.append(torch.stack([part.max() for part in of_head.split(width)]))
             labels.append(f"{index}.{head}")
     if not lines:
         raise ValueError("plot needs something clustered, got a cache of exact tokens only")
@@ -56,12 +60,28 @@ def is_recall(cache: Any) -> bool:
     return any(isinstance(layer.cache.caches[0], RecallCache) for layer in cache.own_layers)
 
 
-def sizes_of(cache: Any) -> tuple[torch.Tensor, int, tuple[int, ...], int]:
-    """Cluster sizes (batch, kv_heads, clusters); clusters of a span; pixels of each span; tokens of a pixel."""
+def pixel_width(cache: Any) -> int:
+    """Tokens of a pixel."""
     if isinstance(cache, RecallCache):
-        size = int(cache.settings.prompt_segment_size or cache.settings.segment_size or 1)
-        clusters: Any = cache.clusters  # not None: something is clustered
-        per_span = cache.settings.n_clusters(size)
-        return clusters.counts, per_span, (1,) * -(-clusters.counts.shape[-1] // per_span), size
-    body = cache.counts[..., cache.n_sink : cache.n_sink + cache.n_body]
-    return body, cache.n_body // len(cache.spans), cache.spans, cache.chunk_size
+        return int(cache.settings.prompt_segment_size or cache.settings.segment_size or 1)
+    return int(cache.chunk_size)
+
+
+def sizes_of_tokens(cache: Any, place: int) -> list[torch.Tensor]:
+    """For each KV head, of each token between sinks and recent ones, the tokens that share its cluster.
+
+    Without heads if nothing is clustered.
+    """
+    if isinstance(cache, RecallCache):
+        clusters = cache.clusters
+        return [] if clusters is None else list(clusters.counts[place].gather(-1, clusters.labels[place]).cpu())
+    if cache.n_stored == cache.n_seen:
+        return []
+    is_chelsea = isinstance(cache, ChelseaCache)
+    n_recent = cache.n_recent if is_chelsea else cache.n_seen - cache.n_sink - cache.n_clustered
+    body = cache.counts[place, :, cache.n_sink : cache.n_stored - n_recent].cpu()
+    n_tokens = cache.n_seen - cache.n_sink - n_recent
+    others, whole = heads_apart(len(body) + len(cache.whole_heads), cache.whole_heads, body.device)
+    of_head = dict(zip(others.tolist(), (counts.repeat_interleave(counts) for counts in body), strict=True))
+    of_head |= {head: torch.ones(n_tokens, dtype=torch.int32) for head in whole.tolist()}
+    return [of_head[head] for head in sorted(of_head)]

@@ -9,9 +9,10 @@ from models import greedy, random_tokens, tiny_llama
 from rich.console import Console
 
 from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 
 CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
+COMPRESSED = {"ratio": 0.25, "max_new_tokens": 20, "interval": 4, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 
 
@@ -83,3 +84,18 @@ def test_the_picture_of_a_budget_is_as_wide_as_the_tokens():
     assert len(entries.spans) < sum(entries.spans)
     image = cache.plot().axes[0].images[0].get_array()
     assert image.shape == (6, entries.n_clustered // entries.chunk_size)
+
+
+@pytest.mark.parametrize(("cache_class", "parameters"), [(ClusteredCache, CLUSTERED), (ChelseaCache, COMPRESSED)])
+def test_whole_heads_keep_their_place_in_the_picture(cache_class, parameters):
+    cache = filled(cache_class, tiny_llama(), **parameters, whole_heads=[(1, 0), (2, 0), (2, 1)])
+    report = cache.report().as_dict()["layers"]
+    assert [layer["n_stored"] for layer in report] == [x.cache.caches[0].mean_entries for x in cache.layers]
+    axes = cache.plot(row=1).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    image = axes.images[0].get_array()
+    assert (image.max(axis=1) > 1).tolist() == [True, True, False, True, False, False]
+    entries = cache.layers[1].cache.caches[0]
+    assert image[3].max() == entries.counts[1, 0].max()
+    n_recent = 8 if cache_class is ChelseaCache else entries.n_seen - 2 - entries.n_clustered
+    assert image.shape[1] == -(-(entries.n_seen - 2 - n_recent) // 16)
