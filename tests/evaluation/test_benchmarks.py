@@ -10,7 +10,7 @@ import pytest
 import torch
 from agreement import equal_in_float32, equal_in_float64
 
-from kvcluster import fast
+from kvcluster import fast, reference
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -48,6 +48,21 @@ def test_ratios_and_exponent_can_be_checked_by_hand():
     seconds = seconds_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert "".join(order) == "ababab"
     assert [len(each) for each in seconds.values()] == [2, 2]
+
+
+def test_bytes_that_differ_are_counted():
+    from benchmarks.published.agreement import differing_bytes, fed
+
+    keys = np.random.default_rng(0).standard_normal((2, 90, 4)).astype(np.float32)
+    plan = {"ratio": 0.3, "max_new_tokens": 4, "interval": 2, "chunk_size": 8, "n_sink": 2, "n_recent": 4}
+    oracle = fed(reference.ChelseaCache(**plan, whole_heads=(1,)), keys, keys, [80, 10])
+    made = fed(fast.ChelseaCache(**plan, whole_heads=(1,)), *[torch.from_numpy(keys)] * 2, [80, 10])
+    assert differing_bytes(made, oracle) == (oracle.nbytes, 0)
+    made.counts[0, 5] += 1
+    made.whole_keys[0, 0] = 0
+    assert differing_bytes(made, oracle) == (oracle.nbytes, 1 + 4 * 4)
+    shorter = fed(fast.ChelseaCache(**plan, whole_heads=(1,)), *[torch.from_numpy(keys)] * 2, [80, 1])
+    assert differing_bytes(shorter, oracle) == (oracle.nbytes, oracle.nbytes)
 
 
 @pytest.mark.slow

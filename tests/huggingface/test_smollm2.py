@@ -1,5 +1,7 @@
 """The real SmolLM2-135M: every decision of every layer, and the NumPy Llama on its weights."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,24 @@ def test_kernels_agree_on_real_keys(full, layer, few_programs, record_property):
     centroids = reference.merge(keys.numpy(), expected)
     assert_same_bits(made.keys.cpu().reshape(centroids.shape), centroids)
     record_property("rows", made.n_rows)
+
+
+def test_the_published_cache_holds_the_same_bytes_as_the_tokens_arrive(full):
+    keys, values = full.layers[15].keys[0], full.layers[15].values[0]
+    plan = {"ratio": 0.25, "max_new_tokens": 80, "n_prompt": 4000, "whole_heads": (1,)}
+    held = []
+    for pieces in ([4000, *[1] * 96], [*[500] * 8, *[1] * 96]):
+        caches = reference.ChelseaCache(**plan), fast.ChelseaCache(**plan), fast.ChelseaCache(**plan, backend="torch")
+        starts = np.cumsum([0, *pieces])
+        for start, end in itertools.pairwise(starts):
+            caches[0].append(keys[:, start:end].numpy(), values[:, start:end].numpy())
+            for cache in caches[1:]:
+                cache.append(keys[:, start:end], values[:, start:end])
+        for name in ("keys", "values", "counts", "whole_keys", "whole_values"):
+            for cache in caches[1:]:
+                assert_same_bits(getattr(cache, name), getattr(caches[0], name))
+        held.append(caches[0].keys.tobytes())
+    assert held[0] != held[1]
 
 
 def test_a_quarter_is_kept_in_less_than_three_tenths_of_the_bytes(smollm2, full):
