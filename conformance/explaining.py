@@ -30,7 +30,11 @@ def explain(failures: list[tuple[Case, Outcome]]) -> Mistake | None:
     """The mistake that gives most of these outcomes, all of one operation; None if none gives more than half."""
     most, best = len(failures) // 2, None
     for mistake in OPERATIONS[failures[0][0].operation].mistakes:
-        n_explained = sum(reproduces(mistake, *failure) for failure in failures)
+        n_explained = 0
+        for n_tried, failure in enumerate(failures):
+            if n_explained + len(failures) - n_tried <= most:
+                break  # it cannot explain more any longer
+            n_explained += reproduces(mistake, *failure)
         if n_explained > most:
             most, best = n_explained, mistake
     return best

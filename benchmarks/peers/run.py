@@ -5,9 +5,9 @@ works with. Presses are scored by the functions that score our own methods, and 
 is kept in the file of results as sums of its context, and only what is missing there runs. A context is read once for
 all presses and ratios.
 
-With `--question-first` a press is given context and question, as it would be with the question in the prompt, anew for
-each needle; the question is read once for all presses and ratios. Results go into a file of their own, and the presses
-are by default those that papers compare with.
+With `--both-settings` a press is also given context and question, as it would be with the question in the prompt, anew
+for each needle; the question is read once for all presses and ratios. Results go into a file of their own, and the
+presses are by default those that papers compare with.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
     parser.add_argument("--presses", nargs="+", choices=PRESSES, metavar="NAME")
-    parser.add_argument("--question-first", action="store_true", help="compress after each question, no perplexity")
+    parser.add_argument("--both-settings", action="store_true", help="compress after each question too")
     add_case_arguments(parser)
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="kept from run to run: results/runs.jsonl or question-first.jsonl"
+        "--json", type=Path, metavar="FILE", help="kept from run to run: results/runs.jsonl or both-settings.jsonl"
     )
     parser.add_argument("--made", type=Path, default=RESULTS / "presses.json", metavar="FILE", help="presses as code")
     arguments = parser.parse_args()
@@ -61,15 +62,17 @@ def main() -> None:
     cases = cases_of(arguments, tokenizer)
     presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
     arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
-    is_first = arguments.question_first
-    names = arguments.presses or list(COMPARED if is_first else PRESSES)
-    runs = Runs(arguments.json or RESULTS / ("question-first.jsonl" if is_first else "runs.jsonl"), condense)
-    run = run_case_question_first if is_first else run_case
+    is_both = arguments.both_settings
+    names = arguments.presses or list(COMPARED if is_both else PRESSES)
+    runs = Runs(arguments.json or RESULTS / ("both-settings.jsonl" if is_both else "runs.jsonl"), condense)
     with Progress() as progress:
-        task = progress.add_task("kvpress", total=len(cases) * (1 + len(names)))
+        task = progress.add_task("kvpress", total=len(cases) * (1 + len(names)) * (1 + is_both))
         for case in cases:
-            for _ in run(model, case, runs, names, arguments.keep):
+            for _ in run_case(model, case, runs, names, arguments.keep):
                 progress.advance(task)
+            if is_both:
+                for _ in run_case_question_first(model, case, runs, names, arguments.keep):
+                    progress.advance(task)
 
 
 def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Iterator[None]:
@@ -89,7 +92,8 @@ def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[f
 
 
 def run_case_question_first(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Iterator[None]:
-    """As `run_case`, with each needle's question in the prompt."""
+    """As `run_case`, with each needle's question in the prompt. The text that follows has none and is left out."""
+    case = replace(case, following=[])
     prompts, shared = None, shared_key(model, case) | {"is_question_first": True}
     for name in (FULL, *names):
         missing = missing_keys(runs, name, keeps, shared)

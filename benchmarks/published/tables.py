@@ -7,7 +7,7 @@ from kvcluster.evaluation.quality import METHODS, summarize
 from kvcluster.evaluation.report import with_interval
 from kvcluster.evaluation.statistics import estimate
 
-__all__ = ["ROWS", "make_tables"]
+__all__ = ["ROWS", "make_tables", "peers_table"]
 
 Runs = dict[tuple[str, float, bool], list[dict[str, Any]]]  # by method, share kept, whether the question comes first
 
@@ -22,6 +22,7 @@ ROWS = {
     "clusterkv": "`RecallCache.as_published`",
     "recall": "`RecallCache` (ours)",
 }
+BESIDE_PEERS = ("chelsea", "chelsea-10", "chunked-10", "distinctive", "distinctive-10")
 TITLES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
 SETTINGS = (True, False)  # whether the question comes first
 KINDS = ("digits", "words")
@@ -68,20 +69,56 @@ def model_table(runs: Runs) -> str:
     return table(HEAD, rows)
 
 
-def row(runs: Runs, name: str, keep: float, title: str) -> list[str]:
-    """Entries, title, needles of each kind in both settings, tasks in both, perplexity."""
-    later, full = runs[name, keep, False], runs["full", 1.0, False]
-    summary = summarize([*full, *later])[1]
-    cells = ["all" if METHODS[name].stores_all else f"{summary['entries']:.3f}", title]
+def peers_table(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """Ours beside kvpress's presses on the same contexts; in each share kept the best come first, question first."""
+    runs, peers = grouped(ours), grouped(theirs)
+    n_contexts = sum("needles" in run for run in runs["full", 1.0, True])
+    done = {key for key, group in peers.items() if len(group) == n_contexts}
+    names = dict.fromkeys(name for name, _, _ in peers if name.startswith("kvpress "))
+    rows = []
+    for keep in sorted({keep for _, keep, _ in peers if keep < 1}, reverse=True):
+        found = [(name, peers) for name in names if {(name, keep, setting) for setting in SETTINGS} <= done]
+        found += [(name, runs) for name in BESIDE_PEERS if (name, keep, True) in runs]
+        of_keep = [
+            [f"{keep:g}", titled(name), *kind_cells(group, runs, name, keep), perplexity(group, runs, name, keep)]
+            for name, group in found
+        ]
+        rows += sorted(of_keep, key=lambda cells: cells[2], reverse=True)
+    return table(["kept", "method", *HEAD[3:7], HEAD[-1]], rows)
+
+
+def titled(name: str) -> str:
+    """Of a row that does not stand below the one that it belongs to."""
+    if name not in ROWS:
+        return name
+    return ROWS[name].replace("...", ROWS[name.removesuffix("-10")] + ",")
+
+
+def kind_cells(runs: Runs, full: Runs, name: str, keep: float) -> list[str]:
+    """Right tokens of each kind of needle, in both settings, over the full cache's."""
+    cells = []
     for kind in KINDS:
         for setting in SETTINGS:
             both = (
                 [run["needles"]["kinds"][kind]["right"] for run in group if "needles" in run]
-                for group in (runs[name, keep, setting], runs["full", 1.0, setting])
+                for group in (runs[name, keep, setting], full["full", 1.0, setting])
             )
             cells.append(with_interval(estimate(*both), to="-"))
+    return cells
+
+
+def perplexity(runs: Runs, full: Runs, name: str, keep: float) -> str:
+    """Of the text that follows, over the full cache's."""
+    summary = summarize([*full["full", 1.0, False], *runs[name, keep, False]])[1]
+    return with_interval(summary["perplexity"]["of_full"], to="-")
+
+
+def row(runs: Runs, name: str, keep: float, title: str) -> list[str]:
+    """Entries, title, needles of each kind in both settings, tasks in both, perplexity."""
+    entries = summarize([*runs["full", 1.0, False], *runs[name, keep, False]])[1]["entries"]
+    cells = ["all" if METHODS[name].stores_all else f"{entries:.3f}", title, *kind_cells(runs, runs, name, keep)]
     cells += [over(score(runs[name, keep, setting]), score(runs["full", 1.0, setting])) for setting in SETTINGS]
-    return [*cells, with_interval(summary["perplexity"]["of_full"], to="-")]
+    return [*cells, perplexity(runs, runs, name, keep)]
 
 
 def over(part: float, whole: float) -> str:

@@ -13,16 +13,19 @@ from models import greedy, random_tokens, tiny_llama
 from transformers import CompileConfig
 
 from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 
 PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
+COMPRESSED = {"ratio": 0.25, "max_new_tokens": 20, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
+COMPRESSED |= {"whole_heads": [(0, 1)]}
 RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
 MAKE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **PARAMETERS),
+    "chelsea": lambda model: ChelseaCache.for_model(model, **COMPRESSED),
     "recall": lambda model: RecallCache.for_model(model, **RECALLED),
     "stock": lambda model: None,
 }
-CACHES = pytest.mark.parametrize("name", ["clustered", "recall"])
+CACHES = pytest.mark.parametrize("name", ["clustered", "chelsea", "recall"])
 COMPILER = next(filter(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]), None)
 
 
@@ -40,8 +43,8 @@ def check_in_turns(model):
     """Each cache, made when the model is compiled already, leads to the tokens it leads to without compilation."""
     plain = tiny_llama(layers=1)
     expected = {name: generate(plain, name) for name in MAKE}
-    assert len({tuple(tokens.flatten().tolist()) for tokens in expected.values()}) == 3
-    for name in ("stock", "clustered", "stock", "recall", "clustered"):
+    assert len({tuple(tokens.flatten().tolist()) for tokens in expected.values()}) == len(MAKE)
+    for name in ("stock", "clustered", "stock", "recall", "chelsea", "clustered"):
         assert torch.equal(generate(model, name), expected[name]), name
         gc.collect()  # the hooks go with the cache
 
