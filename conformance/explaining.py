@@ -27,16 +27,21 @@ def decisions(case: Case) -> list[str]:
 
 
 def explain(failures: list[tuple[Case, Outcome]]) -> Mistake | None:
-    """The mistake that gives most of these outcomes, all of one operation; None if none gives more than half."""
+    """The mistake that gives most of these outcomes, all of one operation; None if none gives more than half.
+
+    Of mistakes that give equally many, the first that also gives the first of them.
+    """
+    mistakes = OPERATIONS[failures[0][0].operation].mistakes
+    gives_first = [reproduces(mistake, *failures[0]) for mistake in mistakes]
     most, best = len(failures) // 2, None
-    for mistake in OPERATIONS[failures[0][0].operation].mistakes:
-        n_explained = 0
-        for n_tried, failure in enumerate(failures):
+    for index in sorted(range(len(mistakes)), key=lambda index: not gives_first[index]):
+        n_explained = int(gives_first[index])
+        for n_tried, failure in enumerate(failures[1:], 1):
             if n_explained + len(failures) - n_tried <= most:
                 break  # it cannot explain more any longer
-            n_explained += reproduces(mistake, *failure)
+            n_explained += reproduces(mistakes[index], *failure)
         if n_explained > most:
-            most, best = n_explained, mistake
+            most, best = n_explained, mistakes[index]
     return best
 
 

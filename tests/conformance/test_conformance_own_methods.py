@@ -196,7 +196,7 @@ class WithoutOurs:
     """Of `ClusteredCache` what the papers have; no distinctive matching."""
 
     class ClusteredCache(reference.ClusteredCache):
-        def __init__(self, *, keep_ratio, chunk_size=64, n_sink=4, n_recent=64):
+        def __init__(self, *, keep_ratio, chunk_size=256, n_sink=16, n_recent=64):
             rules = {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
             super().__init__(**rules)
 

@@ -39,7 +39,7 @@ def test_sections_and_scaffold_are_of_all_operations():
 class As01(reference.ClusteredCache):
     """Method and budget are switches of one class."""
 
-    def __new__(cls, *, keep_ratio, chunk_size=64, n_sink=4, n_recent=64, budget=None, n_shared=None):
+    def __new__(cls, *, keep_ratio, chunk_size=256, n_sink=16, n_recent=64, budget=None, n_shared=None):
         rules = {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         if budget is not None and n_shared is not None:
             raise ValueError("not together")
@@ -55,7 +55,7 @@ class As01(reference.ClusteredCache):
 class WithPlainMethods(reference.ClusteredCache):
     """Any object that has `n_shared` is a method."""
 
-    def __init__(self, *, keep_ratio, method=None, chunk_size=64, n_sink=4, n_recent=64):
+    def __init__(self, *, keep_ratio, method=None, chunk_size=256, n_sink=16, n_recent=64):
         method = reference.SoftMatching() if method is None else reference.Distinctive(method.n_shared)
         rules = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         super().__init__(keep_ratio=keep_ratio, method=method, **rules)
