@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.published.agreement import agreement_table, measure_agreement
 from benchmarks.published.constants import constants_table, measure_constants
 from benchmarks.published.layers import layers_table, measure_layers
-from benchmarks.published.tables import ROWS, make_tables, peers_table
+from benchmarks.published.tables import ROWS, make_tables
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.pages import fill
 from kvcluster.evaluation.quality import Case, Options, needle_cases, run_all, task_case
@@ -39,7 +39,6 @@ from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 __all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
-PEERS = HERE.parent / "peers" / "results" / "both-settings.jsonl"
 PAGE = ROOT / "docs" / "published.md"
 MODELS = ("smollm2", "gemma3-270m")
 KEEPS = (0.5, 0.25, 0.2)
@@ -72,7 +71,6 @@ def main() -> None:
     tables = make_tables(by_model)
     tables |= {"constants": constants_table(Runs(results("constants")).all)}
     tables |= {"layers": layers_table(Runs(results("layers")).all)}
-    tables |= {"peers": peers_table(by_model["smollm2"], Runs(PEERS).all)}
     tables |= {"agreement": agreement_table(Runs(results("agreement")).all)}
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()

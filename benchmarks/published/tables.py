@@ -91,7 +91,7 @@ def titled(name: str) -> str:
     """Of a row that does not stand below the one that it belongs to."""
     if name not in ROWS:
         return name
-    return ROWS[name].replace("...", ROWS[name.removesuffix("-10")] + ",")
+    return ROWS[name].replace("...", ROWS[name.removesuffix("-10")].removesuffix(" (ours)") + ",")
 
 
 def kind_cells(runs: Runs, full: Runs, name: str, keep: float) -> list[str]:

@@ -36,7 +36,7 @@ from kvcluster.evaluation.runs import Runs, condense
 __all__ = ["main", "read_results"]
 
 HERE = Path(__file__).resolve().parent
-PEERS = HERE.parent / "peers"
+PEERS, PUBLISHED = HERE.parent / "peers", HERE.parent / "published"
 OURS = ("chunked", "distinctive", "distinctive-layers")
 TIMED_KEEP = 0.25
 
@@ -115,6 +115,7 @@ def read_results(
         times=json.loads(times.read_text()) if times.exists() else None,
         presses={name: press for name, press in presses.items() if name in done},
         left_out=left_out(results),
+        both=(read(PUBLISHED / "results" / "smollm2.jsonl"), read(PEERS / "results" / "both-settings.jsonl")),
     )
     return results, facts
 

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.published.tables import peers_table
 from benchmarks.quality.cells import best, number, peers, present, value
 from benchmarks.quality.results import Results, Run
 from benchmarks.quality.verdicts import (
@@ -32,6 +33,7 @@ class Facts:
     times : of `time_compression`, or None.
     presses : how each press was made, by name.
     left_out : presses that were not run, with the reason.
+    both : runs in both settings, of ours and of the presses: those of docs/published.md and on its contexts.
     """
 
     ours: list[str]
@@ -39,6 +41,7 @@ class Facts:
     times: dict[str, Any] | None = None
     presses: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    both: tuple[list[Run], list[Run]] | None = None
 
 
 def make_tables(results: Results, facts: Facts) -> dict[str, str]:
@@ -50,6 +53,7 @@ def make_tables(results: Results, facts: Facts) -> dict[str, str]:
         "unfinished": unfinished(results, ours),
         "beside": beside_table(results, ours),
         **{f"keep {keep:g}": method_table(results, ours, keep) for keep in results.keeps},
+        "both settings": peers_table(*facts.both) if facts.both else "",
         "frontier": frontier_table(results, ours),
         "kinds": kind_table(results, ours),
         "targets": target_table(results, [name for name in ours if name != "chunked"], facts.times),

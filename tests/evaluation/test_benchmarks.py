@@ -23,12 +23,13 @@ def run(*command):
 def test_plain_baseline_is_sane(chunk_size, target):
     """Random keys have no near ties: it decides as the certified path does, and its means are means."""
     from benchmarks.matching.plain import plain_compress, plain_compress_tiled
+    from kvcluster.fast.plain.soft_matching import compress
 
     keys = torch.randn(2, 3 * chunk_size, 20, generator=torch.Generator().manual_seed(chunk_size))
     labels, counts, centroids = plain_compress(keys, chunk_size, target)
     assert counts.shape == (6, target)
     assert (counts.sum(dim=-1) == chunk_size).all()
-    expected = fast.plain.soft_matching.compress(keys, None, chunk_size=chunk_size, target=target)
+    expected = compress(keys, None, chunk_size=chunk_size, target=target)
     assert torch.equal(labels, expected.labels)
     assert torch.equal(counts, expected.counts)
     assert equal_in_float32(centroids.numpy(), expected.keys.numpy())
