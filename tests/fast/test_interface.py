@@ -81,12 +81,16 @@ for dtype in (np.float16, np.float32):
                 backend.similarity(keys_, query_)
                 backend.attention(query_, keys_, keys_)
                 backend.clustered_attention(convert(query.astype(np.float32)), centroids, centroids, clustering.counts)
+                sizes = {"chunk_size": 16, "n_sink": 4, "n_recent": 4}
+                whole = (1,) if lead else ()
                 for cache in (
-                    backend.BoundedCache(keep_ratio=0.25, chunk_size=16, n_recent=4, budget=30),
-                    backend.ClusteredCache(keep_ratio=0.25, method=backend.Distinctive(), chunk_size=16, n_recent=4),
+                    backend.BoundedCache(keep_ratio=0.25, budget=30, **sizes),
+                    backend.ClusteredCache(keep_ratio=0.25, method=backend.Distinctive(), **sizes),
+                    backend.ClusteredCache(keep_ratio=0.25, whole_heads=whole, **sizes),
+                    backend.ChelseaCache(ratio=0.3, max_new_tokens=5, interval=2, whole_heads=whole, **sizes),
                 ):
                     cache.append(keys_, keys_)
-                cache.attend(query_)
+                    cache.attend(query_)
                 clusters = backend.kmeans(keys_, n_clusters=7, is_centred=True)
                 backend.kmeans(keys_, n_clusters=7, init=clusters.centroids)
                 selection = backend.select_clusters(query_, clusters.centroids, clusters.counts, budget=20)
