@@ -140,8 +140,12 @@ def test_the_fast_path_passes(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS[2:])
 def test_the_kernels_pass(operation, few_programs):
-    """Without subnormal bfloat16 numbers, which Triton's interpreter reads wrongly."""
-    dtypes = ("f16", "bf16", "f32") if torch.cuda.is_available() else ("f16", "f32")
+    """Without subnormal bfloat16 numbers, which Triton's interpreter reads wrongly.
+
+    Interpreted, `ChelseaCache` takes minutes: its entries in float16 are those of tests/fast/test_pooled_matching.py.
+    """
+    interpreted = ("f32",) if operation == "ChelseaCache" else ("f16", "f32")
+    dtypes = ("f16", "bf16", "f32") if torch.cuda.is_available() else interpreted
     assert_agrees(check(on_backend("triton", dtypes), only=(operation,), has_smallest=False))
 
 
