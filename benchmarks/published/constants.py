@@ -20,9 +20,10 @@ from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.head_pairs import HeadPairs
 from kvcluster.fast.huggingface.saving import fingerprint
 
-__all__ = ["HEAD", "N_RECENT", "constants_table", "measure", "measure_constants", "over_full"]
+__all__ = ["HEAD", "constants_table", "measure", "measure_constants", "over_full", "soft_matching"]
 
 CHUNKS, SINKS, N_RECENT = (16, 64, 256), (4, 16), 64
 KEEPS = (0.5, 0.25)
@@ -49,11 +50,13 @@ def measure_constants(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int
                 progress.advance(task)
 
 
-def soft_matching(model: Any, keep: float, chunk: int, sinks: int, n_tokens: int) -> ClusteredCache:
-    """A cache that may store `keep * n_tokens` entries in each head."""
+def soft_matching(
+    model: Any, keep: float, chunk: int, sinks: int, n_tokens: int, whole_heads: HeadPairs = ()
+) -> ClusteredCache:
+    """A cache that may store `keep * n_tokens` entries in each head that is not whole."""
     sizes: dict[str, Any] = {"chunk_size": chunk, "n_sink": sinks, "n_recent": N_RECENT}
     ratio = body_entries(keep, n_tokens, **sizes) / chunk
-    return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), **sizes)
+    return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), whole_heads=whole_heads, **sizes)
 
 
 @torch.inference_mode()

@@ -5,21 +5,17 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.published.constants import HEAD, N_RECENT, measure, over_full
+from benchmarks.published.constants import HEAD, measure, over_full, soft_matching
 from kvcluster.evaluation.pages import table
 from kvcluster.evaluation.quality import needle_cases
-from kvcluster.evaluation.quality.methods import body_entries
 from kvcluster.evaluation.quality.reading import Context
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.texts import built_in_text, encode
-from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.saving import fingerprint
 
 __all__ = ["layers_table", "measure_layers"]
 
-KEEP, OTHERS = 0.5, 0.25  # of all three layers, and of each of the two that are clustered
-SIZES = {"chunk_size": 256, "n_sink": 16, "n_recent": N_RECENT}
+RULE = 0.25, 256, 16  # of each of the two layers that are clustered: share kept, chunk size, sinks
 
 
 def measure_layers(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int, n_tokens: int) -> None:
@@ -35,16 +31,9 @@ def measure_layers(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int, n
             for layer in (None, *full):
                 key = {"part": "layers", "layer": layer, "case": case.fingerprint, "model": weights}
                 if runs.found(key) is None:
-                    make = None if layer is None else partial(with_whole_layer, model, layer)
+                    make = None if layer is None else partial(soft_matching, model, *RULE, whole_heads=[(layer, 0)])
                     runs.add({"key": key, **measure(model, context, case, make)})
                 progress.advance(task)
-
-
-def with_whole_layer(model: Any, layer: int, n_tokens: int) -> ClusteredCache:
-    """The one KV head of a layer whole, those of the other two at a quarter."""
-    sizes: dict[str, Any] = SIZES
-    ratio = body_entries(OTHERS, n_tokens, **sizes) / sizes["chunk_size"]
-    return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), whole_heads=[(layer, 0)], **sizes)
 
 
 def layers_table(runs: list[dict[str, Any]]) -> str:

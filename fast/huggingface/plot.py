@@ -19,7 +19,8 @@ def plot_cache(cache: Any, row: int = 0) -> "Figure":
 
     A pixel is as many tokens as a chunk has (of a `RecallCache`: a segment); its colour says how many the largest
     cluster there has. Entries do not know their tokens, so each is shown as if its tokens followed one another: within
-    a chunk of a `ClusteredCache`, over a whole `ChelseaCache`. Heads that stay whole have clusters of one.
+    a chunk (with a budget, a span) of a `ClusteredCache`, over a whole `ChelseaCache`. Heads that stay whole have
+    clusters of one.
 
     Raises
     ------
@@ -75,9 +76,9 @@ def sizes_of_tokens(cache: Any, place: int) -> list[torch.Tensor]:
     if isinstance(cache, RecallCache):
         clusters = cache.clusters
         return [] if clusters is None else list(clusters.counts[place].gather(-1, clusters.labels[place]).cpu())
-    if cache.n_stored == cache.n_seen:
-        return []
     is_chelsea = isinstance(cache, ChelseaCache)
+    if not (cache.n_stored < cache.n_seen if is_chelsea else cache.n_clustered):
+        return []
     n_recent = cache.n_recent if is_chelsea else cache.n_seen - cache.n_sink - cache.n_clustered
     body = cache.counts[place, :, cache.n_sink : cache.n_stored - n_recent].cpu()
     n_tokens = cache.n_seen - cache.n_sink - n_recent

@@ -99,3 +99,9 @@ def test_whole_heads_keep_their_place_in_the_picture(cache_class, parameters):
     assert image[3].max() == entries.counts[1, 0].max()
     n_recent = 8 if cache_class is ChelseaCache else entries.n_seen - 2 - entries.n_clustered
     assert image.shape[1] == -(-(entries.n_seen - 2 - n_recent) // 16)
+
+
+def test_chunks_that_keep_every_token_are_in_the_picture():
+    image = filled(ClusteredCache, tiny_llama(), **CLUSTERED | {"keep_ratio": 1}).plot().axes[0].images[0].get_array()
+    assert image.shape[0] == 6
+    assert (image == 1).all()
