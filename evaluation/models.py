@@ -20,11 +20,7 @@ from platformdirs import user_cache_path
 
 from .errors import UnusableInputError
 
-__all__ = ["KNOWN", "READING_LAYERS", "load_folder", "load_llama", "load_model", "model_folder", "smollm2_folder"]
-
-# The layers in which answers find what they ask for, the most important first. From a search by the rule in
-# benchmarks/ablation/reading_layers.py, on other texts; on its own that finds layer 15 instead of 14, and does as well.
-READING_LAYERS = (18, 7, 20, 17, 23, 21, 14, 8, 6)
+__all__ = ["KNOWN", "load_folder", "load_llama", "load_model", "model_folder", "smollm2_folder"]
 
 
 @dataclass(frozen=True)

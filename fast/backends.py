@@ -36,11 +36,10 @@ class Row(NamedTuple):
 
 TABLE = {
     "soft_matching": Row("plain.soft_matching:compress", "kernels.soft_matching:compress"),
-    "distinctive_matching": Row(
-        "plain.distinctive_matching:compress",
-        "kernels.distinctive_matching:compress",
-        "cpu.distinctive_matching:compress",
+    "distinctiveness": Row(
+        "plain.distinctive_matching:scores", "kernels.distinctive_matching:scores", "cpu.distinctive_matching:scores"
     ),
+    "distinctive_matching": Row("plain.distinctive_matching:compress", "kernels.distinctive_matching:compress"),
     "pooled_matching": Row(
         "plain.pooled_matching:compress_entries",
         "kernels.pooled_matching:compress_entries",
@@ -49,6 +48,9 @@ TABLE = {
     "merge": Row("exact.mean:ordered_mean", "kernels.merge:merge_clusters"),
     "merge_entries": Row("plain.span_merging:merge_entries"),
     "attend": Row("plain.attention:attend", "kernels.attention:attend", "cpu.attention:attend"),
+    "attend_ragged": Row(
+        "plain.attention:attend_ragged", "kernels.attention:attend_ragged", "cpu.attention:attend_ragged"
+    ),
     "attend_places": Row(
         "plain.attention:attend_places", "kernels.attention:attend_places", "cpu.attention:attend_places"
     ),

@@ -44,6 +44,7 @@ class ClusteredCache(EntryCache):
         chunk_size: int = 256,
         n_sink: int = 16,
         n_recent: int = 64,
+        recent_share: float = 0.0,
         whole_heads: Sequence[int] = (),
         backend: AnyBackend = "auto",
     ) -> None:
@@ -51,11 +52,10 @@ class ClusteredCache(EntryCache):
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
-        check_integer("n_sink", n_sink, least=0)
-        check_integer("n_recent", n_recent, least=0)
-        self._rules = SpanRules(chunk_size, entries_of_chunk(keep_ratio, chunk_size), n_sink, n_recent)
+        entries = entries_of_chunk(keep_ratio, chunk_size)
+        self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, recent_share=recent_share)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_sink, self.n_recent, self.backend = n_sink, n_recent, backend
+        self.n_sink, self.n_recent, self.recent_share, self.backend = n_sink, n_recent, recent_share, backend
         self.spans: tuple[int, ...] = ()
         self._overwritten: Overwritten | None = None  # by the last clustering
 
@@ -162,8 +162,7 @@ class ClusteredCache(EntryCache):
     @property
     def _leaving(self) -> int:
         """Tokens in whole chunks that have left the recent window and are not clustered yet."""
-        recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
-        return max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
+        return (self._rules.n_chunks(self.n_seen) - sum(self.spans)) * self.chunk_size
 
     @property
     def is_due(self) -> bool:

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
-from .backends import AnyBackend, implementation
-from .exact.chunks import CompressedChunks, clustering_of_chunks
+from .backends import AnyBackend, cell, choose
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, clustering_of_chunks, of_heads
 from .merging import Clustering
 
 __all__ = ["Distinctive", "distinctive_matching"]
@@ -33,10 +33,27 @@ class Distinctive:
         backend: AnyBackend = "auto",
     ) -> CompressedChunks:
         """Whole chunks in `target` clusters, which are fewer than `chunk_size`."""
-        compress = implementation("distinctive_matching", backend, keys, values)
-        sizes = {"chunk_size": chunk_size, "target": target}
-        compressed: CompressedChunks = compress(keys, values, **sizes, n_shared=self.n_shared)
+        [(_, compressed)] = self.compress_heads(
+            keys, values, chunk_size=chunk_size, heads_of_target={target: None}, backend=backend
+        )
         return compressed
+
+    def compress_heads(
+        self,
+        keys: Float[Tensor, "*lead heads tokens dim"],
+        values: Float[Tensor, "*lead heads tokens dim_value"],
+        *,
+        chunk_size: int,
+        heads_of_target: HeadsOfTarget,
+        backend: AnyBackend = "auto",
+    ) -> list[tuple[Heads, CompressedChunks]]:
+        """As `methods.compress_heads`; all heads are scored once, together."""
+        chosen = choose("distinctiveness", backend, keys, values)
+        scores, compress = cell("distinctiveness", chosen)(keys, values, chunk_size), cell("distinctive_matching", chosen)
+        return [
+            (heads, compress(scores, *of_heads(heads, keys, values), target=target, n_shared=self.n_shared))
+            for target, heads in heads_of_target.items()
+        ]
 
 
 def distinctive_matching(
@@ -57,7 +74,7 @@ def distinctive_matching(
     check_keep_ratio(keep_ratio)
     check_integer("chunk_size", chunk_size, least=1)
     method = Distinctive(n_shared)
-    implementation("distinctive_matching", backend, keys, values)  # also where there is nothing to do
+    choose("distinctiveness", backend, keys, values)  # also where there is nothing to do
     *lead, tokens, _ = keys.shape
     target = entries_of_chunk(keep_ratio, chunk_size)
     body = tokens // chunk_size * chunk_size

@@ -3,17 +3,18 @@
 A method is a small frozen value with a `compress`. A new one is a line of `METHODS`.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from .backends import AnyBackend
 from .distinctive_matching import Distinctive
-from .exact.chunks import CompressedChunks
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget
 from .soft_matching import SoftMatching
 
-__all__ = ["METHODS", "Method", "method_of", "spelled"]
+__all__ = ["METHODS", "Method", "compress_heads", "method_of", "spelled"]
 
 
 @runtime_checkable
@@ -24,6 +25,47 @@ class Method(Protocol):
         self, keys: Tensor, values: Tensor, *, chunk_size: int, target: int, backend: AnyBackend = "auto"
     ) -> CompressedChunks:
         """Whole chunks in `target` clusters, which are fewer than `chunk_size`."""
+
+
+def compress_heads(
+    method: Method,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    chunk_size: int,
+    heads_of_target: HeadsOfTarget,
+    backend: AnyBackend = "auto",
+) -> list[tuple[Heads, CompressedChunks]]:
+    """Whole chunks (..., heads, tokens, dim) of a layer whose heads have targets of their own.
+
+    Each head becomes what it would if all heads had its target, as `kvcluster.reference.RaggedCache` has it. A method
+    that can do better than compress all heads for each target has a `compress_heads` of its own.
+
+    Returns
+    -------
+    For each target the heads that have it, and what has become of the chunks of these.
+    """
+    rules: dict[str, Any] = {"chunk_size": chunk_size, "backend": backend}
+    own = getattr(method, "compress_heads", None)
+    if own is not None:
+        compressed: list[tuple[Heads, CompressedChunks]] = own(keys, values, heads_of_target=heads_of_target, **rules)
+        return compressed
+    return [
+        (heads, chunks_of_heads(method.compress(keys, values, target=target, **rules), keys, heads))
+        for target, heads in heads_of_target.items()
+    ]
+
+
+def chunks_of_heads(chunks: CompressedChunks, keys: Tensor, heads: Heads) -> CompressedChunks:
+    """Of the chunks of all heads of `keys` (..., heads, tokens, dim) those of some."""
+    if heads is None:
+        return chunks
+    shape, index = (keys.shape[:-3].numel(), keys.shape[-3], -1), torch.tensor(heads, device=keys.device)
+
+    def part(array: Tensor) -> Tensor:
+        return array.unflatten(0, shape)[:, index].flatten(0, 2)
+
+    return replace(chunks, **{name: part(getattr(chunks, name)) for name in ("labels", "counts", "keys", "values")})
 
 
 METHODS: dict[str, Any] = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .arguments import check_finite, check_integer, check_keep_ratio, check_shape, entries_of_chunk
 from .backends import AnyBackend, Backend, choose, implementation
-from .exact.chunks import CompressedChunks, clustering_of_chunks
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, clustering_of_chunks, of_heads
 from .merging import Clustering
 
 __all__ = ["SoftMatching", "chunked_soft_matching"]
@@ -31,6 +31,22 @@ class SoftMatching:
         compress = implementation("soft_matching", backend, keys, *([] if values is None else [values]))
         compressed: CompressedChunks = compress(keys, values, chunk_size=chunk_size, target=target)
         return compressed
+
+    def compress_heads(
+        self,
+        keys: Float[Tensor, "*lead heads tokens dim"],
+        values: Float[Tensor, "*lead heads tokens dim_value"],
+        *,
+        chunk_size: int,
+        heads_of_target: HeadsOfTarget,
+        backend: AnyBackend = "auto",
+    ) -> list[tuple[Heads, CompressedChunks]]:
+        """As `methods.compress_heads`: each head alone decides."""
+        rules = {"chunk_size": chunk_size, "backend": backend}
+        return [
+            (heads, self.compress(*of_heads(heads, keys, values), target=target, **rules))
+            for target, heads in heads_of_target.items()
+        ]
 
 
 def chunked_soft_matching(

@@ -68,6 +68,7 @@ from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
+from .ragged_cache import RaggedCache
 from .recall import recall_attention
 from .recall_cache import RecallCache
 from .selection import Selection, select_clusters
@@ -81,6 +82,7 @@ __all__ = [
     "Clustering",
     "Clusters",
     "Distinctive",
+    "RaggedCache",
     "RecallCache",
     "Selection",
     "SoftMatching",

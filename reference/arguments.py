@@ -17,10 +17,13 @@ __all__ = [
     "check_init",
     "check_integer",
     "check_keep_ratio",
+    "check_keep_ratios",
     "check_labelled",
     "check_method",
     "check_n_clusters",
+    "check_n_heads",
     "check_pair",
+    "check_recent_share",
     "check_scored",
     "check_seed",
     "check_share",
@@ -52,6 +55,30 @@ def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> None:
         raise TypeError(f"{name} must be a number, got {keep_ratio!r}")
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}")
+
+
+def check_keep_ratios(keep_ratios: Sequence[float]) -> tuple[float, ...]:
+    """A number in (0, 1] for each head; refuse anything else."""
+    if isinstance(keep_ratios, str) or not isinstance(keep_ratios, Sequence) or not len(keep_ratios):
+        raise TypeError(f"keep_ratios must be a sequence of numbers, one for each head, got {keep_ratios!r}")
+    for ratio in keep_ratios:
+        check_keep_ratio(ratio, name="keep_ratios")
+    return tuple(keep_ratios)
+
+
+def check_n_heads(keep_ratios: Sequence[float], shape: tuple[int, ...]) -> None:
+    """Refuse keys of a shape (..., heads, tokens, dim) with another number of heads."""
+    heads = shape[-3] if len(shape) > 2 else 0
+    if heads != len(keep_ratios):
+        rule = f"keep_ratios must be one for each head of keys, {heads}"
+        raise ValueError(f"{rule}, got {len(keep_ratios)} for keys of shape {tuple(shape)}")
+
+
+def check_recent_share(recent_share: float) -> None:
+    """Refuse what is not a number in [0, 0.5]: of two new tokens at most one may widen the recent window."""
+    check_share("recent_share", recent_share)
+    if recent_share > 0.5:
+        raise ValueError(f"recent_share must be at most 0.5, got {recent_share}")
 
 
 def check_share(name: str, share: float) -> None:

@@ -1,11 +1,12 @@
 """The online cache: tokens arrive, grow old, and are clustered chunk by chunk."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from .arguments import check_integer, check_keep_ratio, check_method
+from .arguments import check_integer, check_keep_ratio, check_method, check_recent_share
 from .entry_cache import EntryCache
 from .merging import Clustering, merge
 from .soft_matching import SoftMatching
@@ -34,6 +35,7 @@ class ClusteredCache(EntryCache):
     n_sink : first tokens that are never clustered, at least 0.
     n_recent : last tokens that are always exact, at least 0. Tokens leave in whole chunks, so the recent tokens
         number `n_recent <= recent < n_recent + chunk_size` as soon as that many have been seen.
+    recent_share : at least `floor(recent_share * n_seen)` of the last tokens are exact too, in [0, 0.5].
     whole_heads : KV heads that keep every token, as in `EntryCache`; the method sees the others alone.
 
     Attributes
@@ -69,6 +71,7 @@ class ClusteredCache(EntryCache):
         chunk_size: int = 256,
         n_sink: int = 16,
         n_recent: int = 64,
+        recent_share: float = 0.0,
         whole_heads: Sequence[int] = (),
     ) -> None:
         super().__init__(whole_heads)
@@ -77,14 +80,16 @@ class ClusteredCache(EntryCache):
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
+        check_recent_share(recent_share)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_sink, self.n_recent = n_sink, n_recent
+        self.n_sink, self.n_recent, self.recent_share = n_sink, n_recent, recent_share
         self.n_clustered = 0
         self._n_body = 0  # entries of the body
 
     def _cluster_what_is_due(self) -> None:
+        n_recent = max(self.n_recent, math.floor(float(self.recent_share) * self.n_seen))
         recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
-        leaving = max(0, recent - self.n_recent) // self.chunk_size * self.chunk_size
+        leaving = max(0, recent - n_recent) // self.chunk_size * self.chunk_size
         if leaving == 0:
             return
         # stored entries:  sinks | body | leaving | recent

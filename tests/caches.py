@@ -24,4 +24,6 @@ def of_reference(*, budget=None, method=None, **rules):
     if budget is not None:
         return reference.BoundedCache(budget=budget, **rules)
     named = {} if method is None else {"method": getattr(reference, type(method).__name__)(**vars(method))}
+    if isinstance(rules["keep_ratio"], (list, tuple)):  # of layers that are all alike
+        return reference.RaggedCache(keep_ratios=rules.pop("keep_ratio")[0], **named, **rules)
     return reference.ClusteredCache(**named, **rules)

@@ -32,9 +32,10 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.ablation.layer_ratios import READING_LAYERS
 from benchmarks.ablation.packed_scoring import Context, Held, answer_spans, exact, needle_spans, read_contexts, score
 from kvcluster.evaluation.colours import BLACK, BLUE, GREY
-from kvcluster.evaluation.models import READING_LAYERS, load_llama, smollm2_folder
+from kvcluster.evaluation.models import load_llama, smollm2_folder
 
 __all__ = ["choose_reading_layers", "main"]
 

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from benchmarks.ablation.layer_ratios import READING_LAYERS, layer_ratios
 from benchmarks.ablation.packed_scoring import Held
-from kvcluster.evaluation.models import READING_LAYERS
-from kvcluster.fast.huggingface import layer_ratios
 from kvcluster.fast.plain.soft_matching import compress
 
 __all__ = [

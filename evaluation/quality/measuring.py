@@ -8,7 +8,7 @@ from kvcluster.fast.huggingface.report import report_cache
 
 from .attention_error import attention_errors
 from .cases import Case, Needle, Prompt
-from .methods import METHODS, Method
+from .methods import Method
 from .metrics import METRICS
 from .reading import Context
 from .scoring import NeedleScore, copy_rows, following_nll, generate, generate_on, score_answers, score_needles
@@ -16,9 +16,11 @@ from .scoring import NeedleScore, copy_rows, following_nll, generate, generate_o
 __all__ = ["measure", "measure_question_first"]
 
 
-def measure(model: Any, tokenizer: Any, context: Context, case: Case, key: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    model: Any, tokenizer: Any, context: Context, case: Case, key: dict[str, Any], method: Method
+) -> dict[str, Any]:
     """Question later: one cache of the context, and copies of it for all that is asked."""
-    method, keep, is_stepwise = METHODS[key["method"]], key["keep"], key["is_stepwise"]
+    keep, is_stepwise = key["keep"], key["is_stepwise"]
     cache = context.cache(method, keep)
     begun = time.perf_counter()
     held = stored(cache, method, keep, len(case.tokens))
@@ -42,14 +44,14 @@ def measure(model: Any, tokenizer: Any, context: Context, case: Case, key: dict[
 
 
 def measure_question_first(
-    model: Any, tokenizer: Any, context: Context, case: Case, key: dict[str, Any]
+    model: Any, tokenizer: Any, context: Context, case: Case, key: dict[str, Any], method: Method
 ) -> dict[str, Any]:
     """Question first: for each question the prompt is read exactly and a cache of its own compressed.
 
     Entries and bytes are those of the longest prompt, of `n_prompt` tokens; every prompt's are held to `keep`. Seconds
     of clustering are those of a prompt, mean over all.
     """
-    method, keep = METHODS[key["method"]], key["keep"]
+    keep = key["keep"]
     held: list[Stored] = []
     needles, prompts, stop = [], [], stops(model, tokenizer)
     assert context.full.get_seq_length() == len(case.tokens)  # read before the clock starts, whoever is first

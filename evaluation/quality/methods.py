@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcluster.fast import Distinctive, SoftMatching
-from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache, known_whole_heads, layer_ratios
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, RecallCache, known_profile
 from kvcluster.fast.methods import Method as ClusteringMethod
 
-from ..models import READING_LAYERS
-
-__all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads"]
+__all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads", "with_profile"]
 
 CHUNKED: dict[str, Any] = {"chunk_size": 256, "n_sink": 16, "n_recent": 64}
 EXACT = 16 + 64  # sinks and recent tokens of the published cache
@@ -31,6 +29,7 @@ class Method:
     is_stepwise : whether tokens must come one by one for the method to be at work.
     is_blind : whether it decides by keys and values alone, so that its cache can be filled from a full one; for any
         other method the model reads each context again.
+    profile : for a method that shares out entries or heads by a profile, the one for a model; results depend on it.
     """
 
     make: Callable[[Any, float, int], Any]
@@ -39,6 +38,7 @@ class Method:
     stores_all: bool = False
     is_stepwise: bool = False
     is_blind: bool = False
+    profile: Callable[[Any], Profile] | None = None
 
 
 def body_entries(keep: float, n_tokens: int, *, chunk_size: int, n_sink: int, n_recent: int) -> int:
@@ -92,17 +92,32 @@ def alike(method: ClusteringMethod) -> Callable[[Any, float, int], ClusteredCach
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
         size = DISTINCTIVE["chunk_size"]
         ratio = int(body_ratio(keep, n_tokens) * size) / size
-        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, **DISTINCTIVE)
+        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, profile=None, **DISTINCTIVE)
 
     return make
 
 
-def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-    n_layers = model.config.num_hidden_layers
-    if (n_layers, model.config.hidden_size) != (30, 576):
-        raise ValueError(f"model must be SmolLM2-135M, whose reading layers are known, got one of {n_layers} layers")
-    ratios = layer_ratios(READING_LAYERS, n_layers=n_layers, keep_ratio=body_ratio(keep, n_tokens))
-    return ClusteredCache.for_model(model, keep_ratio=ratios, method=Distinctive(n_shared=4), **DISTINCTIVE)
+def shipped(model: Any) -> Profile:
+    """The profile that ships for `model`.
+
+    Raises
+    ------
+    ValueError : there is none.
+    """
+    try:
+        return known_profile(model)
+    except LookupError as error:
+        raise ValueError(str(error)) from error
+
+
+def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, float, int], ClusteredCache]:
+    """Caches by distinctive matching whose KV heads have the shares of a profile."""
+
+    def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+        ratio = body_ratio(keep, n_tokens)
+        return ClusteredCache.for_model(model, keep_ratio=ratio, profile=profile_of(model), **DISTINCTIVE)
+
+    return make
 
 
 def full_heads(model: Any) -> int:
@@ -112,7 +127,9 @@ def full_heads(model: Any) -> int:
     return config.num_key_value_heads * sum(kind != "sliding_attention" for kind in types)
 
 
-def whole_and_others(model: Any, keep: float, share: float) -> tuple[list[tuple[int, int]], float]:
+def whole_and_others(
+    model: Any, keep: float, share: float, profile_of: Callable[[Any], Profile]
+) -> tuple[list[tuple[int, int]], float]:
     """The `share` of the KV heads, at least one, that wants every token most, and what is left of `keep` for others.
 
     Raises
@@ -126,17 +143,14 @@ def whole_and_others(model: Any, keep: float, share: float) -> tuple[list[tuple[
     left = keep * n_heads - n_whole
     if left <= 0:
         raise ValueError(f"keep must be above {n_whole} whole heads of {n_heads}, got {keep:g}")
-    try:
-        return known_whole_heads(model, n_whole), left / (n_heads - n_whole)
-    except LookupError as error:
-        raise ValueError(str(error)) from error
+    return profile_of(model).whole_heads(n_whole), left / (n_heads - n_whole)
 
 
-def chelsea(share: float) -> Callable[[Any, float, int], ChelseaCache]:
+def chelsea(share: float, profile_of: Callable[[Any], Profile] = shipped) -> Callable[[Any, float, int], ChelseaCache]:
     """The published cache with a share of the heads whole; what is kept is counted just after the compression."""
 
     def make(model: Any, keep: float, n_tokens: int) -> ChelseaCache:
-        heads, of_others = whole_and_others(model, keep, share)
+        heads, of_others = whole_and_others(model, keep, share, profile_of)
         n_entries = int(of_others * n_tokens)
         if n_entries <= EXACT:
             raise ValueError(f"keep must leave a head more than {EXACT} exact tokens, got {n_entries} of {n_tokens:,}")
@@ -146,12 +160,14 @@ def chelsea(share: float) -> Callable[[Any, float, int], ChelseaCache]:
     return make
 
 
-def with_whole_heads(method: ClusteringMethod, share: float) -> Callable[[Any, float, int], ClusteredCache]:
+def with_whole_heads(
+    method: ClusteringMethod, share: float, profile_of: Callable[[Any], Profile] = shipped
+) -> Callable[[Any, float, int], ClusteredCache]:
     """Caches by `method` with the sizes that it has without whole heads, and a share of the heads whole."""
     sizes = CHUNKED if isinstance(method, SoftMatching) else DISTINCTIVE
 
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-        heads, of_others = whole_and_others(model, keep, share)
+        heads, of_others = whole_and_others(model, keep, share, profile_of)
         ratio = body_entries(of_others, n_tokens, **sizes) / sizes["chunk_size"]
         return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, whole_heads=heads, **sizes)
 
@@ -166,22 +182,32 @@ def recall_as_published(model: Any, keep: float, n_tokens: int) -> RecallCache:
     return RecallCache.as_published(model, budget=int(keep * n_tokens))
 
 
+def by_profile(profile_of: Callable[[Any], Profile]) -> dict[str, Method]:
+    """The methods that a profile has a say in."""
+
+    def of(make: Callable[[Any, float, int], Any], note: str) -> Method:
+        return Method(make, note, is_blind=True, profile=profile_of)
+
+    return {
+        "chunked-10": of(
+            with_whole_heads(SoftMatching(), 0.1, profile_of), "chunked soft matching, a tenth of the KV heads whole"
+        ),
+        "chelsea": of(chelsea(0.04, profile_of), "the published method, as far as known: 4 % of the KV heads whole"),
+        "chelsea-10": of(chelsea(0.1, profile_of), "the same, a tenth of the KV heads whole"),
+        "distinctive-heads": of(distinctive_heads(profile_of), "distinctive matching, KV heads share by a profile"),
+        "distinctive-10": of(
+            with_whole_heads(Distinctive(n_shared=4), 0.1, profile_of),
+            "distinctive matching, a tenth of the KV heads whole",
+        ),
+    }
+
+
 METHODS = {
     "full": Method(lambda model, keep, n_tokens: None, "transformers' own cache", has_keep=False, stores_all=True),
     "chunked": Method(chunked, "chunked soft matching, equally in each chunk, no whole heads", is_blind=True),
-    "chunked-10": Method(
-        with_whole_heads(SoftMatching(), 0.1), "the same, a tenth of the KV heads whole", is_blind=True
-    ),
     "chelsea-0": Method(chelsea(0.0), "the published method without its whole heads", is_blind=True),
-    "chelsea": Method(chelsea(0.04), "the published method, as far as known: 4 % of the KV heads whole", is_blind=True),
-    "chelsea-10": Method(chelsea(0.1), "the same, a tenth of the KV heads whole", is_blind=True),
-    "distinctive": Method(alike(Distinctive(n_shared=4)), "distinctive matching, all layers alike", is_blind=True),
-    "distinctive-layers": Method(distinctive_layers, "distinctive matching, most for reading layers", is_blind=True),
-    "distinctive-10": Method(
-        with_whole_heads(Distinctive(n_shared=4), 0.1),
-        "distinctive matching, a tenth of the KV heads whole",
-        is_blind=True,
-    ),
+    "distinctive": Method(alike(Distinctive(n_shared=4)), "distinctive matching, all heads alike", is_blind=True),
+    **by_profile(shipped),
     "recall": Method(recall, "stores all, attends to a share", stores_all=True, is_stepwise=True, is_blind=True),
     "clusterkv": Method(
         recall_as_published,
@@ -191,3 +217,13 @@ METHODS = {
         is_blind=True,
     ),
 }
+
+
+def with_profile(profile: Profile) -> dict[str, Method]:
+    """`METHODS` with this profile in place of those that ship."""
+
+    def of(model: Any) -> Profile:
+        profile.check_model(model)
+        return profile
+
+    return METHODS | by_profile(of)

@@ -1,6 +1,6 @@
 """Every method on every case; a pair that is already in the store is not run again."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from kvcluster.fast.huggingface.saving import fingerprint
 from ..runs import Runs
 from .cases import Case
 from .measuring import measure, measure_question_first
-from .methods import METHODS
+from .methods import METHODS, Method
 from .reading import Context
 
 __all__ = ["Options", "check_methods", "run_all"]
@@ -71,9 +71,12 @@ def run_all(
     runs: Runs,
     *,
     options: Options = Options(),
+    methods: Mapping[str, Method] = METHODS,
     on_run: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Results of every pair of method and `keep` on every case, case by case; new ones are added to `runs`.
+
+    `methods` are those of `METHODS`, or what `with_profile` makes of them.
 
     Raises
     ------
@@ -85,27 +88,30 @@ def run_all(
         raise ValueError("model must have a layer without a sliding window, got none")
     for n_tokens in sorted({n for case in cases for n in lengths(case, options)}):
         for name, keep in pairs:
-            METHODS[name].make(model, keep, n_tokens)
+            methods[name].make(model, keep, n_tokens)
     weights = fingerprint(model)["weights"]
     results = []
     for case in cases:
         context = Context(model, case.tokens)
         for name, keep in pairs:
+            method = methods[name]
             key = {
                 "method": name,
                 "keep": keep,
                 "case": case.fingerprint,
                 "model": weights,
-                "is_stepwise": options.is_stepwise or METHODS[name].is_stepwise,
+                "is_stepwise": options.is_stepwise or method.is_stepwise,
                 "has_attention_error": options.has_attention_error,
             }
             if options.is_question_first:  # absent otherwise, so that older runs are found
                 key["is_question_first"] = True
+            if method.profile is not None:
+                key["profile"] = method.profile(model).digest
             result = runs.found(key)
             if result is None:
                 result = {"key": key, "task": case.task, "name": case.name, "n_tokens": len(case.tokens)}
                 measure_setting = measure_question_first if options.is_question_first else measure
-                result |= measure_setting(model, tokenizer, context, case, key)
+                result |= measure_setting(model, tokenizer, context, case, key, method)
                 result = runs.add(result)
             results.append(result)
             on_run()

@@ -91,43 +91,52 @@ void attend_split(const Entries<Element>& e, int n, int rows, const float* query
         }
 }
 
-// Strides are counted in elements; those of a feature are 1. Query row r of a problem belongs to the new token
-// r % queries, which sees all entries but the tokens after it: entries - queries + r % queries + 1 of them.
+// Strides and places are counted in elements; the stride of a feature is 1. Query row r of a problem belongs to the new
+// token r % queries, which sees all entries of its head but the tokens after it.
 struct Shape {
     int64_t problems, heads;  // a problem is a KV head of a batch row
     int64_t rows, queries;    // rows of a problem: query heads that share its KV head, times new tokens
-    int64_t entries, dim, threads;
-    int64_t key_batch, key_head, key_entry;
-    int64_t value_batch, value_head, value_entry;
-    int64_t count_batch, count_head;
+    int64_t dim, threads;
+    int64_t key_batch, key_entry;
+    int64_t value_batch, value_entry;
+    int64_t count_batch;
+};
+
+// Where the entries of a KV head lie in the memory of a batch row, and how many there are: heads may differ.
+struct Head {
+    int64_t entries, key, value, count;
 };
 
 template <class Element>
-void attend(const Shape& s, const float* query, const Element* keys, const Element* values, const int32_t* counts,
-            float* output) {
-    const int64_t splits = (s.entries + SPLIT - 1) / SPLIT, tiles = (s.rows + ROWS - 1) / ROWS;
+void attend(const Shape& s, const Head* heads, const float* query, const Element* keys, const Element* values,
+            const int32_t* counts, float* output) {
+    int64_t longest = 0;
+    for (int64_t head = 0; head < s.heads; head++) longest = std::max(longest, heads[head].entries);
+    const int64_t splits = (longest + SPLIT - 1) / SPLIT, tiles = (s.rows + ROWS - 1) / ROWS;
     const int64_t total = s.problems * s.rows * splits;
     std::vector<float> outputs(total * s.dim, 0.0f), sums(total, 0.0f), highest(total, -INFINITY);
 
 #pragma omp parallel for num_threads(s.threads) schedule(dynamic)
     for (int64_t program = 0; program < s.problems * tiles * splits; program++) {
         const int64_t problem = program / (tiles * splits), tile = program / splits % tiles, split = program % splits;
-        const int64_t batch = problem / s.heads, head = problem % s.heads;
+        const int64_t batch = problem / s.heads;
+        const Head& head = heads[problem % s.heads];
         const int64_t first = split * SPLIT, row = tile * ROWS;
+        if (first >= head.entries) continue;
         const int rows = static_cast<int>(std::min<int64_t>(ROWS, s.rows - row));
         int visible[ROWS];
         for (int r = 0; r < rows; r++)
-            visible[r] = static_cast<int>(s.entries - s.queries + (row + r) % s.queries + 1 - first);
+            visible[r] = static_cast<int>(head.entries - s.queries + (row + r) % s.queries + 1 - first);
         const Entries<Element> entries = {
-            keys + batch * s.key_batch + head * s.key_head + first * s.key_entry,
-            values + batch * s.value_batch + head * s.value_head + first * s.value_entry,
+            keys + batch * s.key_batch + head.key + first * s.key_entry,
+            values + batch * s.value_batch + head.value + first * s.value_entry,
             s.key_entry,
             s.value_entry,
-            counts ? counts + batch * s.count_batch + head * s.count_head + first : nullptr,
+            counts ? counts + batch * s.count_batch + head.count + first : nullptr,
             static_cast<int>(s.dim),
         };
         const int64_t at = (problem * splits + split) * s.rows + row;
-        attend_split(entries, static_cast<int>(std::min<int64_t>(SPLIT, s.entries - first)), rows,
+        attend_split(entries, static_cast<int>(std::min<int64_t>(SPLIT, head.entries - first)), rows,
                      query + (problem * s.rows + row) * s.dim, visible,
                      {&outputs[at * s.dim], &sums[at], &highest[at]});
     }
@@ -141,16 +150,16 @@ void attend(const Shape& s, const float* query, const Element* keys, const Eleme
 }  // namespace
 
 extern "C" {
-void kvcluster_attend_float32(const Shape* s, const float* query, const float* keys, const float* values,
-                              const int32_t* counts, float* output) {
-    attend(*s, query, keys, values, counts, output);
+void kvcluster_attend_float32(const Shape* s, const Head* heads, const float* query, const float* keys,
+                              const float* values, const int32_t* counts, float* output) {
+    attend(*s, heads, query, keys, values, counts, output);
 }
-void kvcluster_attend_float16(const Shape* s, const float* query, const Half* keys, const Half* values,
-                              const int32_t* counts, float* output) {
-    attend(*s, query, keys, values, counts, output);
+void kvcluster_attend_float16(const Shape* s, const Head* heads, const float* query, const Half* keys,
+                              const Half* values, const int32_t* counts, float* output) {
+    attend(*s, heads, query, keys, values, counts, output);
 }
-void kvcluster_attend_bfloat16(const Shape* s, const float* query, const Brain* keys, const Brain* values,
-                               const int32_t* counts, float* output) {
-    attend(*s, query, keys, values, counts, output);
+void kvcluster_attend_bfloat16(const Shape* s, const Head* heads, const float* query, const Brain* keys,
+                               const Brain* values, const int32_t* counts, float* output) {
+    attend(*s, heads, query, keys, values, counts, output);
 }
 }

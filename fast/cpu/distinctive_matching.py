@@ -1,30 +1,25 @@
-"""Distinctive matching whose scores C++ makes."""
+"""The scores of distinctive matching in C++."""
 
 import ctypes
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ..exact.chunks import CompressedChunks
-from ..exact.distinctiveness import compress_by_likeness
+from ..exact.distinctiveness import distinctiveness, shape_of_layers
 from .compiling import library
 from .layout import DTYPES
 
-__all__ = ["compress", "likeness_to_mean"]
+__all__ = ["likeness_to_mean", "scores"]
 
 
-def compress(
-    keys: Float[Tensor, "*lead tokens dim"],
-    values: Float[Tensor, "*lead tokens dim_value"],
-    *,
-    chunk_size: int,
-    target: int,
-    n_shared: int,
-) -> CompressedChunks:
-    """As `kvcluster.fast.plain.distinctive_matching.compress`; dim and dim_value must be multiples of LANES."""
-    sizes = {"chunk_size": chunk_size, "target": target, "n_shared": n_shared}
-    return compress_by_likeness(likeness_to_mean, keys, values, **sizes)
+def scores(
+    keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"], chunk_size: int
+) -> Float64[Tensor, "layers chunks chunk"]:
+    """As `kvcluster.fast.plain.distinctive_matching.scores`; dim and dim_value must be multiples of LANES."""
+    shape = shape_of_layers(keys, chunk_size)
+    in_chunks = (array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values))
+    return distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
 
 
 def likeness_to_mean(tokens: Tensor) -> Tensor:

@@ -6,7 +6,20 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-__all__ = ["CompressedChunks", "alternating_halves", "clustering_of_chunks", "count_members", "join", "renumber"]
+__all__ = [
+    "CompressedChunks",
+    "Heads",
+    "HeadsOfTarget",
+    "alternating_halves",
+    "clustering_of_chunks",
+    "count_members",
+    "join",
+    "of_heads",
+    "renumber",
+]
+
+Heads = list[int] | None  # indices of the last leading axis, ascending; None: all of them
+HeadsOfTarget = dict[int, Heads]  # which heads become so many entries in each chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +55,13 @@ def clustering_of_chunks(
     counts = compressed.counts.reshape(*lead, chunks * target)
     tail = torch.arange(n_trailing, device=labels.device).expand(*lead, n_trailing)
     return torch.cat([labels, chunks * target + tail], dim=-1), torch.cat([counts, torch.ones_like(tail)], dim=-1)
+
+
+def of_heads(heads: Heads, *arrays: Tensor) -> tuple[Tensor, ...]:
+    """The arrays (..., heads, tokens, dim) of these heads alone, copied if these are not all."""
+    if heads is None or len(heads) == arrays[0].shape[-3]:
+        return arrays
+    return tuple(array.index_select(-3, torch.tensor(heads, device=array.device)) for array in arrays)
 
 
 def alternating_halves(size: int) -> tuple[Int64[Tensor, " sources"], Int64[Tensor, " destinations"]]:

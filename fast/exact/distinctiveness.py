@@ -1,7 +1,5 @@
 """Distinctive matching after the likeness of each token to its chunk's mean is known: scores, and what they decide."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
@@ -13,7 +11,7 @@ from .similarity import certified_matches
 
 __all__ = [
     "Shape",
-    "compress_by_likeness",
+    "compress_by_scores",
     "distinctiveness",
     "evenly_spaced",
     "labels_of",
@@ -38,24 +36,22 @@ def numbers_of_entries(target: int, n_shared: int) -> tuple[int, int]:
     return target - n_shared, n_shared
 
 
-def compress_by_likeness(
-    likeness_to_mean: Callable[[Tensor], Tensor],
+def compress_by_scores(
+    scores: Float64[Tensor, "layers chunks chunk"],
     keys: Float[Tensor, "*lead tokens dim"],
     values: Float[Tensor, "*lead tokens dim_value"],
     *,
-    chunk_size: int,
     target: int,
     n_shared: int,
 ) -> CompressedChunks:
-    """Distinctive matching by `likeness_to_mean`, of tokens (chunks, chunk, dim) to their chunk's mean.
+    """Chunks by the scores of their layers' tokens, those of all layers, heads and rows in their order.
 
-    The chunks are those of all layers, heads and rows in their order; each becomes fewer entries than it has tokens.
+    Each becomes fewer entries than it has tokens. The heads may be some of those that had a say in the scores.
     """
     n_exact, n_shared = numbers_of_entries(target, n_shared)
-    shape = shape_of_layers(keys, chunk_size)
+    _, heads, _, chunk_size = shape_of_layers(keys, scores.shape[-1])
     in_chunks = [array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values)]
-    scores = distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
-    exact, ordinary = split_by_score(scores, shape[1], n_exact)  # (chunks, n_exact), (chunks, the others)
+    exact, ordinary = split_by_score(scores, heads, n_exact)  # (chunks, n_exact), (chunks, the others)
     ordinary_parts = [rows_of(array, ordinary) for array in in_chunks]
     destination, is_scored = match_ordinary(ordinary_parts[0], n_shared)
     labels = labels_of(exact, ordinary, destination)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,12 +12,15 @@ from ..arguments import check_method
 from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
 from ..distinctive_matching import Distinctive
+from ..entry_cache import EntryCache
 from ..methods import Method
+from ..ragged_cache import RaggedCache
 from ..soft_matching import SoftMatching
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs, heads_of_layers
 from .hooks import ModelHooks, check_model
 from .layers import ModelCache, check_dense_layers, layers_of_model
+from .profiles import Profile, profile_for
 
 __all__ = ["ClusteredCache"]
 
@@ -43,14 +48,16 @@ class ClusteredCache(ModelCache):
         cls,
         model: nn.Module,
         *,
-        keep_ratio: float | Sequence[float] | None = None,
+        keep_ratio: float | Sequence[float | Sequence[float]] | None = None,
         budget: int | Sequence[int] | None = None,
         n_dense_layers: int = 0,
         method: Method = Distinctive(),
         chunk_size: int = 256,
         n_sink: int = 4,
         n_recent: int = 252,
+        recent_share: float | Sequence[float] = 0.0,
         whole_heads: HeadPairs = (),
+        profile: Profile | str | Path | None = "known",
     ) -> "ClusteredCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
@@ -62,20 +69,30 @@ class ClusteredCache(ModelCache):
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
             come, clusters are merged further. Without it entries grow with the tokens. Needs
             `method=SoftMatching()`.
-            Both may be sequences, of one number for each layer of the model.
+            Both may be sequences, of one number for each layer of the model; that of a layer's `keep_ratio` may be a
+            sequence again, of one for each KV head.
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
         method : how chunks are clustered. `Distinctive()` keeps distinctive tokens exact, which loses far less of what
             may be asked later: see benchmarks/quality/QUALITY.md. The published method is `SoftMatching()`, in this
             project's examples with `n_sink=16, n_recent=64`.
-        chunk_size, n_sink, n_recent : as in `kvcluster.reference.ClusteredCache`, for every layer.
+        chunk_size, n_sink, n_recent, recent_share : as in `kvcluster.reference.ClusteredCache`, for every layer;
+            `recent_share` may be a sequence, of one number for each layer.
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.
+        profile : shares out `keep_ratio`, then the mean of all KV heads, among them: a file that `kvcluster tune`
+            wrote, or what `Profile.read` made of it. "known": the one that ships for this model, where `keep_ratio` is
+            a single number below 1, the method is `Distinctive` and nothing else tells layers or heads apart; for a
+            model without one all heads are alike, and the log says once where a profile would come from. None: all
+            heads are alike.
 
         Raises
         ------
         ValueError : another type of model or of attention; a field of its config that is not served; a parameter out
-            of range; neither `keep_ratio` nor `budget`; a budget with another method or with whole heads; a sequence
-            of another length than the model's layers; else as `heads_of_layers`.
+            of range; neither `keep_ratio` nor `budget`; a budget with another method, with whole heads or with ratios
+            for each head; a sequence of another length than the model's layers or KV heads; a profile of another model,
+            or one where something else tells layers or heads apart; heads that differ in a model that is sharded; else
+            as `heads_of_layers`.
+        FileNotFoundError : no such profile.
 
         Examples
         --------
@@ -89,26 +106,42 @@ class ClusteredCache(ModelCache):
             raise ValueError("keep_ratio or budget must be given, got neither")
         n_layers = config.num_hidden_layers
         check_dense_layers(n_dense_layers, n_layers)
+        check_method(method)
+        heads = heads_of_layers(model, whole_heads)
+        is_simple = isinstance(keep_ratio, Real) and not n_dense_layers and budget is None and not any(heads)
+        if profile is not None and (profile != "known" or is_for_profile(model, keep_ratio, method, is_simple)):
+            if not is_simple:
+                raise ValueError(
+                    "profile needs a single keep_ratio, no budget, no whole_heads and no n_dense_layers: it tells all "
+                    f"layers and heads apart, got {profile}"
+                )
+            found = profile_for(model, profile)
+            if found is not None:
+                keep_ratio = found.keep_ratios(keep_ratio, chunk_size=chunk_size, n_layers=n_layers)
         ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
         budgets = one_for_each_layer("budget", budget, n_layers)
-        check_method(method)
+        recent_shares = one_for_each_layer("recent_share", recent_share, n_layers)
         if budget is not None and not isinstance(method, SoftMatching):
             raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
         if budget is not None and len(whole_heads):
             raise ValueError(f"whole_heads must be empty with a budget, got {list(whole_heads)}")
-        heads = heads_of_layers(model, whole_heads)
+        if budget is not None and any(recent_shares):
+            raise ValueError(f"recent_share must be 0 with a budget, got {recent_share}")
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         chosen = [
-            (1.0, None, ()) if index < n_dense_layers else (ratios[index], budgets[index], heads[index])
+            (1.0, None, (), 0.0) if index < n_dense_layers else (ratios[index], budgets[index], heads[index], recent_shares[index])
             for index in range(n_layers)
         ]
+        check_head_ratios(model, chosen)
         are_alike = len(set(chosen)) == 1
 
-        def make(index: int) -> LayerCache:
-            ratio, most, whole = chosen[index]
-            if most is None:
-                return LayerCache(keep_ratio=ratio, method=method, whole_heads=whole, **shared)
-            return BoundedCache(budget=most, keep_ratio=ratio, **shared)
+        def make(index: int) -> EntryCache | RaggedCache:
+            ratio, most, whole, recent = chosen[index]
+            if most is not None:
+                return BoundedCache(budget=most, keep_ratio=ratio, **shared)
+            if isinstance(ratio, tuple):
+                return RaggedCache(keep_ratios=ratio, method=method, recent_share=recent, **shared)
+            return LayerCache(keep_ratio=ratio, method=method, whole_heads=whole, recent_share=recent, **shared)
 
         layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
         parameters: dict[str, Any] = {
@@ -116,15 +149,40 @@ class ClusteredCache(ModelCache):
             "budget": budget,
             "n_dense_layers": n_dense_layers,
             "method": method,
+            "recent_share": recent_share,
+            "whole_heads": [list(pair) for pair in whole_heads],
+            "profile": None,  # what it says is in keep_ratio
         }
-        parameters["whole_heads"] = [list(pair) for pair in whole_heads]
         return cls(layers, ModelHooks.of(model), parameters | shared)
 
 
+def is_for_profile(model: nn.Module, keep_ratio: Any, method: Method, is_simple: bool) -> bool:
+    """Whether the profile that ships for a model, if there is one, is used without being asked for."""
+    is_sharded = (getattr(model, "_tp_size", None) or 1) > 1
+    return is_simple and keep_ratio < 1 and isinstance(method, Distinctive) and not is_sharded
+
+
 def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
-    """`value` for every layer, or the numbers of a sequence."""
+    """`value` for every layer, or the numbers of a sequence; sequences in it become tuples."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * n_layers
     if len(value) != n_layers:
         raise ValueError(f"{name} must be one number or one for each of the {n_layers} layers, got {len(value)}")
-    return list(value)
+    return [tuple(x) if isinstance(x, Sequence) and not isinstance(x, str) else x for x in value]
+
+
+def check_head_ratios(model: Any, chosen: list[tuple[Any, ...]]) -> None:
+    """Refuse ratios of single heads where they cannot be served."""
+    kv_heads = model.config.num_key_value_heads
+    for index, (ratio, budget, whole_heads, _) in enumerate(chosen):
+        if not isinstance(ratio, tuple):
+            continue
+        if len(ratio) != kv_heads:
+            raise ValueError(f"keep_ratio must be one for each of the {kv_heads} KV heads, got {len(ratio)} in layer {index}")
+        if budget is not None or whole_heads:
+            raise ValueError(
+                "keep_ratio must be one number for a layer with a budget or whole_heads (1 is a whole head), got "
+                f"{ratio} in layer {index}"
+            )
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ValueError(f"keep_ratio must be one number for a layer whose KV heads are sharded, got {ratio}")

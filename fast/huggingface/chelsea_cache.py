@@ -10,7 +10,7 @@ from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs, heads_of_layers
 from .hooks import ModelHooks, check_model
 from .layers import ModelCache, layers_of_model
-from .whole_heads import known_whole_heads
+from .profiles import known_whole_heads
 
 __all__ = ["ChelseaCache"]
 

@@ -31,7 +31,7 @@ class ClusteredLayer(EntryLayer):
     @property
     def has_centroids(self) -> bool:
         """Whether any entry stands for more than one token."""
-        return self.cache.n_stored < self.cache.n_seen
+        return any(cache.mean_entries < cache.n_seen for cache in self.cache.caches)
 
     @property
     def keys(self) -> Tensor | None:

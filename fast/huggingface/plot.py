@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..chelsea_cache import ChelseaCache
-from ..memory.whole_heads import heads_apart
 from ..recall_cache import RecallCache
 
 if TYPE_CHECKING:
@@ -80,9 +79,6 @@ def sizes_of_tokens(cache: Any, place: int) -> list[torch.Tensor]:
     if not (cache.n_stored < cache.n_seen if is_chelsea else cache.n_clustered):
         return []
     n_recent = cache.n_recent if is_chelsea else cache.n_seen - cache.n_sink - cache.n_clustered
-    body = cache.counts[place, :, cache.n_sink : cache.n_stored - n_recent].cpu()
-    n_tokens = cache.n_seen - cache.n_sink - n_recent
-    others, whole = heads_apart(len(body) + len(cache.whole_heads), cache.whole_heads, body.device)
-    of_head = dict(zip(others.tolist(), (counts.repeat_interleave(counts) for counts in body), strict=True))
-    of_head |= {head: torch.ones(n_tokens, dtype=torch.int32) for head in whole.tolist()}
-    return [of_head[head] for head in sorted(of_head)]
+    heads = [counts[counts > 0] for counts in cache.entries()[2][place].cpu()]  # shorter ones begin with zeros
+    bodies = [counts[cache.n_sink : len(counts) - n_recent] for counts in heads]
+    return [counts.repeat_interleave(counts) for counts in bodies]

@@ -168,6 +168,8 @@ def parameters_of(description: dict[str, Any], path: str | Path) -> dict[str, An
         parameters["method"] = SoftMatching() if n_shared is None else Distinctive(n_shared)
     elif "method" in parameters:
         parameters["method"] = method_of(**parameters["method"])
+    if description["class"] == "ClusteredCache":
+        parameters.setdefault("profile", None)  # 0.3: all heads alike
     for name, without in (("mass", None), ("is_centred", False)):
         value = parameters.pop(name, without)
         if value != without:

@@ -44,7 +44,7 @@ TARGETS = {
 }
 KERNELS = (
     *("match", "score", "likeness", "merge", "merge_weighted"),
-    *("attend", "combine", "assign", "settle", "select", "recall"),
+    *("attend", "attend_ragged", "combine", "assign", "settle", "select", "recall"),
 )
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -120,7 +120,8 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
         types["weights"] = "*i32" if has_weights else TYPES[dtype]
         constants = shape | {"ENTRIES": BLOCK_ENTRIES, "HAS_WEIGHTS": has_weights}
         yield kernel, source(merge_kernel, types, constants), {"num_warps": merge_warps}
-    yield "attend", *attention_source(dtype, dim, has_places=False)
+    yield "attend", *attention_source(dtype, dim)
+    yield "attend_ragged", *attention_source(dtype, dim, is_ragged=True)
     types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"rows": "i32", "splits": "i32"}
     yield (
         "combine",
@@ -148,16 +149,20 @@ def recall_sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, AS
     yield "recall", *attention_source(dtype, dim, has_places=True)
 
 
-def attention_source(dtype: str, dim: int, has_places: bool) -> tuple[ASTSource, dict[str, int]]:
+def attention_source(
+    dtype: str, dim: int, *, has_places: bool = False, is_ragged: bool = False
+) -> tuple[ASTSource, dict[str, int]]:
     """Code and options of attention to all entries with their counts, or to those that an index names."""
     types = dict.fromkeys(("query", "keys", "values"), TYPES[dtype]) | {"scale": "fp32"}
     types |= {"counts": TYPES[dtype] if has_places else "*i32", "places": "*i64" if has_places else TYPES[dtype]}
+    types["ragged"] = "*i64" if is_ragged else TYPES[dtype]
     types |= dict.fromkeys(("outputs", "sums", "highest_out"), "*fp32")
     types |= dict.fromkeys(("heads", "rows", "queries", "entries", "place_problem"), "i32")
     types |= {f"{array}_{axis}": "i32" for array in ("key", "value", "count") for axis in ("batch", "head", "entry")}
     constants = {"key_dim": 1, "value_dim": 1, "count_entry": 1, "place_entry": 1}
     constants |= {"DIM": dim, "BLOCK_DIM": dim, "DIM_VALUE": dim, "BLOCK_VALUE": dim, "ROWS": ROWS, "SPLIT": SPLIT}
-    constants |= {"HAS_COUNTS": not has_places, "HAS_PLACES": has_places, "WIDEN": False}
+    constants |= {"HAS_COUNTS": not has_places, "HAS_PLACES": has_places, "IS_RAGGED": is_ragged}
+    constants["WIDEN"] = False
     constants["ENTRIES"] = entries_of_step(dtype == "float32")
     return source(split_kernel, types, constants), {"num_warps": attention_warps, "num_stages": N_STAGES}
 
@@ -200,9 +205,9 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     """
     if kernel in ("assign", "settle", "select", "recall"):
         return recall_bytes_moved(kernel, dtype, dim)
-    if kernel in ("attend", "combine"):
+    if kernel in ("attend", "attend_ragged", "combine"):
         partial = HEADS * GROUP * TOKENS // SPLIT * (dim + 2) * 4
-        return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel == "attend" else 0)
+        return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel != "combine" else 0)
     keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
     if kernel == "likeness":
         return keys + HEADS * TOKENS * 8 + HEADS * TOKENS // CHUNK_SIZE * dim * 4

@@ -18,6 +18,7 @@ __all__ = [
     "SPLIT",
     "attend",
     "attend_places",
+    "attend_ragged",
     "attend_recalled",
     "combine_kernel",
     "entries_of_step",
@@ -72,9 +73,48 @@ def attend(
     places : (batch * heads, entries), int64, any strides: where in keys and values each entry lies, -1 if there is none
         (at least one of a head must be there). Read there: no gathered copy is made. None: in their order.
     """
+    entries = values.shape[2] if places is None else places.shape[1]
+    return attend_heads(query, keys, values, counts, entries, queries, scale, places=places)
+
+
+def attend_ragged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    lengths: tuple[int, ...],
+    firsts: tuple[int, ...],
+    queries: int,
+    scale: float,
+) -> Tensor:
+    """As `kvcluster.fast.plain.attention.attend_ragged`, read where the entries lie, by one launch for all heads."""
+    heads = torch.tensor([lengths, firsts], device=query.device)
+    of_all_heads = (x.unsqueeze(1) for x in (keys, values, counts))
+    return attend_heads(query, *of_all_heads, max(lengths), queries, scale, ragged=heads)
+
+
+def attend_heads(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    entries: int,
+    queries: int,
+    scale: float,
+    *,
+    places: Tensor | None = None,
+    ragged: Tensor | None = None,
+) -> Tensor:
+    """The launches of `attend` and of `attend_ragged`.
+
+    Parameters
+    ----------
+    entries : of the head that has most.
+    ragged : (2, heads), int64: entries of each head, and the place of its first; keys, values and counts then have one
+        axis of length 1 in place of the heads.
+    """
     batch, heads, rows, dim = query.shape
     dim_value = values.shape[3]
-    entries = values.shape[2] if places is None else places.shape[1]
     splits = triton.cdiv(entries, SPLIT)
     problems = batch * heads
     outputs = torch.empty(problems, splits, rows, dim_value, dtype=torch.float32, device=query.device)
@@ -91,6 +131,7 @@ def attend(
         values,
         keys if counts is None else counts,
         keys if places is None else places,
+        keys if ragged is None else ragged,
         outputs,
         sums,
         highest,
@@ -105,6 +146,7 @@ def attend(
         *((0, 0) if places is None else places.stride()),
         HAS_COUNTS=counts is not None,
         HAS_PLACES=places is not None,
+        IS_RAGGED=ragged is not None,
         DIM=dim,
         BLOCK_DIM=block_dim,
         DIM_VALUE=dim_value,
@@ -137,6 +179,7 @@ def split_kernel(
     values,
     counts,
     places,
+    ragged,
     outputs,
     sums,
     highest_out,
@@ -160,6 +203,7 @@ def split_kernel(
     place_entry,
     HAS_COUNTS: tl.constexpr,
     HAS_PLACES: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     DIM_VALUE: tl.constexpr,
@@ -176,6 +220,11 @@ def split_kernel(
     head = problem % heads
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     is_row = row < rows
+    first = 0
+    if IS_RAGGED:
+        entries = tl.load(ragged + head)
+        first = tl.load(ragged + heads + head)
+        head = 0
     visible = entries - queries + row % queries + 1
     feature = tl.arange(0, BLOCK_DIM)
     feature_value = tl.arange(0, BLOCK_VALUE)
@@ -186,9 +235,9 @@ def split_kernel(
     )  # (ROWS, BLOCK_DIM)
     if WIDEN:
         q = q.to(tl.float32)
-    keys += batch * key_batch + head * key_head
-    values += batch * value_batch + head * value_head
-    counts += batch * count_batch + head * count_head
+    keys += batch * key_batch + head * key_head + first * key_entry
+    values += batch * value_batch + head * value_head + first * value_entry
+    counts += batch * count_batch + head * count_head + first * count_entry
 
     total = tl.zeros((ROWS,), tl.float32)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)

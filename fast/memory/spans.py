@@ -6,11 +6,12 @@ first. It follows from the number of tokens seen. Defined by `kvcluster.referenc
 
 import bisect
 import functools
+import math
 import operator
 import sys
 from dataclasses import dataclass
 
-from ..arguments import check_integer
+from ..arguments import check_integer, check_recent_share
 
 __all__ = ["SpanPlan", "SpanRules"]
 
@@ -56,8 +57,12 @@ class SpanRules:
     n_sink: int
     n_recent: int
     budget: int | None = None
+    recent_share: float = 0.0
 
     def __post_init__(self) -> None:
+        check_integer("n_sink", self.n_sink, least=0)
+        check_integer("n_recent", self.n_recent, least=0)
+        check_recent_share(self.recent_share)
         if self.budget is None:
             return
         check_integer("budget", self.budget, least=1)
@@ -81,8 +86,12 @@ class SpanRules:
         return sys.maxsize if self.budget is None else (self.budget - self.n_sink - recent) // self.entries
 
     def n_chunks(self, n_seen: int) -> int:
-        """Chunks that have left the recent window when `n_seen` tokens have been seen."""
-        return max(0, n_seen - self.n_sink - self.n_recent) // self.chunk_size
+        """Chunks that have left the recent window when `n_seen` tokens have been seen.
+
+        The window never grows by two tokens for one, so these never become fewer.
+        """
+        n_recent = max(self.n_recent, math.floor(float(self.recent_share) * n_seen))
+        return max(0, n_seen - self.n_sink - n_recent) // self.chunk_size
 
     def n_spans(self, n_seen: int) -> int:
         """Spans when `n_seen` tokens have been seen: a chunk adds one span to those that fitted just before."""

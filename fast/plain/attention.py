@@ -1,12 +1,12 @@
 """Attention of query rows to the entries of a cache: the formula as it is written."""
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from ..exact.entries import Reached, Rest, attend_copies, log_counts, places_of
 
-__all__ = ["attend", "attend_places", "attend_recalled"]
+__all__ = ["attend", "attend_places", "attend_ragged", "attend_recalled"]
 
 WORKING_BYTES = 64 * 2**20  # of logits that are held at once
 
@@ -32,6 +32,24 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, q
                 logits = logits.masked_fill(column >= visible[block, None], -torch.inf)
             outputs.append(logits.softmax(dim=-1) @ values32)  # (batch, heads, rows, dim_value)
     return torch.cat(outputs, dim=-2).to(query.dtype)
+
+
+def attend_ragged(
+    query: Float[Tensor, "batch heads rows dim"],
+    keys: Float[Tensor, "batch places dim"],
+    values: Float[Tensor, "batch places dim_value"],
+    counts: Int32[Tensor, "batch places"],
+    lengths: tuple[int, ...],
+    firsts: tuple[int, ...],
+    queries: int,
+    scale: float,
+) -> Float[Tensor, "batch heads rows dim_value"]:
+    """Output of heads that have each their own number of entries, `lengths`, from their place `firsts` on."""
+    outputs = []
+    for head, (n, first) in enumerate(zip(lengths, firsts, strict=True)):
+        of_head = (x[:, None, first : first + n] for x in (keys, values, counts))
+        outputs.append(attend(query[:, head : head + 1], *of_head, queries, scale))
+    return torch.cat(outputs, dim=1)
 
 
 def attend_places(

@@ -4,30 +4,23 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ..exact.chunks import CompressedChunks
-from ..exact.distinctiveness import compress_by_likeness
+from ..exact.distinctiveness import compress_by_scores as compress
+from ..exact.distinctiveness import distinctiveness, shape_of_layers
 from ..exact.mean import certified_mean, sums_are_exact
 from ..exact.similarity import canonical_similarity
 
-__all__ = ["compress", "likeness_to_mean"]
+__all__ = ["compress", "likeness_to_mean", "scores"]
 
 WORKING_BYTES = 4 * 2**20  # of float64 numbers that are scored together
 
 
-def compress(
-    keys: Float[Tensor, "*lead tokens dim"],
-    values: Float[Tensor, "*lead tokens dim_value"],
-    *,
-    chunk_size: int,
-    target: int,
-    n_shared: int,
-) -> CompressedChunks:
-    """Each chunk in `target` clusters, `n_shared` of them shared, which are fewer than it has tokens.
-
-    The tokens are whole chunks; the chunks of all leading indices come one after the other in the result.
-    """
-    sizes = {"chunk_size": chunk_size, "target": target, "n_shared": n_shared}
-    return compress_by_likeness(likeness_to_mean, keys, values, **sizes)
+def scores(
+    keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"], chunk_size: int
+) -> Float64[Tensor, "layers chunks chunk"]:
+    """How far each token of whole chunks stands out, for all heads of its layer together."""
+    shape = shape_of_layers(keys, chunk_size)
+    in_chunks = (array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values))
+    return distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
 
 
 def likeness_to_mean(tokens: Float[Tensor, "chunks chunk dim"]) -> Float64[Tensor, "chunks chunk"]:

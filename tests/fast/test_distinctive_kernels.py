@@ -122,7 +122,8 @@ def test_wrong_twins_of_the_kernels_are_told_apart(name, monkeypatch):
     exec(compile(source.replace(right, wrong), name, "exec"), twin)
     keys, values = pair("near_ties" if "float32" in name else "signs", (1, 2, 60, 4))
     assert_kernels_agree(keys, values, **SETTINGS)
-    monkeypatch.setattr(distinctive, "compress", twin["compress"])
+    for function in ("scores", "compress"):
+        monkeypatch.setattr(distinctive, function, twin[function])
     with pytest.raises(AssertionError):
         assert_kernels_agree(keys, values, **SETTINGS)
 

@@ -11,10 +11,12 @@ CLUSTERED = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "
 RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
 CHELSEA = {"max_new_tokens": 40, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 HEADS = [(0, 1), (2, 0)]  # whole ones
+RAGGED = [[0.3, 0.9], 0.25, [1.0, 0.25]]
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),
     "budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 300}),
     "chelsea": lambda model: ChelseaCache.for_model(model, ratio=1, whole_heads=HEADS, **CHELSEA),
+    "ragged": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": [[1.0, 1.0], 1.0, 1.0]}),
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
 }
 FORGETFUL = {
@@ -22,6 +24,7 @@ FORGETFUL = {
     "budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 60}),
     "heads": lambda model: ClusteredCache.for_model(model, whole_heads=HEADS, **CLUSTERED),
     "chelsea": lambda model: ChelseaCache.for_model(model, ratio=0.25, whole_heads=HEADS, **CHELSEA),
+    "ragged": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": RAGGED}),
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
     "offloaded": lambda model: RecallCache.for_model(model, **RECALL, offloading=True),
 }

@@ -22,10 +22,11 @@ RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 
 MAKE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **PARAMETERS),
     "chelsea": lambda model: ChelseaCache.for_model(model, **COMPRESSED),
+    "ragged": lambda model: ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": [[0.2, 0.7], 0.25, 0.25]}),
     "recall": lambda model: RecallCache.for_model(model, **RECALLED),
     "stock": lambda model: None,
 }
-CACHES = pytest.mark.parametrize("name", ["clustered", "chelsea", "recall"])
+CACHES = pytest.mark.parametrize("name", ["clustered", "ragged", "chelsea", "recall"])
 COMPILER = next(filter(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]), None)
 
 

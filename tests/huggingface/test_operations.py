@@ -25,16 +25,21 @@ from kvcluster.fast.huggingface.layers import EntryLayer
 
 CLUSTERED = {"chunk_size": 8, "n_sink": 2, "n_recent": 3, "method": SoftMatching()}
 RECALL = {"budget": 24, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "prompt_segment_size": 16}
+LAYERS = 2
 KINDS = {
     "clustered": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.25}),
     "whole": (ClusteredCache, CLUSTERED | {"keep_ratio": 1}),
     "budget": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "budget": 30}),
     "distinctive": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.5, "method": Distinctive(n_shared=2)}),
+    "ragged": (ClusteredCache, CLUSTERED | {"keep_ratio": [[0.7, 0.3]] * LAYERS}),
+    "ragged-distinctive": (
+        ClusteredCache,
+        CLUSTERED | {"keep_ratio": [[0.4, 1.0]] * LAYERS, "method": Distinctive(n_shared=2), "recent_share": 0.2},
+    ),
     "recall": (RecallCache, RECALL),
     "offloaded": (RecallCache, RECALL | {"offloading": True}),
 }
 N_TOKENS = 97
-LAYERS = 2
 
 
 class Known:
@@ -98,8 +103,11 @@ def check(cache, known, kind):
             else:
                 expected.append(keys, values)
                 names = ["keys", "values", "counts"]
-            for name in names:
-                assert_same_bits(getattr(entries, name)[place], getattr(expected, name))
+            arrays = [getattr(expected, name, None) for name in names]
+            if isinstance(expected, reference.RaggedCache):
+                arrays = expected.entries()
+            for name, array in zip(names, arrays, strict=True):
+                assert_same_bits(getattr(entries, name)[place], array)
 
 
 def run(data, kind, model, monkeypatch):

@@ -20,10 +20,12 @@ RECALL = {"budget": 40, "n_sink": 2, "n_recent": 2, "tokens_per_cluster": 4, "pr
 CHELSEA = {"ratio": 0.25, "max_new_tokens": 24, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8}
 FREE = {"ratio": 1, "max_new_tokens": 1000}  # of which nothing is ever compressed
 HEADS = [(0, 1), (2, 0)]  # whole ones
+RAGGED = {"keep_ratio": [[0.3, 0.9], 0.25, [1.0, 0.25]]}  # for each head
 MAKERS = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED),
     "clustered-budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"budget": 50}),
     "clustered-heads": lambda model: ClusteredCache.for_model(model, **CLUSTERED, whole_heads=HEADS),
+    "clustered-ragged": lambda model: ClusteredCache.for_model(model, **CLUSTERED | RAGGED),
     "chelsea": lambda model: ChelseaCache.for_model(model, **CHELSEA, whole_heads=()),
     "chelsea-heads": lambda model: ChelseaCache.for_model(model, **CHELSEA, whole_heads=HEADS),
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
@@ -34,6 +36,9 @@ MAKERS = {
 WHOLE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1}),
     "clustered-budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 1, "budget": 300}),
+    "clustered-ragged": lambda model: ClusteredCache.for_model(
+        model, **CLUSTERED | {"keep_ratio": [1.0, [1.0, 1.0], 1.0]}
+    ),
     "chelsea-heads": lambda model: ChelseaCache.for_model(model, **CHELSEA | FREE, whole_heads=HEADS),
     "recall": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}),
     "recall-offloaded": lambda model: RecallCache.for_model(model, **RECALL | {"budget": 400}, offloading=True),
@@ -42,6 +47,7 @@ EAGER = [
     ("clustered", "eager"),
     ("clustered-budget", "eager"),
     ("chelsea-heads", "eager"),
+    ("clustered-ragged", "eager"),
 ]  # RecallCache serves sdpa only
 PADDING = [0, 37, 5, 37]
 

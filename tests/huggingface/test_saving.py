@@ -26,6 +26,10 @@ CACHES = {
         ClusteredCache,
         {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "whole_heads": [(0, 1), (2, 0)]},
     ),
+    "ragged": (
+        ClusteredCache,
+        {"keep_ratio": [[0.5, 0.2], 0.25, [1.0, 0.4]], "chunk_size": 16, "n_sink": 2, "n_recent": 8},
+    ),
     "chelsea": (
         ChelseaCache,
         {
@@ -48,6 +52,8 @@ NOT_SAVED = (
     "_overwritten",
     "_before",
     "_n_last",
+    "_rows",
+    "_lost",
 )  # memory, of which what is in use is; cost; what crop would undo
 
 

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 
-from ..arguments import check_integer, check_keep_ratio
+from kvcluster.fast.arguments import check_integer, check_keep_ratio
 
-__all__ = ["layer_ratios"]
+__all__ = ["READING_LAYERS", "layer_ratios"]
+
+# Of SmolLM2-135M, the layers in which answers find what they ask for, the most important first. From a search by the
+# rule in reading_layers.py, on other texts; on its own that finds layer 15 instead of 14, and does as well.
+READING_LAYERS = (18, 7, 20, 17, 23, 21, 14, 8, 6)
 
 
 def layer_ratios(

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcluster.evaluation.models import READING_LAYERS
-from kvcluster.fast.huggingface import layer_ratios
+from benchmarks.ablation.layer_ratios import READING_LAYERS, layer_ratios
 
 
 def entries(ratios, chunk_size=256):

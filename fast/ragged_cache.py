@@ -1,0 +1,296 @@
+"""A layer whose KV heads keep shares of their own, on torch tensors: no head is padded to the length of another."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from .arguments import (
+    check_append,
+    check_integer,
+    check_keep_ratios,
+    check_method,
+    check_n_heads,
+    check_query,
+    entries_of_chunk,
+)
+from .backends import AnyBackend, implementation
+from .entry_cache import UNDO_TOKENS, with_batch
+from .memory.ordinary import on_ordinary_tensors
+from .memory.ragged import RaggedRows
+from .memory.room import with_room
+from .memory.spans import SpanRules
+from .memory.work import ClusteringWork
+from .methods import Method, compress_heads
+from .soft_matching import SoftMatching
+
+__all__ = ["RaggedCache"]
+
+
+class RaggedCache:
+    """A key-value cache whose head h is head h of a `ClusteredCache` with `keep_ratios[h]`.
+
+    Defined, with parameters, attributes and errors, by `kvcluster.reference.RaggedCache`: the same bytes, on the device
+    of what is appended. `backend` as in `choose`, for the chunks.
+
+    Notes
+    -----
+    Keys, values and counts of all heads lie in one buffer each, head after head (`memory.ragged`), and attention reads
+    them where they lie. A clustering moves what is left to new memory, so that what is not kept is really freed. For
+    `crop`, the tokens that the last append clustered are kept until the next come if it was of at most `UNDO_TOKENS`;
+    `nbytes_reserved` counts them.
+    """
+
+    whole_heads: tuple[int, ...] = ()  # a head with keep_ratio 1 is one
+
+    def __init__(
+        self,
+        *,
+        keep_ratios: Sequence[float],
+        method: Method = SoftMatching(),
+        chunk_size: int = 256,
+        n_sink: int = 16,
+        n_recent: int = 64,
+        recent_share: float = 0.0,
+        backend: AnyBackend = "auto",
+    ) -> None:
+        self.keep_ratios = check_keep_ratios(keep_ratios)
+        check_method(method)
+        check_integer("chunk_size", chunk_size, least=1)
+        self._targets = [entries_of_chunk(ratio, chunk_size) for ratio in self.keep_ratios]
+        self._rules = SpanRules(chunk_size, min(self._targets), n_sink, n_recent, recent_share=recent_share)
+        self.method, self.chunk_size, self.backend = method, chunk_size, backend
+        self.n_sink, self.n_recent, self.recent_share = n_sink, n_recent, recent_share
+        self.n_seen = 0
+        self._n_chunks = 0  # clustered
+        self._rows: RaggedRows | None = None
+        self._lost: tuple[Tensor, Tensor] | None = None  # keys and values of what the last append clustered
+        self.work = ClusteringWork()
+
+    @property
+    def n_clustered(self) -> int:
+        return self._n_chunks * self.chunk_size
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Entries of each head."""
+        return self._lengths(self.n_seen, self._n_chunks)
+
+    def _lengths(self, n_seen: int, n_chunks: int) -> tuple[int, ...]:
+        return tuple(n_seen - n_chunks * (self.chunk_size - target) for target in self._targets)
+
+    @property
+    def n_stored(self) -> int:
+        """Entries of the head that has most."""
+        return max(self.lengths)
+
+    width = n_stored
+
+    @property
+    def mean_entries(self) -> float:
+        """Entries per head, the mean of all heads."""
+        return sum(self.lengths) / len(self.lengths)
+
+    @property
+    def n_rows(self) -> int:
+        """Size of the first leading axis; 0 at first."""
+        return 0 if self._rows is None else len(self._rows.held[0])
+
+    @property
+    def keys(self) -> Float[Tensor, "*lead entries dim"] | None:
+        entries = self.entries()
+        return None if entries is None else entries[0]
+
+    @property
+    def values(self) -> Float[Tensor, "*lead entries dim_value"] | None:
+        entries = self.entries()
+        return None if entries is None else entries[1]
+
+    @property
+    def counts(self) -> Int32[Tensor, "*lead entries"] | None:
+        entries = self.entries()
+        return None if entries is None else entries[2]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._rows is None else self._rows.nbytes_of(sum(self.lengths))
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Bytes of memory held, with room to grow and with what `crop` may need."""
+        lost = sum(tensor.nbytes for tensor in self._lost or ())
+        return lost + (0 if self._rows is None else self._rows.nbytes)
+
+    @property
+    def n_croppable(self) -> int:
+        """The most tokens that `crop` can remove now."""
+        n_lost = 0 if self._lost is None else self._lost[0].shape[-2]
+        n_chunks = self._n_chunks - n_lost // self.chunk_size
+        return self.n_seen - self._rules.least_seen((1,) * n_chunks, self.n_seen)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the next tokens, then cluster what is due.
+
+        Returns `entries` as they were just before this clustering, the new tokens last.
+        """
+        self.extend(keys, values)
+        seen = self.entries()
+        assert seen is not None
+        self.cluster()
+        return seen
+
+    def extend(
+        self, keys: Float[Tensor, "*lead heads tokens dim"], values: Float[Tensor, "*lead heads tokens dim_value"]
+    ) -> None:
+        """The first half of `append`: take the next tokens, exact as yet."""
+        check_append(keys, values, self.like)
+        check_n_heads(self.keep_ratios, tuple(keys.shape))
+        n_new = keys.shape[-2]
+        before, after = self.lengths, self._lengths(self.n_seen + n_new, self._n_chunks)
+        rows = self._rows
+        if rows is None or not rows.has_room(after):
+            new = RaggedRows.empty(keys, values, self._with_room(after))
+            rows = new if rows is None else new.filled(rows, [(0, n, 0) for n in before])
+        rows.write(before, keys.detach(), values.detach())
+        self._rows, self._lost = rows, None
+        self.n_seen += n_new
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to cluster."""
+        return self._rules.n_chunks(self.n_seen) > self._n_chunks
+
+    def cluster(self) -> None:
+        """The second half of `append`: cluster every whole chunk that has left the recent window."""
+        if not self.is_due:
+            return
+        begun = time.perf_counter()
+        rows, lengths = self._rows, self.lengths
+        n_chunks = self._rules.n_chunks(self.n_seen)
+        n_leaving = (n_chunks - self._n_chunks) * self.chunk_size
+        n_tail = self.n_seen - self.n_sink - n_chunks * self.chunk_size  # recent tokens that stay
+        starts = [n - n_tail - n_leaving for n in lengths]  # where the leaving tokens begin, in each head
+        after = self._lengths(self.n_seen, n_chunks)
+        leaving = rows.take(starts, n_leaving)  # (..., heads, leaving, dim)
+        new = rows.empty(*leaving, self._with_room(after)).filled(rows, [(0, n, 0) for n in starts])
+        new.filled(rows, [(n - n_tail, n_tail, m - n_tail) for n, m in zip(lengths, after, strict=True)])
+        heads_of_target: dict[int, Any] = {}
+        for head, target in enumerate(self._targets):
+            heads_of_target.setdefault(target, []).append(head)
+        for head in heads_of_target.pop(self.chunk_size, ()):
+            new.put(head, starts[head], leaving[0][..., head, :, :], leaving[1][..., head, :, :], None)
+        if leaving[0].numel() and heads_of_target:
+            rules: dict[str, Any] = {"chunk_size": self.chunk_size, "heads_of_target": heads_of_target}
+            for heads, chunks in compress_heads(self.method, *leaving, **rules, backend=self.backend):
+                shape = *leaving[0].shape[:-3], len(heads), -1
+                arrays = chunks.keys, chunks.values, chunks.counts.unsqueeze(-1)
+                of_heads = [array.reshape(*shape, array.shape[-1]) for array in arrays]
+                for place, head in enumerate(heads):
+                    new.put(head, starts[head], *(array[..., place, :, :] for array in of_heads))
+                self.work.add(chunks.n_rows, chunks.n_scored_rows, 0.0)
+        self._lost = leaving if n_leaving < UNDO_TOKENS + self.chunk_size else None
+        self._rows, self._n_chunks = new, n_chunks
+        self.work.seconds += time.perf_counter() - begun
+
+    def crop(self, n_tokens: int) -> None:
+        """Remove the last `n_tokens` tokens: the cache is then, bit for bit, as if they had never come.
+
+        Raises
+        ------
+        ValueError : more than `n_croppable`. The cache is then as it was.
+
+        Notes
+        -----
+        Tokens can be removed if no chunk was clustered because of them. An exception is the last `append`, if of at
+        most `UNDO_TOKENS` tokens: its clustering is undone, then redone for the tokens that are left.
+        """
+        check_integer("n_tokens", n_tokens, least=0)
+        if n_tokens > self.n_croppable:
+            most = self.n_croppable
+            raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
+        if self._lost is not None and self._rules.n_chunks(self.n_seen - n_tokens) < self._n_chunks:
+            self._undo(*self._lost)
+        self.n_seen -= n_tokens
+        self._n_chunks = min(self._n_chunks, self._rules.n_chunks(self.n_seen))  # whole chunks are tokens again
+        self.cluster()
+
+    def _undo(self, keys: Tensor, values: Tensor) -> None:
+        """Put the tokens that were clustered last in the place of their entries again."""
+        rows, lengths, n_lost = self._rows, self.lengths, keys.shape[-2]
+        n_chunks = self._n_chunks - n_lost // self.chunk_size
+        before = self._lengths(self.n_seen, n_chunks)
+        n_tail = self.n_seen - self.n_sink - self.n_clustered
+        starts = [n - n_tail - n_lost for n in before]
+        new = rows.empty(keys, values, self._with_room(before)).filled(rows, [(0, n, 0) for n in starts])
+        new.filled(rows, [(m - n_tail, n_tail, n - n_tail) for n, m in zip(before, lengths, strict=True)])
+        for head, start in enumerate(starts):
+            new.put(head, start, keys[..., head, :, :], values[..., head, :, :], None)
+        self._rows, self._n_chunks, self._lost = new, n_chunks, None
+
+    def attend(
+        self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
+    ) -> Float[Tensor, "*lead queries dim_value"]:
+        """Clustered attention of `query` (..., queries, dim) to all stored entries."""
+        like = self.like
+        check_query(query, None if like is None else like[0])
+        output = self.attend_rows(with_batch(query, 3), queries=1, scale=scale)
+        return output.reshape(*query.shape[:-1], output.shape[-1])
+
+    def attend_rows(
+        self, query: Float[Tensor, "batch heads rows dim"], *, queries: int, scale: float | None
+    ) -> Float[Tensor, "batch heads rows dim_value"]:
+        """As `attend_entries`, each head to what it stores, in one call."""
+        keys, values, counts = self._rows.in_rows()
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        attend = implementation("attend_ragged", "auto", query, keys, values)
+        output: Tensor = attend(query, keys, values, counts, self.lengths, self._rows.firsts, queries, scale)
+        return output
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values and counts of all heads in one rectangle, a copy: shorter heads begin with zeros of count 0."""
+        return None if self._rows is None else self._rows.rectangle(self.lengths)
+
+    @property
+    def like(self) -> tuple[Tensor, ...] | None:
+        """Tensors of the shape of keys and values of all tokens, without memory of their own; None at first."""
+        if self._rows is None:
+            return None
+        lead = *self._rows.held[0].shape[:-2], len(self._targets), self.n_seen
+        return tuple(x.new_empty(()).expand(*lead, x.shape[-1]) for x in self._rows.held[:2])
+
+    @on_ordinary_tensors
+    def select(self, indices: Int64[Tensor, " batch"]) -> None:
+        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+        if self._rows is None:
+            return
+        lost = None if self._lost is None else tuple(tensor.index_select(0, indices) for tensor in self._lost)
+        self._rows, self._lost = self._rows.select(indices), lost
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and numbers from which `restore` makes the same cache; no tensors before the first `append`.
+
+        What `crop` would undo is not part of the state.
+        """
+        if self._rows is None:
+            return {}, {}
+        keys, values, counts = self._rows.without_room(self.lengths)
+        numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered}
+        return {"keys": keys, "values": values, "counts": counts.squeeze(-1)}, numbers
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
+        if not tensors:
+            return
+        check_append(tensors["keys"], tensors["values"], None)
+        self.n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
+        stored = RaggedRows((tensors["keys"], tensors["values"], tensors["counts"].unsqueeze(-1)), self.lengths)
+        new = stored.empty(tensors["keys"], tensors["values"], self._with_room(self.lengths), has_heads=False)
+        self._rows = new.filled(stored, [(0, n, 0) for n in self.lengths])
+
+    def _with_room(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows of memory for each head: the same room to grow for all, as all take the same tokens."""
+        room = with_room(max(lengths), least=min(self.chunk_size, 64)) - max(lengths)
+        return tuple(n + room for n in lengths)
