@@ -112,7 +112,7 @@ class RaggedCache:
     def heads(self) -> list[Entries] | None:
         """Keys (..., entries, dim), values and counts (..., entries) of each head; None before the first append."""
         stored = {ratio: cache.entries() for ratio, cache in self.caches.items()}
-        return None if self.n_seen == 0 else self._heads_of(stored)
+        return None if stored[self.keep_ratios[0]][0] is None else self._heads_of(stored)
 
     def _heads_of(self, entries: dict[float, Entries]) -> list[Entries]:
         """Each head of those that were clustered by its ratio."""

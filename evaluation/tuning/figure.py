@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.patches import Rectangle
 
-from kvcluster.fast.huggingface.whole_heads import n_whole_by_default
+from kvcluster.fast.huggingface.profiles import n_whole_by_default
 
 from ..colours import BLACK, VERMILION
 

@@ -1,4 +1,4 @@
-"""The course of `kvcluster tune`: read contexts twice, share out what may be kept, order the heads, say so."""
+"""The course of `kvcluster tune`: read contexts twice, share out what is kept, order the heads, say so."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
-from kvcluster.fast.huggingface.whole_heads import n_whole_by_default
+from kvcluster.fast.huggingface.profiles import n_whole_by_default
 
 from ..machine import describe
 from ..models import load_model
@@ -26,7 +26,7 @@ from ..runs import Runs
 from ..texts import built_in_text, encode, opening, read_text, span
 from .figure import draw_shares
 from .second_reading import N_PIECE, pieces_to_repeat, second_reading
-from .whole_heads import KEEP, N_RECENT, N_SINK, check_body, head_shares, order_heads
+from .shares import KEEP, KEEPS, N_RECENT, N_SINK, check_body, head_shares, order_heads
 
 __all__ = ["Settings", "run_tune", "tune"]
 
@@ -62,7 +62,8 @@ def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None,
         console.print(f"Written: {json_path}", highlight=False, soft_wrap=True)
     if figure is not None:
         heads = [(layer, head) for layer, head in result["heads"]]
-        draw_shares(figure, torch.tensor(result["shares"]).numpy(), result["layers"], heads, result["name"])
+        shares = torch.tensor(result["shares"][KEEPS.index(KEEP)]).numpy()
+        draw_shares(figure, shares, result["layers"], heads, result["name"])
         console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
 
 
@@ -82,7 +83,7 @@ def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, 
     contexts = [start + span(tokens, "tuning", number, length) for number in range(settings.n_contexts)]
     weights = {str(dtype).removeprefix("torch."): weights_digest(model, dtype) for dtype in DTYPES}
     model_fields = fingerprint(model)
-    rule = {"keep": KEEP, "n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE}
+    rule = {"keeps": list(KEEPS), "n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE}
     found = []
     for number, context in enumerate(contexts):
         key = rule | {"tokens": digest(context), "model": model_fields["weights"]}
@@ -94,14 +95,15 @@ def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, 
     shares = torch.tensor([run["shares"] for run in found], dtype=torch.float64).mean(dim=0)
     return {
         "name": Path(str(model.config.name_or_path)).name,
-        "heads": order_heads(shares, layers),
-        "shares": rounded(shares),
+        "heads": order_heads(shares[KEEPS.index(KEEP)], layers),
         "layers": layers,
+        "keeps": list(KEEPS),
+        "shares": rounded(shares),
         "weights": weights,
         "model": model_fields,
         "settings": asdict(settings)
-        | rule
-        | {"part": "tuning", "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
+        | {"n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE, "part": "tuning"}
+        | { "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
         "contexts": [{"tokens": run["key"]["tokens"], "shares": run["shares"]} for run in found],
         "command": command(settings),
         "kvcluster": version("kvcluster"),
@@ -116,7 +118,8 @@ def measure(model: Any, tokenizer: Any, context: list[int], progress: Progress, 
     pieces = pieces_to_repeat(tokenizer, context)
     task = progress.add_task(f"{name}, read twice", total=1 + len(pieces))
     scores = second_reading(model, context, pieces, on_piece=lambda: progress.advance(task))
-    shares = head_shares(torch.stack(list(scores.values())))
+    stacked = torch.stack(list(scores.values()))
+    shares = torch.stack([head_shares(stacked, keep=keep) for keep in KEEPS])
     return {"layers": list(scores), "shares": rounded(shares), "seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -124,8 +127,8 @@ def digest(tokens: list[int]) -> str:
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
-def rounded(shares: Tensor) -> list[list[float]]:
-    return [[round(share, 6) for share in layer] for layer in shares.tolist()]
+def rounded(shares: Tensor) -> list[list[list[float]]]:
+    return [[[round(share, 6) for share in layer] for layer in at_keep] for at_keep in shares.tolist()]
 
 
 def command(settings: Settings) -> str:
@@ -137,17 +140,17 @@ def command(settings: Settings) -> str:
 
 def print_heads(console: Console, result: dict[str, Any]) -> None:
     """The heads of the largest shares, a rule below the first 4 %, and how the others fare."""
-    heads, layers = result["heads"], result["layers"]
-    shares = [result["shares"][layers.index(layer)][head] for layer, head in heads]
+    heads, layers, place = result["heads"], result["layers"], result["keeps"].index(KEEP)
+    shares = [result["shares"][place][layers.index(layer)][head] for layer, head in heads]
     n_shown, n_whole = max(10, len(heads) // 5), n_whole_by_default(len(heads))
     table = Table(title="The heads that look back most", caption_justify="left")
     for column in ("layer", "KV head", "share", "% of heads"):
         table.add_column(column, justify="right")
-    for place, ((layer, head), share) in enumerate(zip(heads[:n_shown], shares, strict=False), 1):
-        cells = (str(layer), str(head), f"{share:.3f}", f"{100 * place / len(heads):.1f}")
-        table.add_row(*cells, end_section=place == n_whole)
+    for number, ((layer, head), share) in enumerate(zip(heads[:n_shown], shares, strict=False), 1):
+        cells = (str(layer), str(head), f"{share:.3f}", f"{100 * number / len(heads):.1f}")
+        table.add_row(*cells, end_section=number == n_whole)
     console.print(table)
-    alone = [order_heads(torch.tensor(each["shares"]), layers)[:n_whole] for each in result["contexts"]]
+    alone = [order_heads(torch.tensor(each["shares"][place]), layers)[:n_whole] for each in result["contexts"]]
     n_always = len(set.intersection(*map(set, alone)))
     console.print(
         f"Share: part of a head's tokens among the {100 * KEEP:.0f} % of all heads' most attended to while the text is "

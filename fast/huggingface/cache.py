@@ -24,6 +24,9 @@ from .profiles import Profile, profile_for
 
 __all__ = ["ClusteredCache"]
 
+N_RECENT = 252  # with 4 sinks a whole chunk of 256
+OF_KEPT_RECENT = 0.25  # recent tokens / what is kept, in a long text
+
 
 class ClusteredCache(ModelCache):
     """The key-value cache of a whole model, clustered layer by layer; made by `for_model`.
@@ -54,8 +57,8 @@ class ClusteredCache(ModelCache):
         method: Method = Distinctive(),
         chunk_size: int = 256,
         n_sink: int = 4,
-        n_recent: int = 252,
-        recent_share: float | Sequence[float] = 0.0,
+        n_recent: int | None = None,
+        recent_share: float | Sequence[float] | None = None,
         whole_heads: HeadPairs = (),
         profile: Profile | str | Path | None = "known",
     ) -> "ClusteredCache":
@@ -76,7 +79,9 @@ class ClusteredCache(ModelCache):
             may be asked later: see benchmarks/quality/QUALITY.md. The published method is `SoftMatching()`, in this
             project's examples with `n_sink=16, n_recent=64`.
         chunk_size, n_sink, n_recent, recent_share : as in `kvcluster.reference.ClusteredCache`, for every layer;
-            `recent_share` may be a sequence, of one number for each layer.
+            `recent_share` may be a sequence, of one number for each layer. Without `n_recent` it is 252, and without
+            `recent_share` too, that is a quarter of a single `keep_ratio`, so that the window grows with a long text:
+            no needle is lost by that, and what follows is predicted far better (docs/kept.md). Else it is 0.
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.
         profile : shares out `keep_ratio`, then the mean of all KV heads, among them: a file that `kvcluster tune`
@@ -108,6 +113,7 @@ class ClusteredCache(ModelCache):
         check_dense_layers(n_dense_layers, n_layers)
         check_method(method)
         heads = heads_of_layers(model, whole_heads)
+        asked = keep_ratio
         is_simple = isinstance(keep_ratio, Real) and not n_dense_layers and budget is None and not any(heads)
         if profile is not None and (profile != "known" or is_for_profile(model, keep_ratio, method, is_simple)):
             if not is_simple:
@@ -118,6 +124,10 @@ class ClusteredCache(ModelCache):
             found = profile_for(model, profile)
             if found is not None:
                 keep_ratio = found.keep_ratios(keep_ratio, chunk_size=chunk_size, n_layers=n_layers)
+        if recent_share is None:
+            grows = n_recent is None and budget is None and isinstance(asked, Real)
+            recent_share = OF_KEPT_RECENT * min(1.0, float(asked)) if grows else 0.0
+        n_recent = N_RECENT if n_recent is None else n_recent
         ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
         budgets = one_for_each_layer("budget", budget, n_layers)
         recent_shares = one_for_each_layer("recent_share", recent_share, n_layers)

@@ -25,7 +25,7 @@ from .saving import weights_digest
 __all__ = ["Profile", "known_profile", "known_whole_heads", "n_whole_by_default", "profile_for", "whole_heads_of"]
 
 DATA = "profiles.json"
-LEAST = 2  # entries of a chunk in any head
+LEAST = 8  # entries of a chunk in any head: fewer leave too little beside the shared ones
 PERCENT = 4  # of the heads stay whole by default, as a digest of arXiv:2506.11418v1 has it
 HOW = "`kvcluster tune MODEL --json FILE` makes a profile, to be given as profile=FILE"
 LOGGER = logging.getLogger("kvcluster")
@@ -125,14 +125,15 @@ class Profile:
         Notes
         -----
         Between two of `keeps` shares are interpolated, which keeps their mean. Then a head gets a whole number of
-        entries of a chunk, from 2 to all, so that they are at most `keep_ratio * chunk_size` on average.
+        entries of a chunk, from 8 to all (fewer where `keep_ratio` leaves less for all), so that they are at most `keep_ratio * chunk_size` on average.
         """
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
         wanted = [[share * chunk_size for share in layer] for layer in self.shares_at(keep_ratio)]
         n_heads = sum(map(len, wanted))
         total = math.floor(float(keep_ratio) * chunk_size * n_heads)
-        entries = shared_out(wanted, total, least=min(LEAST, chunk_size), most=chunk_size)
+        least = max(1, min(LEAST, chunk_size, total // n_heads))
+        entries = shared_out(wanted, total, least=least, most=chunk_size)
         ratios: list[float | tuple[float, ...]] = [keep_ratio] * n_layers
         for layer, numbers in zip(self.layers, entries, strict=True):
             # half an entry less than n / chunk_size: whatever the rounding, `ceil(ratio * chunk_size)` is n
@@ -166,7 +167,7 @@ def shared_out(wanted: list[list[float]], total: int, *, least: int, most: int) 
 
     Raises
     ------
-    ValueError : `total` is too small for the least of all.
+    ValueError : `total` is too small for that.
 
     Examples
     --------
@@ -175,7 +176,7 @@ def shared_out(wanted: list[list[float]], total: int, *, least: int, most: int) 
     """
     n_heads = sum(map(len, wanted))
     if total < least * n_heads:
-        raise ValueError(f"keep_ratio must leave each head {least} entries of a chunk, got {total} for {n_heads} heads")
+        raise ValueError(f"keep_ratio must leave an entry of a chunk for each of {n_heads} heads, got {total}")
 
     def at(scale: float) -> list[list[int]]:
         return [[min(most, max(least, int(scale * number))) for number in layer] for layer in wanted]

@@ -41,7 +41,7 @@ SMALL = {
     "clustered": lambda model: ClusteredCache.for_model(model, keep_ratio=0.25, **CLUSTERED),
     "chelsea": lambda model: ChelseaCache.for_model(model, ratio=0.25, max_new_tokens=20, n_prompt=90, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, budget=40, **RECALLED),
-    "ragged": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.2, 0.6], 0.25], **CLUSTERED),
+    "ragged": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.2, 0.3], 0.25], **CLUSTERED),
 }
 CACHES = pytest.mark.parametrize("name", WHOLE)
 N_PROMPT, N_NEW = 90, 20

@@ -1,12 +1,13 @@
-"""Whole heads from the scores of a second reading: one threshold over all heads shares out what may be kept."""
+"""Shares of KV heads from the scores of a second reading: one threshold over all heads shares out what is kept."""
 
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-__all__ = ["KEEP", "N_RECENT", "N_SINK", "check_body", "head_shares", "order_heads"]
+__all__ = ["KEEP", "KEEPS", "N_RECENT", "N_SINK", "check_body", "head_shares", "order_heads"]
 
-KEEP = 0.25  # of all scores, those above the threshold
+KEEPS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)  # of all scores, those above a threshold
+KEEP = 0.25  # by which heads are ordered
 N_SINK, N_RECENT = 4, 252  # always kept, as a `ClusteredCache` has them by default
 
 
