@@ -1,4 +1,4 @@
-"""`kvcluster tune`: which KV heads of a model look far back, so that they should keep every token."""
+"""`kvcluster tune`: the profile of a model, which says how many entries each of its KV heads should get."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,11 +24,16 @@ def tune(
     figure: Annotated[Path | None, typer.Option(help="Where the figure is saved.")] = None,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts, of the first half of the text.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a context.")] = 4096,
+    rule: Annotated[
+        str, typer.Option(help="reading, direct, or auto: direct where at most eight heads attend to everything.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
 ) -> None:
-    """Find the heads that should keep every token, from what the model looks back at when it reads a text again.
+    """Find how a model's KV heads should share what is kept, and which should rather keep every token.
 
-    About a minute a context for SmolLM2-135M on one core. The result is for whole_heads_of(FILE, model).
+    By what the model looks back at when it reads a text again, or directly: by what is lost when one head alone is
+    compressed. About a minute a context for SmolLM2-135M on one core. The result is for profile=FILE of
+    ClusteredCache.for_model, for kvcluster eval --profile FILE and for whole_heads_of(FILE, model).
     """
     try:
         from kvcluster.evaluation.demo.figure import check_figure_path
@@ -38,7 +43,7 @@ def tune(
         fail("tune", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
     check_places("tune", json, None)
-    settings = Settings(model, None if text is None else str(text), n_contexts=contexts, n_tokens=tokens)
+    settings = Settings(model, None if text is None else str(text), n_contexts=contexts, n_tokens=tokens, rule=rule)
     try:
         if figure is not None:
             check_figure_path(figure)

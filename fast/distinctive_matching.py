@@ -49,7 +49,10 @@ class Distinctive:
     ) -> list[tuple[Heads, CompressedChunks]]:
         """As `methods.compress_heads`; all heads are scored once, together."""
         chosen = choose("distinctiveness", backend, keys, values)
-        scores, compress = cell("distinctiveness", chosen)(keys, values, chunk_size), cell("distinctive_matching", chosen)
+        scores, compress = (
+            cell("distinctiveness", chosen)(keys, values, chunk_size),
+            cell("distinctive_matching", chosen),
+        )
         return [
             (heads, compress(scores, *of_heads(heads, keys, values), target=target, n_shared=self.n_shared))
             for target, heads in heads_of_target.items()

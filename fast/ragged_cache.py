@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 

@@ -1,7 +1,7 @@
-"""The whole heads that ship with the package: `python benchmarks/tuning/run.py`.
+"""The profiles that ship with the package: `python benchmarks/tuning/run.py`.
 
-Each model of `MODELS` is tuned by `kvcluster tune`'s own code; of each result the heads, their shares and what they
-depend on go into `fast/huggingface/whole_heads.json`, which `known_whole_heads` reads.
+Each model of `MODELS` is tuned by `kvcluster tune`'s own code; of each result the shares, the order of the heads and
+what they depend on go into `fast/huggingface/profiles.json`, which `known_profile` reads.
 """
 
 import argparse
@@ -23,13 +23,13 @@ __all__ = ["main", "shipped"]
 
 MODELS = ("smollm2", "gemma3-270m")
 RESULTS = Path(__file__).resolve().parent / "results"
-SHIPPED = ROOT / "fast" / "huggingface" / "whole_heads.json"
-FIELDS = ("name", "weights", "heads", "shares", "layers", "settings", "command", "kvcluster")
+SHIPPED = ROOT / "fast" / "huggingface" / "profiles.json"
+FIELDS = ("name", "weights", "layers", "keeps", "shares", "heads", "rule", "settings", "command", "kvcluster")
 
 
 def main() -> None:
     """Measure, draw, ship."""
-    parser = argparse.ArgumentParser(description="The whole heads that ship with the package.")
+    parser = argparse.ArgumentParser(description="The profiles that ship with the package.")
     parser.add_argument("--model", choices=MODELS, help="all of them without it")
     parser.add_argument("--ship-only", action="store_true", help="measure nothing: write what ships, from the results")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
@@ -39,7 +39,7 @@ def main() -> None:
         measured = ROOT / ".cache" / "tuning" / f"{name}.json"
         measured.parent.mkdir(parents=True, exist_ok=True)
         settings = Settings(name, None, n_contexts=3, n_tokens=4096)
-        figure = ROOT / "docs" / "figures" / f"whole-heads-{name}.png"
+        figure = ROOT / "docs" / "figures" / f"profile-{name}.png"
         run_tune(settings, json_path=measured, figure=figure, threads=arguments.threads)
         shutil.copy(measured, RESULTS)
     SHIPPED.write_text(shipped([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]))

@@ -1,4 +1,4 @@
-"""The figure of `kvcluster tune`: every KV head of a model, and which of them look far back."""
+"""The figures of `kvcluster tune`: every KV head of a model, and which of them look far back."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 
 from kvcluster.fast.huggingface.profiles import n_whole_by_default
 
-from ..colours import BLACK, VERMILION
+from ..colours import BLACK, BLUE, GREY, ORANGE, VERMILION
 
-__all__ = ["draw_shares"]
+__all__ = ["draw_losses", "draw_shares"]
 
 MOST_LABELS = 400  # cells; more would be too small for a number
 PERCENT_OF_WIDER = 10
@@ -58,5 +58,46 @@ def draw_shares(
     figure.legend(outlined, labels, loc="outside lower center", ncols=2, frameon=False)
     bar = figure.colorbar(image, ax=axis, orientation="horizontal", location="top", aspect=60, shrink=0.8)
     bar.set_label("share of the text's tokens that the head looks back at when it repeats the text")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_losses(
+    path: Path,
+    losses: Float[np.ndarray, "heads parts"],
+    parts: list[float],
+    shares: Float[np.ndarray, "keeps heads"],
+    keeps: list[float],
+    heads: list[tuple[int, int]],
+    name: str,
+) -> None:
+    """Save two panels: what each head loses when it alone keeps a part, and what shares follow from that.
+
+    Parameters
+    ----------
+    path : where the figure goes; its suffix says the format.
+    losses : nats, at each of `parts`.
+    shares : of each head where `keeps` of all tokens are kept.
+    heads : (layer, KV head), in the order of the rows of `losses`.
+    name : of the model.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    colours = (VERMILION, BLUE, ORANGE, GREY, BLACK)
+    for place, (layer, head) in enumerate(heads):
+        style = {"color": colours[place % len(colours)], "marker": "o", "ls": ("-", "--")[place // len(colours) % 2]}
+        left.plot([*parts, 1.0], [*losses[place], 0.0], label=f"layer {layer}, KV head {head}", **style)
+        right.plot([0.0, *keeps, 1.0], [0.0, *shares[:, place], 1.0], **style)
+    left.set(xlabel="part of its tokens that the head keeps", ylabel="loss (nats a token)", xscale="log")
+    left.set_xticks([*parts, 1.0], [f"{part:g}" for part in [*parts, 1.0]])
+    left.minorticks_off()
+    left.set_title("What is lost when one head alone is compressed")
+    right.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
+    right.text(0.97, 0.9, "all heads alike", color=GREY, ha="right")
+    right.set(xlabel="kept of all heads, on average", ylabel="share of each head")
+    right.set_title("So the heads share what is kept")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False)
+    figure.suptitle(f"{name}: which heads need their tokens?")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -4,29 +4,29 @@ import hashlib
 import json
 import shlex
 import sys
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
-from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 from kvcluster.fast.huggingface.profiles import n_whole_by_default
+from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 
 from ..machine import describe
 from ..models import load_model
 from ..runs import Runs
-from ..texts import built_in_text, encode, opening, read_text, span
-from .figure import draw_shares
-from .second_reading import N_PIECE, pieces_to_repeat, second_reading
-from .shares import KEEP, KEEPS, N_RECENT, N_SINK, check_body, head_shares, order_heads
+from ..texts import built_in_text, read_text
+from .direct import ORDERED_AT
+from .figure import draw_losses, draw_shares
+from .rules import RULES, rule_for
+from .shares import KEEP, KEEPS, N_RECENT, N_SINK, check_body, order_heads
 
 __all__ = ["Settings", "run_tune", "tune"]
 
@@ -43,6 +43,7 @@ class Settings:
     text: str | None
     n_contexts: int
     n_tokens: int
+    rule: str = "auto"
 
 
 def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None, threads: int | None) -> None:
@@ -55,90 +56,89 @@ def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None,
     runs = Runs(None if json_path is None else json_path.with_suffix(".runs.jsonl"))
     with Progress(*BARS, console=console, transient=True) as progress:
         result = tune(model, tokenizer, text, settings, runs, progress)
-    print_heads(console, result)
+    print_result(console, result)
     if json_path is not None:
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in result.items()]
         json_path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         console.print(f"Written: {json_path}", highlight=False, soft_wrap=True)
     if figure is not None:
-        heads = [(layer, head) for layer, head in result["heads"]]
-        shares = torch.tensor(result["shares"][KEEPS.index(KEEP)]).numpy()
-        draw_shares(figure, shares, result["layers"], heads, result["name"])
+        draw(figure, result)
         console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
 
 
-def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, progress: Progress) -> dict[str, Any]:
-    """Shares of all heads and their order, as JSON: fields in the order of importance to a reader.
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """The figure of the rule."""
+    heads, shares = [(layer, head) for layer, head in result["heads"]], np.array(result["shares"])
+    if result["rule"] == "reading":
+        draw_shares(path, shares[KEEPS.index(KEEP)], result["layers"], heads, result["name"])
+        return
+    losses, in_order = np.array(result["losses"]), sorted(heads)
+    of_heads = losses.reshape(len(heads), -1), result["parts"], shares.reshape(len(KEEPS), -1), result["keeps"]
+    draw_losses(path, *of_heads, in_order, result["name"])
 
-    Contexts are of the tuning half of `text`; those that `runs` has are not read again.
+
+def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, progress: Progress) -> dict[str, Any]:
+    """The profile of a model, as JSON: fields in the order of importance to a reader.
+
+    Contexts are of the tuning half of `text`; what `runs` has is not measured again.
 
     Raises
     ------
-    ValueError : a text that is too short, a context that is too short or beyond the model's positions; see
-        `second_reading`.
+    ValueError : another rule; a text that is too short, a context that is too short or beyond the model's positions;
+        see `second_reading`.
     """
     check_body(settings.n_tokens)
-    tokens, start = encode(tokenizer, text), opening(tokenizer)
-    length = settings.n_tokens - len(start)
-    contexts = [start + span(tokens, "tuning", number, length) for number in range(settings.n_contexts)]
+    rule = rule_for(model, settings.rule)
     weights = {str(dtype).removeprefix("torch."): weights_digest(model, dtype) for dtype in DTYPES}
     model_fields = fingerprint(model)
-    rule = {"keeps": list(KEEPS), "n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE}
-    found = []
-    for number, context in enumerate(contexts):
-        key = rule | {"tokens": digest(context), "model": model_fields["weights"]}
-        run = runs.found(key)
-        if run is None:
-            run = runs.add({"key": key} | measure(model, tokenizer, context, progress, f"Context {number + 1}"))
-        found.append(run)
-    layers = found[0]["layers"]
-    shares = torch.tensor([run["shares"] for run in found], dtype=torch.float64).mean(dim=0)
+    sizes = {"n_contexts": settings.n_contexts, "n_tokens": settings.n_tokens}
+    measured = RULES[rule](model, tokenizer, text, runs, progress, **sizes)
+    own_settings = {"n_sink": N_SINK, "n_recent": N_RECENT, "part": "tuning"}
     return {
         "name": Path(str(model.config.name_or_path)).name,
-        "heads": order_heads(shares[KEEPS.index(KEEP)], layers),
-        "layers": layers,
-        "keeps": list(KEEPS),
-        "shares": rounded(shares),
+        "rule": rule,
+        **measured,
         "weights": weights,
         "model": model_fields,
-        "settings": asdict(settings)
-        | {"n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE, "part": "tuning"}
-        | { "text_sha256": hashlib.sha256(text.encode()).hexdigest()},
-        "contexts": [{"tokens": run["key"]["tokens"], "shares": run["shares"]} for run in found],
+        "settings": asdict(settings) | own_settings | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()},
         "command": command(settings),
         "kvcluster": version("kvcluster"),
         "machine": describe(),
-        "seconds": round(sum(run["seconds"] for run in found), 1),
     }
-
-
-def measure(model: Any, tokenizer: Any, context: list[int], progress: Progress, name: str) -> dict[str, Any]:
-    """The shares of one context, and the layers that they are of."""
-    begun = time.perf_counter()
-    pieces = pieces_to_repeat(tokenizer, context)
-    task = progress.add_task(f"{name}, read twice", total=1 + len(pieces))
-    scores = second_reading(model, context, pieces, on_piece=lambda: progress.advance(task))
-    stacked = torch.stack(list(scores.values()))
-    shares = torch.stack([head_shares(stacked, keep=keep) for keep in KEEPS])
-    return {"layers": list(scores), "shares": rounded(shares), "seconds": round(time.perf_counter() - begun, 1)}
-
-
-def digest(tokens: list[int]) -> str:
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
-
-
-def rounded(shares: Tensor) -> list[list[list[float]]]:
-    return [[[round(share, 6) for share in layer] for layer in at_keep] for at_keep in shares.tolist()]
 
 
 def command(settings: Settings) -> str:
     """What measures the same again."""
     text = [] if settings.text is None else ["--text", settings.text]
     sizes = ["--contexts", str(settings.n_contexts), "--tokens", str(settings.n_tokens)]
-    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes])
+    rule = [] if settings.rule == "auto" else ["--rule", settings.rule]
+    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes, *rule])
 
 
-def print_heads(console: Console, result: dict[str, Any]) -> None:
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """A table of heads and what it means."""
+    (print_shares if result["rule"] == "reading" else print_losses)(console, result)
+
+
+def print_losses(console: Console, result: dict[str, Any]) -> None:
+    """What each head loses, and its shares."""
+    table = Table(title="What is lost when one head alone keeps a part of its tokens (nats a token)")
+    for column in ("layer", "KV head", *(f"{part:g}" for part in result["parts"]), "shares at 0.1", "0.25", "0.5"):
+        table.add_column(column, justify="right")
+    for layer, head in result["heads"]:
+        place = result["layers"].index(layer)
+        losses = [f"{loss:.3f}" for loss in result["losses"][place][head]]
+        shares = [f"{result['shares'][KEEPS.index(keep)][place][head]:.2f}" for keep in (0.1, 0.25, 0.5)]
+        table.add_row(str(layer), str(head), *losses, *shares)
+    console.print(table)
+    console.print(
+        "Loss: of what follows the text, plus of answers to questions about hidden sentences. Shares: those by which "
+        f"the losses add up to least. Heads are ordered by their loss at {ORDERED_AT:g}.",
+        highlight=False,
+    )
+
+
+def print_shares(console: Console, result: dict[str, Any]) -> None:
     """The heads of the largest shares, a rule below the first 4 %, and how the others fare."""
     heads, layers, place = result["heads"], result["layers"], result["keeps"].index(KEEP)
     shares = [result["shares"][place][layers.index(layer)][head] for layer, head in heads]

@@ -139,7 +139,9 @@ class ClusteredCache(ModelCache):
             raise ValueError(f"recent_share must be 0 with a budget, got {recent_share}")
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         chosen = [
-            (1.0, None, (), 0.0) if index < n_dense_layers else (ratios[index], budgets[index], heads[index], recent_shares[index])
+            (1.0, None, (), 0.0)
+            if index < n_dense_layers
+            else (ratios[index], budgets[index], heads[index], recent_shares[index])
             for index in range(n_layers)
         ]
         check_head_ratios(model, chosen)
@@ -188,7 +190,9 @@ def check_head_ratios(model: Any, chosen: list[tuple[Any, ...]]) -> None:
         if not isinstance(ratio, tuple):
             continue
         if len(ratio) != kv_heads:
-            raise ValueError(f"keep_ratio must be one for each of the {kv_heads} KV heads, got {len(ratio)} in layer {index}")
+            raise ValueError(
+                f"keep_ratio must be one for each of the {kv_heads} KV heads, got {len(ratio)} in layer {index}"
+            )
         if budget is not None or whole_heads:
             raise ValueError(
                 "keep_ratio must be one number for a layer with a budget or whole_heads (1 is a whole head), got "

@@ -25,7 +25,7 @@ from .saving import weights_digest
 __all__ = ["Profile", "known_profile", "known_whole_heads", "n_whole_by_default", "profile_for", "whole_heads_of"]
 
 DATA = "profiles.json"
-LEAST = 8  # entries of a chunk in any head: fewer leave too little beside the shared ones
+LEAST = 1 / 8  # of the mean, in any head: fewer entries leave too little beside the shared ones
 PERCENT = 4  # of the heads stay whole by default, as a digest of arXiv:2506.11418v1 has it
 HOW = "`kvcluster tune MODEL --json FILE` makes a profile, to be given as profile=FILE"
 LOGGER = logging.getLogger("kvcluster")
@@ -64,8 +64,10 @@ class Profile:
         """
         try:
             return cls.of(json.loads(Path(path).read_text("utf-8")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no text, no JSON; no such field; no object
-            raise ValueError(f"path must be a file that `kvcluster tune --json` wrote, got {path}: {error!r}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # no JSON; no such field; no object
+            raise ValueError(
+                f"path must be a file that `kvcluster tune --json` wrote, got {path}: {error!r}"
+            ) from error
 
     @classmethod
     def of(cls, result: dict[str, Any]) -> "Profile":
@@ -125,14 +127,15 @@ class Profile:
         Notes
         -----
         Between two of `keeps` shares are interpolated, which keeps their mean. Then a head gets a whole number of
-        entries of a chunk, from 8 to all (fewer where `keep_ratio` leaves less for all), so that they are at most `keep_ratio * chunk_size` on average.
+        entries of a chunk, from an eighth of the mean to all, so that they are at most `keep_ratio * chunk_size` on
+        average.
         """
         check_keep_ratio(keep_ratio)
         check_integer("chunk_size", chunk_size, least=1)
         wanted = [[share * chunk_size for share in layer] for layer in self.shares_at(keep_ratio)]
         n_heads = sum(map(len, wanted))
         total = math.floor(float(keep_ratio) * chunk_size * n_heads)
-        least = max(1, min(LEAST, chunk_size, total // n_heads))
+        least = max(1, round(LEAST * total / n_heads))
         entries = shared_out(wanted, total, least=least, most=chunk_size)
         ratios: list[float | tuple[float, ...]] = [keep_ratio] * n_layers
         for layer, numbers in zip(self.layers, entries, strict=True):

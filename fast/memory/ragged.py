@@ -94,9 +94,7 @@ class RaggedRows(NamedTuple):
 
     def in_rows(
         self,
-    ) -> tuple[
-        Float[Tensor, "batch rows dim"], Float[Tensor, "batch rows dim_value"], Int32[Tensor, "batch rows"]
-    ]:
+    ) -> tuple[Float[Tensor, "batch rows dim"], Float[Tensor, "batch rows dim_value"], Int32[Tensor, "batch rows"]]:
         """Keys, values and counts with one axis for all leading ones."""
         keys, values, counts = (x.reshape(x.shape[:-2].numel(), *x.shape[-2:]) for x in self.held)
         return keys, values, counts.squeeze(-1)

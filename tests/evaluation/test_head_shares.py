@@ -5,7 +5,7 @@ import pytest
 import torch
 from agreement import equal_in_float64
 
-from kvcluster.evaluation.tuning.whole_heads import head_shares, order_heads
+from kvcluster.evaluation.tuning.shares import head_shares, order_heads
 
 SIZES = {"n_sink": 2, "n_recent": 5}
 

@@ -6,9 +6,8 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-import torch
-from agreement import numbers_agree
 from evaluation_inputs import character_tokenizer, save_character_llama, short_text
 from families import MODELS, tiny
 from rich.progress import Progress
@@ -17,10 +16,12 @@ from typer.testing import CliRunner
 from kvcluster.cli import app
 from kvcluster.evaluation.models import load_llama
 from kvcluster.evaluation.runs import Runs
-from kvcluster.evaluation.tuning import run as tuning
-from kvcluster.fast.huggingface import whole_heads_of
+from kvcluster.evaluation.tuning import rules, run
+from kvcluster.evaluation.tuning.direct import PARTS, best_shares, order_by_loss
+from kvcluster.fast.huggingface import ClusteredCache, Profile, whole_heads_of
 
 SIZE = ["--tokens", 500, "--contexts", 2, "--threads", 1]
+READING = [*SIZE, "--rule", "reading"]
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +36,55 @@ def text(tmp_path_factory):
     return path
 
 
-def run(*arguments):
+def tuned(*arguments):
     result = CliRunner().invoke(app, ["tune", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
-def test_heads_are_printed_written_and_drawn(llama, text, tmp_path):
+def test_shares_are_printed_written_and_drawn(llama, text, tmp_path):
     made, drawn = tmp_path / "made.json", tmp_path / "made.png"
-    done = run(llama, "--text", text, *SIZE, "--json", made, "--figure", drawn)
+    done = tuned(llama, "--text", text, *READING, "--json", made, "--figure", drawn)
     assert done.exit_code == 0, done.output
     result = json.loads(made.read_text())
     assert sorted(result["heads"]) == [[layer, head] for layer in range(3) for head in range(2)]
-    assert (result["layers"], len(result["contexts"])) == ([0, 1, 2], 2)
-    for row, *rows in zip(result["shares"], *(each["shares"] for each in result["contexts"]), strict=True):
-        assert all(0 <= share <= 1 for share in row)
-        assert numbers_agree(row, [round(sum(shares) / 2, 6) for shares in zip(*rows, strict=True)])
-    ordered = [result["shares"][layer][head] for layer, head in result["heads"]]
+    assert (result["rule"], result["layers"], len(result["contexts"])) == ("reading", [0, 1, 2], 2)
+    shares, alone = np.array(result["shares"]), np.array([each["shares"] for each in result["contexts"]])
+    assert shares.shape == (len(result["keeps"]), 3, 2)
+    assert ((shares >= 0) & (shares <= 1)).all()
+    assert shares.ravel().tolist() == [round(share, 6) for share in alone.mean(axis=0).ravel().tolist()]
+    at_quarter = shares[result["keeps"].index(0.25)]
+    ordered = [at_quarter[layer][head] for layer, head in result["heads"]]
     assert ordered == sorted(ordered, reverse=True)
-    for each in result["contexts"]:  # of 244 tokens of the body in 6 heads a quarter is above the threshold
-        assert sum(round(244 * share) for row in each["shares"] for share in row) == 244 * 6 // 4
-    assert run(*shlex.split(result["command"])[2:], "--json", tmp_path / "again.json").exit_code == 0
+    for of_keep, keep in zip(alone.transpose(1, 0, 2, 3), result["keeps"], strict=True):
+        for of_context in of_keep:  # of 244 tokens of the body in 6 heads so many are above the threshold
+            assert np.rint(244 * of_context).sum() == int(keep * 244 * 6)
+    assert tuned(*shlex.split(result["command"])[2:], "--json", tmp_path / "again.json").exit_code == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert {name for name in result if result[name] != again[name]} <= {"machine", "seconds"}
     layer, head = result["heads"][0]
-    assert whole_heads_of(made, load_llama(llama)[0]) == [(layer, head)]
+    model = load_llama(llama)[0]
+    assert whole_heads_of(made, model) == [(layer, head)]
+    assert ClusteredCache.for_model(model, keep_ratio=0.3, profile=made).n_seen == 0
     assert f"│ {layer} │ {head} │ {ordered[0]:.3f} │ 16.7 │" in " ".join(done.output.split())
+    assert png_size(drawn) > (600, 200)
+
+
+def test_few_heads_are_compressed_one_by_one(llama, text, tmp_path):
+    made, drawn = tmp_path / "made.json", tmp_path / "made.png"
+    done = tuned(llama, "--text", text, *SIZE, "--json", made, "--figure", drawn)
+    assert done.exit_code == 0, done.output
+    result = json.loads(made.read_text())
+    assert (result["rule"], result["parts"]) == ("direct", list(PARTS))
+    losses, alone = np.array(result["losses"]), np.array([each["losses"] for each in result["contexts"]])
+    assert losses.shape == (3, 2, len(PARTS))
+    assert losses.ravel().tolist() == [round(loss, 6) for loss in alone.mean(axis=0).ravel().tolist()]
+    at_fifth = [losses[layer, head, PARTS.index(0.2)] for layer, head in result["heads"]]
+    assert at_fifth == sorted(at_fifth, reverse=True)
+    for keep, shares in zip(result["keeps"], result["shares"], strict=True):
+        assert abs(np.mean(shares) - keep) < 0.01
+    assert Profile.read(made).keep_ratios(0.25, chunk_size=256, n_layers=3)
+    assert "What is lost when one head alone keeps a part" in done.output
     assert png_size(drawn) > (600, 200)
 
 
@@ -68,43 +92,76 @@ def png_size(path):
     return struct.unpack(">II", path.read_bytes()[16:24])
 
 
-def test_a_killed_run_goes_on_with_the_next_context(llama, text, tmp_path, monkeypatch):
-    given = [llama, "--text", text, *SIZE, "--json", tmp_path / "made.json"]
-    read, whole = [], tuning.second_reading
+@pytest.mark.parametrize(("rule", "part"), [("reading", "second_reading"), ("direct", "loss_of")])
+def test_a_killed_run_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatch, rule, part):
+    given = [llama, "--text", text, *SIZE, "--rule", rule, "--json", tmp_path / "made.json"]
+    calls, whole = [], getattr(rules, part)
 
-    def killed_at_the_second(model, context, pieces, **options):
-        read.append(context)
-        if len(read) == 2:
+    def killed_at_the_second(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(model, context, pieces, **options)
+        return whole(*arguments, **options)
 
-    monkeypatch.setattr(tuning, "second_reading", killed_at_the_second)
+    monkeypatch.setattr(rules, part, killed_at_the_second)
     CliRunner().invoke(app, ["tune", *map(str, given)])
     assert not (tmp_path / "made.json").exists()
     with (tmp_path / "made.runs.jsonl").open("a") as file:
         file.write('{"key": {"keep"')  # half a line
-    assert run(*given).exit_code == 0
-    assert read[1:] == [read[1]] * 2 != [read[0]] * 2
-    assert run(*given).exit_code == 0
-    assert len(read) == 3  # nothing is read again
+    assert tuned(*given).exit_code == 0
+    n_calls = len(calls)
+    assert n_calls == 1 + (2 if rule == "reading" else 2 * (1 + 6 * len(PARTS)))  # the killed one is made again
+    assert tuned(*given).exit_code == 0
+    assert len(calls) == n_calls  # nothing is measured again
     monkeypatch.undo()
-    assert run(*given[:-1], tmp_path / "other.json").exit_code == 0
+    assert tuned(*given[:-1], tmp_path / "other.json").exit_code == 0
     made, other = (json.loads((tmp_path / name).read_text()) for name in ("made.json", "other.json"))
     assert (made["shares"], made["heads"]) == (other["shares"], other["heads"])
 
 
+@pytest.mark.parametrize("rule", ["reading", "direct"])
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if len(model[2]) < 4])
-def test_every_family_is_tuned_at_the_layers_that_attend_to_everything(name):
+def test_every_family_is_tuned_at_the_layers_that_attend_to_everything(name, rule):
     model, sliding = tiny(name)
-    settings = tuning.Settings(name, None, n_contexts=2, n_tokens=300)
+    settings = run.Settings(name, None, n_contexts=2, n_tokens=300, rule=rule)
     with Progress(disable=True) as progress:
-        result = tuning.tune(model, character_tokenizer(), short_text(), settings, Runs(), progress)
+        result = run.tune(model, character_tokenizer(), short_text(), settings, Runs(), progress)
     assert result["layers"] == [layer for layer in range(4) if layer not in sliding]
-    shares = torch.tensor(result["shares"])
-    assert shares.shape == (len(result["layers"]), 2)
-    assert ((shares >= 0) & (shares <= 1)).all()
-    assert sorted(result["heads"]) == [(layer, head) for layer in result["layers"] for head in range(2)]
-    assert result["contexts"][0]["tokens"] != result["contexts"][1]["tokens"]
+    profile = Profile.of(json.loads(json.dumps(result)))
+    profile.check_model(model)
+    assert np.array(profile.shares).shape == (len(profile.keeps), len(profile.layers), 2)
+    contexts = [each.get("tokens", each.get("case")) for each in result["contexts"]]
+    assert contexts[0] != contexts[1]
+
+
+def test_the_best_shares_are_those_of_every_way_to_share():
+    """Three heads on a coarse grid, by brute force."""
+    losses = np.array([[0.9, 0.2, 0.1], [0.5, 0.45, 0.4], [0.05, 0.06, 0.0]])
+    parts = (0.1, 0.3, 0.6)
+
+    def total(shares, curves=losses):
+        known = np.maximum.accumulate(np.hstack([curves, np.zeros((3, 1))])[:, ::-1], axis=1)[:, ::-1]
+        at, lost = [*parts, 1.0], 0.0
+        for share, curve in zip(shares, known, strict=True):
+            below = curve[0] + (curve[0] - curve[1]) / (at[1] - at[0]) * (at[0] - share)
+            lost += below if share < at[0] else np.interp(share, at, curve)
+        return lost
+
+    for keep in (0.1, 0.25, 0.5, 0.9):
+        found = best_shares(losses, parts, keep)
+        assert abs(sum(found) - 3 * keep) < 0.02
+        steps = round(300 * keep)
+        others = [(a, b, steps - a - b) for a in range(101) for b in range(101) if 0 <= steps - a - b <= 100]
+        best = min(total(np.array(shares) / 100) for shares in others)
+        assert total(found) <= best + 1e-9
+        assert total([keep] * 3) > best  # the wrong twin: all alike
+
+
+def test_heads_are_ordered_by_what_they_lose_at_a_fifth():
+    losses = np.zeros((3, len(PARTS)))
+    losses[:, PARTS.index(0.2)] = 0.1, 0.3, 0.1
+    losses[:, 0] = 9, 0, 5
+    assert order_by_loss(losses, PARTS, [(5, 0), (11, 0), (17, 0)]) == [(11, 0), (5, 0), (17, 0)]
 
 
 def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
@@ -115,12 +172,16 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
         ([llama, "--text", tmp_path / "bytes.txt"], "text must be a readable UTF-8 file"),
         ([*local, "--contexts", 99], "text must have at least"),
         ([*local, "--tokens", 256], "tokens must be more than 4 sinks and 252 recent ones, got 256"),
-        ([*local, "--tokens", 4000], "tokens must leave room for 1,096 more within the model's 4,096 positions"),
+        ([*local, "--rule", "best"], "rule must be auto, reading or direct, got 'best'"),
+        (
+            [*local, "--rule", "reading", "--tokens", 4000],
+            "tokens must leave room for 1,096 more within the model's 4,096 positions",
+        ),
         ([*local, "--json", tmp_path / "no" / "file"], "must be a file in an existing folder"),
         ([*local, "--figure", tmp_path / "no" / "file.png"], "figure must lie in an existing folder"),
         ([*local, "--figure", tmp_path / "file.txt"], "figure must end in one of"),
     ):
-        done = run(*arguments)
+        done = tuned(*arguments)
         assert done.exit_code == 2, arguments
         assert message in " ".join(done.output.split())
         assert done.stderr.splitlines()[-1].startswith("kvcluster tune: ")

@@ -1,0 +1,107 @@
+"""Shares of KV heads from what each loses when it alone is compressed: for models that have few of them.
+
+With few heads a second reading tells too little: it asks for every token of a text, while answers ask for few. Here
+each head in turn keeps a part of its tokens and all others everything, and the loss is looked at: how much worse the
+model predicts the text that follows and the answers to questions about hidden sentences. All of it is our choice.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from kvcluster.fast.huggingface import ClusteredCache
+
+from ..quality.cases import Case
+from ..quality.reading import Context
+from ..quality.scoring import fill, following_nll, score_needles
+from .shares import N_RECENT, N_SINK
+
+__all__ = ["PARTS", "best_shares", "loss_of", "only_one", "order_by_loss"]
+
+PARTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the tokens of the head that is compressed
+STEPS = 100  # of a share
+ORDERED_AT = 0.2  # the part by whose loss heads are ordered, about what the published method keeps
+
+
+def only_one(model: Any, layer: int, head: int, part: float) -> ClusteredCache:
+    """An empty cache in which one head keeps a part of its tokens, and every other head all."""
+    config = model.config
+    ratios: list[Any] = [1.0] * config.num_hidden_layers
+    of_heads = [1.0] * config.num_key_value_heads
+    of_heads[head] = part
+    ratios[layer] = of_heads
+    return ClusteredCache.for_model(model, keep_ratio=ratios, n_sink=N_SINK, n_recent=N_RECENT, profile=None)
+
+
+def loss_of(model: Any, context: Context, case: Case, cache: Any | None) -> float:
+    """Nats a token of what follows, plus nats a token of the answers, after `case` in `cache`; None: a full one."""
+    cache = context.full if cache is None else fill(cache, context.full)
+    answers = score_needles(model, cache, case.needles, nbytes=sum(nbytes_of(layer) for layer in context.full.layers))
+    nats = [nll for answer in answers for nll in answer.nll]
+    following = following_nll(model, cache, case.following)
+    return math.fsum(following) / len(following) + math.fsum(nats) / len(nats)
+
+
+def nbytes_of(layer: Any) -> int:
+    return int(layer.keys.nbytes + layer.values.nbytes)
+
+
+def best_shares(losses: Float[np.ndarray, "heads parts"], parts: Sequence[float], keep: float) -> list[float]:
+    """The part of its tokens that each head should keep, `keep` on average, so that the losses add up to least.
+
+    Parameters
+    ----------
+    losses : of each head at each of `parts`, ascending in (0, 1); with all tokens there is none. Where a loss is above
+        that of a smaller part, the higher one holds for both; between two parts it is interpolated, below the first it
+        goes on as between the first two.
+
+    Notes
+    -----
+    Losses of several heads are taken to add up. The best of all shares that are multiples of a hundredth, found by
+    dynamic programming: heads * 100 * 100 * heads steps.
+
+    Examples
+    --------
+    The second head loses nothing, so the first gets all it can:
+
+    >>> best_shares(np.array([[1.0, 0.5], [0.0, 0.0]]), (0.25, 0.5), keep=0.5)
+    [1.0, 0.0]
+    """
+    grid = np.arange(STEPS + 1) / STEPS
+    total = round(keep * STEPS * len(losses))
+    best = np.full(total + 1, np.inf)
+    best[0] = 0.0
+    choices = []
+    for of_head in losses:
+        curve = curve_of(of_head, parts, grid)
+        options = np.full((total + 1, STEPS + 1), np.inf)  # hundredths so far, and of this head
+        for part in range(min(STEPS, total) + 1):
+            options[part:, part] = best[: total + 1 - part] + curve[part]
+        choices.append(options.argmin(axis=1))
+        best = options.min(axis=1)
+    shares = []
+    left = total
+    for choice in reversed(choices):
+        shares.append(int(choice[left]) / STEPS)
+        left -= int(choice[left])
+    return shares[::-1]
+
+
+def curve_of(losses: Float[np.ndarray, " parts"], parts: Sequence[float], grid: np.ndarray) -> np.ndarray:
+    """Losses at all of `grid`: never rising, 0 at 1."""
+    known = np.maximum.accumulate(np.append(losses, 0.0)[::-1])[::-1]
+    at = np.append(parts, 1.0)
+    slope = (known[0] - known[1]) / (at[1] - at[0])
+    return np.where(grid < at[0], known[0] + slope * (at[0] - grid), np.interp(grid, at, known))
+
+
+def order_by_loss(
+    losses: Float[np.ndarray, "heads parts"], parts: Sequence[float], heads: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The heads, those first that lose most when they alone keep a fifth."""
+    [at] = [place for place, part in enumerate(parts) if part == ORDERED_AT]
+    order = sorted(range(len(heads)), key=lambda place: (-losses[place, at], place))
+    return [heads[place] for place in order]

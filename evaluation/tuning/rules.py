@@ -1,0 +1,147 @@
+"""How shares are found: by a second reading, or from what each head loses alone where a model has few of them."""
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcluster.fast.huggingface.saving import fingerprint
+
+from ..quality.cases import Case
+from ..quality.needles import needle_cases
+from ..quality.reading import Context
+from ..runs import Runs
+from ..texts import encode, opening, span
+from .direct import PARTS, best_shares, loss_of, only_one, order_by_loss
+from .second_reading import N_PIECE, pieces_to_repeat, second_reading
+from .shares import KEEP, KEEPS, N_RECENT, N_SINK, head_shares, order_heads
+
+__all__ = ["RULES", "rule_for"]
+
+MOST_DIRECT = 8  # heads that are compressed one by one: what that takes grows with them
+N_NEEDLES, TOKENS_A_NEEDLE = 12, 300
+N_FOLLOWING = 256  # tokens
+
+
+def rule_for(model: Any, rule: str) -> str:
+    """The rule itself, or for "auto" that for a model with so many heads.
+
+    Raises
+    ------
+    ValueError : another rule; a model whose layers all slide.
+    """
+    if rule not in ("auto", *RULES):
+        raise ValueError(f"rule must be auto, {' or '.join(RULES)}, got {rule!r}")
+    layers, kv_heads = full_layers(model)
+    if not layers:
+        raise ValueError("model must have a layer that attends to everything, got one whose layers all slide")
+    if rule != "auto":
+        return rule
+    return "direct" if len(layers) * kv_heads <= MOST_DIRECT else "reading"
+
+
+def full_layers(model: Any) -> tuple[list[int], int]:
+    """The layers that attend to everything, and the KV heads of each."""
+    layers = [index for index, layer in enumerate(DynamicCache(config=model.config).layers) if not layer.is_sliding]
+    return layers, int(model.config.num_key_value_heads)
+
+
+def by_reading(
+    model: Any, tokenizer: Any, text: str, runs: Runs, progress: Progress, *, n_contexts: int, n_tokens: int
+) -> dict[str, Any]:
+    """Shares by one threshold over the scores of a second reading, the mean over contexts."""
+    tokens, start = encode(tokenizer, text), opening(tokenizer)
+    length = n_tokens - len(start)
+    contexts = [start + span(tokens, "tuning", number, length) for number in range(n_contexts)]
+    rule = {"keeps": list(KEEPS), "n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE}
+    rule["model"] = fingerprint(model)["weights"]
+    found = []
+    for number, context in enumerate(contexts, 1):
+        key = rule | {"tokens": digest(context)}
+        run = runs.found(key)
+        if run is None:
+            run = runs.add({"key": key} | read_twice(model, tokenizer, context, progress, f"Context {number}"))
+        found.append(run)
+    layers = found[0]["layers"]
+    shares = torch.tensor([run["shares"] for run in found], dtype=torch.float64).mean(dim=0)
+    return {
+        "heads": order_heads(shares[KEEPS.index(KEEP)], layers),
+        "layers": layers,
+        "keeps": list(KEEPS),
+        "shares": rounded(shares),
+        "contexts": [{"tokens": run["key"]["tokens"], "shares": run["shares"]} for run in found],
+        "seconds": round(sum(run["seconds"] for run in found), 1),
+    }
+
+
+def read_twice(model: Any, tokenizer: Any, context: list[int], progress: Progress, name: str) -> dict[str, Any]:
+    """The shares of one context, and the layers that they are of."""
+    begun = time.perf_counter()
+    pieces = pieces_to_repeat(tokenizer, context)
+    task = progress.add_task(f"{name}, read twice", total=1 + len(pieces))
+    scores = second_reading(model, context, pieces, on_piece=lambda: progress.advance(task))
+    stacked = torch.stack(list(scores.values()))
+    shares = torch.stack([head_shares(stacked, keep=keep) for keep in KEEPS])
+    return {"layers": list(scores), "shares": rounded(shares), "seconds": round(time.perf_counter() - begun, 1)}
+
+
+def by_direct(
+    model: Any, tokenizer: Any, text: str, runs: Runs, progress: Progress, *, n_contexts: int, n_tokens: int
+) -> dict[str, Any]:
+    """Shares by what each head loses when it alone is compressed, the mean over contexts."""
+    tokens, (layers, kv_heads) = encode(tokenizer, text), full_layers(model)
+    heads = [(layer, head) for layer in layers for head in range(kv_heads)]
+    n_needles = max(1, min(N_NEEDLES, n_tokens // TOKENS_A_NEEDLE))
+    sizes = {"n_contexts": n_contexts, "n_needles": n_needles, "n_following": N_FOLLOWING}
+    cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], **sizes)
+    rule = {"n_sink": N_SINK, "n_recent": N_RECENT, "model": fingerprint(model)["weights"]}
+    task = progress.add_task("Heads compressed alone", total=len(cases) * (1 + len(heads) * len(PARTS)))
+    losses, seconds = [], []
+    for case in cases:
+        context = Context(model, case.tokens)
+
+        def loss(head: tuple[int, int] | None, part: float, case: Case = case, context: Context = context) -> float:
+            key = rule | {"case": case.fingerprint, "head": head and list(head), "part": part}
+            run = runs.found(key)
+            if run is None:
+                begun = time.perf_counter()
+                cache = None if head is None else only_one(model, *head, part)
+                found = {"key": key, "loss": round(loss_of(model, context, case, cache), 6)}
+                run = runs.add(found | {"seconds": round(time.perf_counter() - begun, 1)})
+            seconds.append(run["seconds"])
+            progress.advance(task)
+            return float(run["loss"])
+
+        full = loss(None, 1.0)
+        losses.append([[round(loss(head, part) - full, 6) for part in PARTS] for head in heads])
+    mean = np.array(losses).mean(axis=0)
+    shares = torch.tensor([best_shares(mean, PARTS, keep) for keep in KEEPS]).reshape(len(KEEPS), len(layers), kv_heads)
+    return {
+        "heads": order_by_loss(mean, PARTS, heads),
+        "layers": layers,
+        "keeps": list(KEEPS),
+        "shares": rounded(shares),
+        "parts": list(PARTS),
+        "losses": rounded(torch.from_numpy(mean).reshape(len(layers), kv_heads, -1)),
+        "contexts": [
+            {"case": case.fingerprint, "losses": of_case} for case, of_case in zip(cases, losses, strict=True)
+        ],
+        "seconds": round(sum(seconds), 1),
+    }
+
+
+RULES = {"reading": by_reading, "direct": by_direct}
+
+
+def digest(tokens: list[int]) -> str:
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def rounded(shares: Tensor) -> list[list[list[float]]]:
+    return [[[round(share, 6) for share in layer] for layer in at_keep] for at_keep in shares.tolist()]
