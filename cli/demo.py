@@ -1,4 +1,4 @@
-"""`kvcluster demo`: a real Llama on a clustered cache, beside its full cache and checked by the reference."""
+"""`kvcluster demo`: a real model on a clustered cache, beside its full cache and checked by the reference."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +12,8 @@ __all__ = ["demo"]
 
 def demo(
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a local Llama in transformers' format. [default: SmolLM2-135M]")
-    ] = None,
+        str, typer.Option(help="smollm2, gemma3-270m, or the folder of a local model in transformers' format.")
+    ] = "smollm2",
     text: Annotated[
         Path | None, typer.Option(help="Text file, UTF-8. [default: the Python language reference, from pydoc]")
     ] = None,

@@ -43,6 +43,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder with LongBench's JSON lines; the first --contexts of each.")
     ] = None,
     ruler_files: Annotated[Path | None, typer.Option(help="Folder with RULER's JSON lines, the same.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="What `kvcluster tune MODEL --json FILE` wrote. [default: what ships for the model]"),
+    ] = None,
     json: Annotated[
         Path | None,
         typer.Option(help="Write results here, and each run beside it as it ends; what is there is not run again."),
@@ -82,6 +86,7 @@ def evaluate(
         is_question_first=question_first,
         longbench=longbench,
         ruler_files=ruler_files,
+        profile=profile,
     )
     try:
         run_eval(settings, json_path=json, figures=figures, threads=threads)

@@ -35,7 +35,9 @@ def check_figure_path(path: Path) -> None:
         raise ValueError(f"figure must end in one of {' '.join(suffixes)}, got {path}")
 
 
-def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list[np.ndarray], words: list[str]) -> None:
+def draw(
+    path: Path, clustered: Any, attention: NextTokenAttention, labels: dict[int, np.ndarray], words: list[str]
+) -> None:
     """Save a figure about the layer and head whose next token attends most to tokens that were clustered.
 
     Parameters
@@ -43,18 +45,20 @@ def draw(path: Path, clustered: Any, attention: NextTokenAttention, labels: list
     path : where the figure goes; its suffix says the format.
     clustered : the clustered cache of the model; at least one chunk is clustered.
     attention : queries and keys of the next token.
-    labels : per layer (kv_heads, body tokens), the entry of each token of the body.
+    labels : by layer (kv_heads, body tokens), the entry of each token of the body.
     words : the text of each token of the context.
     """
-    spans = [weights_by_span(clustered.layers[i].cache.caches[0], attention, i) for i in range(len(labels))]
-    on_body = np.array([before[:, 1:-1].sum(axis=-1) for before, _ in spans])  # (layers, kv_heads)
-    layer, head = np.unravel_index(on_body.argmax(), on_body.shape)
+    layers = list(labels)
+    spans = {i: weights_by_span(clustered.layers[i].cache.caches[0], attention, i) for i in layers}
+    on_body = np.array([before[:, 1:-1].sum(axis=-1) for before, _ in spans.values()])  # (layers, kv_heads)
+    place, head = np.unravel_index(on_body.argmax(), on_body.shape)
+    layer = layers[place]
     before, after = (weights[head] for weights in spans[layer])
     entries = clustered.layers[layer].cache.caches[0]
 
     figure, axes = plt.subplots(3, 1, figsize=(13, 11), height_ratios=[1.3, 1, 1], layout="constrained")
     figure.suptitle(
-        f"What clustering did to layer {layer + 1} of {len(labels)}, KV head {head + 1} of {len(labels[0])} "
+        f"What clustering did to layer {layer + 1} of {len(clustered.layers)}, KV head {head + 1} of {len(labels[layer])} "
         "(the one whose next token looks most at old text)",
         fontsize=13,
     )

@@ -38,11 +38,14 @@ class NextTokenAttention:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The verdict in one line, whether the two agree, and the reference's labels per layer (kv_heads, body tokens)."""
+    """The verdict in one line, whether the two agree, and the reference's labels (kv_heads, body tokens) by layer.
+
+    Layers that attend to a sliding window are not among them.
+    """
 
     line: str
     agrees: bool
-    labels: list[np.ndarray]
+    labels: dict[int, np.ndarray]
 
 
 class Listen:
@@ -88,9 +91,10 @@ def check_against_reference(full: Any, clustered: Any, attention: NextTokenAtten
     """Cluster every layer's keys again in NumPy and compare: assignments, stored bits, attention outputs."""
     compared = differing = differing_bytes = 0
     error, bound, within = 0.0, 0.0, True
-    labels = []
-    layers = progress.track(list(zip(full.layers, clustered.layers, strict=True)), description="Check by the reference")
-    for index, (full_layer, clustered_layer) in enumerate(layers):
+    labels = {}
+    own = [index for index, layer in enumerate(clustered.layers) if not layer.is_sliding]
+    for index in progress.track(own, description="Check by the reference"):
+        full_layer, clustered_layer = full.layers[index], clustered.layers[index]
         keys, values = full_layer.keys[0], full_layer.values[0]  # (kv_heads, tokens, dim)
         entries = clustered_layer.cache.caches[0]
         parameters = {"keep_ratio": entries.keep_ratio, "chunk_size": entries.chunk_size}
@@ -99,9 +103,9 @@ def check_against_reference(full: Any, clustered: Any, attention: NextTokenAtten
 
         body = keys[:, entries.n_sink : entries.n_sink + cache.n_clustered]  # whole chunks
         ours = fast.chunked_soft_matching(body, **parameters).labels.numpy()
-        labels.append(reference.chunked_soft_matching(body.numpy(), **parameters).labels)
-        compared += labels[-1].size
-        differing += int((ours != labels[-1]).sum())
+        labels[index] = reference.chunked_soft_matching(body.numpy(), **parameters).labels
+        compared += labels[index].size
+        differing += int((ours != labels[index]).sum())
         for stored, expected in (
             (entries.keys, cache.keys),
             (entries.values, cache.values),
@@ -119,9 +123,9 @@ def check_against_reference(full: Any, clustered: Any, attention: NextTokenAtten
             error, bound = float(agreement.error[worst]), float(agreement.bound[worst])
 
     agrees = within and differing == differing_bytes == 0
-    heads = len(labels[0])
+    heads, n_tokens = next(iter(labels.values())).shape
     line = (
-        f"Reference: {len(labels)} layers x {heads} heads x {labels[0].shape[-1]:,} clustered tokens compared, "
+        f"Reference: {len(labels)} layers x {heads} heads x {n_tokens:,} clustered tokens compared, "
         f"{differing} assignments and {differing_bytes} stored bytes differ; attention error at worst {error:.1e} "
         f"where {bound:.1e} is allowed. {'They agree.' if agrees else 'THEY DISAGREE.'}"
     )

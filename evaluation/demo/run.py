@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.reference.arguments import check_integer, check_keep_ratio
 
 from ..errors import UnusableInputError
@@ -49,7 +50,7 @@ class Measured:
 
 
 def run_demo(
-    model_folder: Path | None,
+    model_folder: str | Path | None,
     text_path: Path | None,
     *,
     keep_ratio: float,
@@ -63,8 +64,9 @@ def run_demo(
     check_arguments(keep_ratio, chunk_size, n_context, figure_path)
     text = None if text_path is None else read_text(text_path)
     console = Console()
-    with console.status("Loading the model (the first time, SmolLM2 is converted: about 25 s)"):
-        model, tokenizer = load_model(model_folder)
+    with console.status("Loading the model (the first time, one from a package is converted: up to a minute)"):
+        model, tokenizer = load_model(model_folder, MODEL_TYPES)
+        check_layers(model)
         check_length(n_context, model.config.max_position_embeddings)
         context, following = load_tokens(text, tokenizer, n_context + N_NEXT).split([n_context, N_NEXT], dim=1)
     with Progress(*BARS, console=console) as progress, torch.inference_mode():
@@ -76,7 +78,7 @@ def run_demo(
         verdict = check_against_reference(full.cache, clustered.cache, attention, progress)
     console.print(table(full, clustered, tokenizer, n_context))
     console.print(verdict.line, style="green" if verdict.agrees else "bold red", highlight=False)
-    if verdict.labels[0].size > 0:
+    if any(labels.size for labels in verdict.labels.values()):
         words = [tokenizer.decode([token]) for token in context[0].tolist()]
         draw(figure_path, clustered.cache, attention, verdict.labels, words)
         console.print(f"Figure: {figure_path}", highlight=False, soft_wrap=True)
@@ -96,6 +98,12 @@ def check_arguments(keep_ratio: float, chunk_size: int, n_context: int, figure_p
         check_figure_path(figure_path)
     except ValueError as error:
         raise UnusableInputError(str(error)) from error
+
+
+def check_layers(model: Any) -> None:
+    """Refuse a model of which nothing would be clustered."""
+    if all(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
+        raise UnusableInputError("model must have a layer without a sliding window, got none")
 
 
 def check_length(n_context: int, n_positions: int) -> None:
@@ -125,8 +133,11 @@ def measure(
     )
     layers = list(zip(full.layers, clustered.layers, strict=True))
     for full_layer, layer in progress.track(layers, description="Cluster, layer by layer"):
-        layer.cache.extend(full_layer.keys, full_layer.values)
-        layer.cache.cluster()
+        if layer.is_sliding:  # transformers' own, the same in both
+            vars(layer).update(copy.deepcopy(vars(full_layer)))
+        else:
+            layer.cache.extend(full_layer.keys, full_layer.values)
+            layer.cache.cluster()
     results = (
         Measured(full, full.get_seq_length(), cache_bytes(full), perplexity(model, full, first, following, progress)),
         Measured(

@@ -1,7 +1,7 @@
 """Quality of a compressed cache: what the model still knows of a context, compressed before a question or after it."""
 
 from .cases import Case, Needle, Prompt
-from .methods import METHODS, Method
+from .methods import METHODS, Method, with_profile
 from .needles import needle_cases
 from .run import Options, run_all
 from .summary import summarize
@@ -19,4 +19,5 @@ __all__ = [
     "run_all",
     "summarize",
     "task_case",
+    "with_profile",
 ]

@@ -11,13 +11,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvcluster.fast.huggingface import Profile
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 
+from ..errors import UnusableInputError
 from ..machine import describe
 from ..models import load_model
 from ..runs import Runs
 from ..texts import built_in_text, encode, read_text
-from . import METHODS, TASKS, Case, Options, needle_cases, run_all, summarize, task_case
+from . import METHODS, TASKS, Case, Options, needle_cases, run_all, summarize, task_case, with_profile
 from .figures import draw_attention_errors, draw_frontier, draw_heat_map, has_both
 from .folders import longbench_cases, ruler_cases
 from .run import check_methods
@@ -48,6 +50,7 @@ class Settings:
     is_question_first: bool
     longbench: Path | None
     ruler_files: Path | None
+    profile: Path | None = None
 
 
 def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None, threads: int | None) -> None:
@@ -58,6 +61,7 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
     without = [task for task in settings.tasks if task in WITHOUT_QUESTION]
     if settings.is_question_first and without:
         raise ValueError(f"tasks must have a question where it comes first, got {', '.join(without)}")
+    methods = METHODS if settings.profile is None else with_profile(read_profile(settings.profile))
     pairs = check_methods((name, keep) for name in settings.methods for keep in settings.keeps)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -76,7 +80,9 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Evaluate", total=len(cases) * len(pairs))
-        results = run_all(model, tokenizer, cases, pairs, runs, options=options, on_run=lambda: progress.advance(task))
+        results = run_all(
+            model, tokenizer, cases, pairs, runs, options=options, methods=methods, on_run=lambda: progress.advance(task)
+        )
     summaries = summarize(results)
     print_summaries(console, summaries)
     if json_path is not None:
@@ -89,6 +95,19 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
         json_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     if figures is not None:
         draw(figures, results, summaries, is_question_first=settings.is_question_first)
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in a file.
+
+    Raises
+    ------
+    UnusableInputError : no such file. ValueError : another kind of file.
+    """
+    try:
+        return Profile.read(path)
+    except OSError as error:
+        raise UnusableInputError(f"profile must be a readable file, got {path}: {error}") from error
 
 
 def make_cases(settings: Settings, tokenizer: Any, text: str, n_positions: int) -> list[Case]:

@@ -1,11 +1,13 @@
 """The methods that can be compared, by name: a new one is one line of `METHODS`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from kvcluster.fast import Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, RecallCache, known_profile
+from kvcluster.fast.huggingface.cache import OF_KEPT_RECENT
 from kvcluster.fast.methods import Method as ClusteringMethod
 
 __all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads", "with_profile"]
@@ -72,10 +74,10 @@ def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), **CHUNKED)
 
 
-def body_ratio(keep: float, n_tokens: int) -> float:
+def body_ratio(keep: float, n_tokens: int, n_recent: int = DISTINCTIVE["n_recent"]) -> float:
     """Entries / tokens in the chunks of distinctive matching, so that all entries are `keep * n_tokens`."""
     size = DISTINCTIVE["chunk_size"]
-    n_chunks = max(0, n_tokens - DISTINCTIVE["n_sink"] - DISTINCTIVE["n_recent"]) // size
+    n_chunks = max(0, n_tokens - DISTINCTIVE["n_sink"] - n_recent) // size
     exact = n_tokens - n_chunks * size
     ratio = (keep * n_tokens - exact) / (n_chunks * size) if n_chunks else 0.0
     if ratio * size < 1:
@@ -111,11 +113,16 @@ def shipped(model: Any) -> Profile:
 
 
 def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, float, int], ClusteredCache]:
-    """Caches by distinctive matching whose KV heads have the shares of a profile."""
+    """Caches by distinctive matching whose KV heads have the shares of a profile; a quarter of all is recent.
+
+    As `ClusteredCache.for_model` makes them, but that here what is kept has recent tokens included.
+    """
 
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-        ratio = body_ratio(keep, n_tokens)
-        return ClusteredCache.for_model(model, keep_ratio=ratio, profile=profile_of(model), **DISTINCTIVE)
+        share = OF_KEPT_RECENT * keep
+        ratio = body_ratio(keep, n_tokens, n_recent=max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens)))
+        sizes = DISTINCTIVE | {"recent_share": share, "profile": profile_of(model)}
+        return ClusteredCache.for_model(model, keep_ratio=ratio, **sizes)
 
     return make
 

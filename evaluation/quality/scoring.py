@@ -30,14 +30,22 @@ __all__ = [
 ]
 
 COPIED_BYTES = 2**30  # the most that caches side by side may take
+N_PIECE = 4096  # tokens that are read at once
 
 
 @torch.inference_mode()
 def prefill(model: Any, make: Callable[[Any], Any], tokens: list[int]) -> Any:
-    """The cache of `make(model)`, transformers' own where that is None, after the model read `tokens` in one call."""
+    """The cache of `make(model)`, transformers' own where that is None, after the model read `tokens`.
+
+    A cache of ours reads them in one call, transformers' own in pieces, so that masks and logits stay small.
+    """
     own = make(model)
-    cache = DynamicCache(config=model.config) if own is None else own
-    model(torch.tensor([tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
+    if own is not None:
+        model(torch.tensor([tokens], device=model.device), past_key_values=own, logits_to_keep=1)
+        return own
+    cache = DynamicCache(config=model.config)
+    for piece in torch.tensor([tokens], device=model.device).split(N_PIECE, dim=1):
+        model(piece, past_key_values=cache, logits_to_keep=1)
     return cache
 
 

@@ -25,7 +25,7 @@ from .profiles import Profile, profile_for
 __all__ = ["ClusteredCache"]
 
 N_RECENT = 252  # with 4 sinks a whole chunk of 256
-OF_KEPT_RECENT = 0.25  # recent tokens / what is kept, in a long text
+OF_KEPT_RECENT = 0.2  # the least of the recent tokens / what is kept of a long text; a quarter, with half a chunk
 
 
 class ClusteredCache(ModelCache):
@@ -80,7 +80,7 @@ class ClusteredCache(ModelCache):
             project's examples with `n_sink=16, n_recent=64`.
         chunk_size, n_sink, n_recent, recent_share : as in `kvcluster.reference.ClusteredCache`, for every layer;
             `recent_share` may be a sequence, of one number for each layer. Without `n_recent` it is 252, and without
-            `recent_share` too, that is a quarter of a single `keep_ratio`, so that the window grows with a long text:
+            `recent_share` too, that is a fifth of a single `keep_ratio`, so that the window grows with a long text:
             no needle is lost by that, and what follows is predicted far better (docs/kept.md). Else it is 0.
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.
