@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
 from .backends import AnyBackend, cell, choose
-from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, clustering_of_chunks, of_heads
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, clustering_of_chunks, of_heads
 from .merging import Clustering
 
 __all__ = ["Distinctive", "distinctive_matching"]
@@ -34,14 +34,14 @@ class Distinctive:
     ) -> CompressedChunks:
         """Whole chunks in `target` clusters, which are fewer than `chunk_size`."""
         [(_, compressed)] = self.compress_heads(
-            keys, values, chunk_size=chunk_size, heads_of_target={target: None}, backend=backend
+            keys, values, chunk_size=chunk_size, heads_of_target={target: all_heads(keys)}, backend=backend
         )
         return compressed
 
     def compress_heads(
         self,
-        keys: Float[Tensor, "*lead heads tokens dim"],
-        values: Float[Tensor, "*lead heads tokens dim_value"],
+        keys: Float[Tensor, "*lead tokens dim"],
+        values: Float[Tensor, "*lead tokens dim_value"],
         *,
         chunk_size: int,
         heads_of_target: HeadsOfTarget,

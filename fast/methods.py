@@ -58,14 +58,15 @@ def compress_heads(
 
 def chunks_of_heads(chunks: CompressedChunks, keys: Tensor, heads: Heads) -> CompressedChunks:
     """Of the chunks of all heads of `keys` (..., heads, tokens, dim) those of some."""
-    if heads is None:
-        return chunks
     shape, index = (keys.shape[:-3].numel(), keys.shape[-3], -1), torch.tensor(heads, device=keys.device)
 
     def part(array: Tensor) -> Tensor:
         return array.unflatten(0, shape)[:, index].flatten(0, 2)
 
-    return replace(chunks, **{name: part(getattr(chunks, name)) for name in ("labels", "counts", "keys", "values")})
+    values = None if chunks.values is None else part(chunks.values)
+    return replace(
+        chunks, labels=part(chunks.labels), counts=part(chunks.counts), keys=part(chunks.keys), values=values
+    )
 
 
 METHODS: dict[str, Any] = {

@@ -19,7 +19,7 @@ from .arguments import (
 from .backends import AnyBackend, implementation
 from .entry_cache import UNDO_TOKENS, with_batch
 from .memory.ordinary import on_ordinary_tensors
-from .memory.ragged import RaggedRows
+from .memory.ragged import RaggedRows, empty_rows
 from .memory.room import with_room
 from .memory.spans import SpanRules
 from .memory.work import ClusteringWork
@@ -63,11 +63,15 @@ class RaggedCache:
         self._rules = SpanRules(chunk_size, min(self._targets), n_sink, n_recent, recent_share=recent_share)
         self.method, self.chunk_size, self.backend = method, chunk_size, backend
         self.n_sink, self.n_recent, self.recent_share = n_sink, n_recent, recent_share
-        self.n_seen = 0
+        self._n_seen = 0
         self._n_chunks = 0  # clustered
         self._rows: RaggedRows | None = None
         self._lost: tuple[Tensor, Tensor] | None = None  # keys and values of what the last append clustered
         self.work = ClusteringWork()
+
+    @property
+    def n_seen(self) -> int:
+        return self._n_seen
 
     @property
     def n_clustered(self) -> int:
@@ -141,9 +145,7 @@ class RaggedCache:
         self.cluster()
         return seen
 
-    def extend(
-        self, keys: Float[Tensor, "*lead heads tokens dim"], values: Float[Tensor, "*lead heads tokens dim_value"]
-    ) -> None:
+    def extend(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, self.like)
         check_n_heads(self.keep_ratios, tuple(keys.shape))
@@ -151,11 +153,11 @@ class RaggedCache:
         before, after = self.lengths, self._lengths(self.n_seen + n_new, self._n_chunks)
         rows = self._rows
         if rows is None or not rows.has_room(after):
-            new = RaggedRows.empty(keys, values, self._with_room(after))
+            new = empty_rows(keys, values, self._with_room(after))
             rows = new if rows is None else new.filled(rows, [(0, n, 0) for n in before])
         rows.write(before, keys.detach(), values.detach())
         self._rows, self._lost = rows, None
-        self.n_seen += n_new
+        self._n_seen += n_new
 
     @property
     def is_due(self) -> bool:
@@ -167,16 +169,16 @@ class RaggedCache:
         if not self.is_due:
             return
         begun = time.perf_counter()
-        rows, lengths = self._rows, self.lengths
+        rows, lengths = self._filled_rows(), self.lengths
         n_chunks = self._rules.n_chunks(self.n_seen)
         n_leaving = (n_chunks - self._n_chunks) * self.chunk_size
         n_tail = self.n_seen - self.n_sink - n_chunks * self.chunk_size  # recent tokens that stay
         starts = [n - n_tail - n_leaving for n in lengths]  # where the leaving tokens begin, in each head
         after = self._lengths(self.n_seen, n_chunks)
         leaving = rows.take(starts, n_leaving)  # (..., heads, leaving, dim)
-        new = rows.empty(*leaving, self._with_room(after)).filled(rows, [(0, n, 0) for n in starts])
+        new = empty_rows(*leaving, self._with_room(after)).filled(rows, [(0, n, 0) for n in starts])
         new.filled(rows, [(n - n_tail, n_tail, m - n_tail) for n, m in zip(lengths, after, strict=True)])
-        heads_of_target: dict[int, Any] = {}
+        heads_of_target: dict[int, list[int]] = {}
         for head, target in enumerate(self._targets):
             heads_of_target.setdefault(target, []).append(head)
         for head in heads_of_target.pop(self.chunk_size, ()):
@@ -185,7 +187,7 @@ class RaggedCache:
             rules: dict[str, Any] = {"chunk_size": self.chunk_size, "heads_of_target": heads_of_target}
             for heads, chunks in compress_heads(self.method, *leaving, **rules, backend=self.backend):
                 shape = *leaving[0].shape[:-3], len(heads), -1
-                arrays = chunks.keys, chunks.values, chunks.counts.unsqueeze(-1)
+                arrays: Any = chunks.keys, chunks.values, chunks.counts.unsqueeze(-1)
                 of_heads = [array.reshape(*shape, array.shape[-1]) for array in arrays]
                 for place, head in enumerate(heads):
                     new.put(head, starts[head], *(array[..., place, :, :] for array in of_heads))
@@ -212,18 +214,18 @@ class RaggedCache:
             raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
         if self._lost is not None and self._rules.n_chunks(self.n_seen - n_tokens) < self._n_chunks:
             self._undo(*self._lost)
-        self.n_seen -= n_tokens
+        self._n_seen -= n_tokens
         self._n_chunks = min(self._n_chunks, self._rules.n_chunks(self.n_seen))  # whole chunks are tokens again
         self.cluster()
 
     def _undo(self, keys: Tensor, values: Tensor) -> None:
         """Put the tokens that were clustered last in the place of their entries again."""
-        rows, lengths, n_lost = self._rows, self.lengths, keys.shape[-2]
+        rows, lengths, n_lost = self._filled_rows(), self.lengths, keys.shape[-2]
         n_chunks = self._n_chunks - n_lost // self.chunk_size
         before = self._lengths(self.n_seen, n_chunks)
         n_tail = self.n_seen - self.n_sink - self.n_clustered
         starts = [n - n_tail - n_lost for n in before]
-        new = rows.empty(keys, values, self._with_room(before)).filled(rows, [(0, n, 0) for n in starts])
+        new = empty_rows(keys, values, self._with_room(before)).filled(rows, [(0, n, 0) for n in starts])
         new.filled(rows, [(m - n_tail, n_tail, n - n_tail) for n, m in zip(before, lengths, strict=True)])
         for head, start in enumerate(starts):
             new.put(head, start, keys[..., head, :, :], values[..., head, :, :], None)
@@ -242,10 +244,11 @@ class RaggedCache:
         self, query: Float[Tensor, "batch heads rows dim"], *, queries: int, scale: float | None
     ) -> Float[Tensor, "batch heads rows dim_value"]:
         """As `attend_entries`, each head to what it stores, in one call."""
-        keys, values, counts = self._rows.in_rows()
+        rows = self._filled_rows()
+        keys, values, counts = rows.in_rows()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         attend = implementation("attend_ragged", "auto", query, keys, values)
-        output: Tensor = attend(query, keys, values, counts, self.lengths, self._rows.firsts, queries, scale)
+        output: Tensor = attend(query, keys, values, counts, self.lengths, rows.firsts, queries, scale)
         return output
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -265,8 +268,10 @@ class RaggedCache:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
         if self._rows is None:
             return
-        lost = None if self._lost is None else tuple(tensor.index_select(0, indices) for tensor in self._lost)
-        self._rows, self._lost = self._rows.select(indices), lost
+        self._rows = self._rows.select(indices)
+        if self._lost is not None:
+            keys, values = self._lost
+            self._lost = keys.index_select(0, indices), values.index_select(0, indices)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers from which `restore` makes the same cache; no tensors before the first `append`.
@@ -284,10 +289,15 @@ class RaggedCache:
         if not tensors:
             return
         check_append(tensors["keys"], tensors["values"], None)
-        self.n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
+        self._n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
         stored = RaggedRows((tensors["keys"], tensors["values"], tensors["counts"].unsqueeze(-1)), self.lengths)
-        new = stored.empty(tensors["keys"], tensors["values"], self._with_room(self.lengths), has_heads=False)
+        new = empty_rows(tensors["keys"], tensors["values"], self._with_room(self.lengths), has_heads=False)
         self._rows = new.filled(stored, [(0, n, 0) for n in self.lengths])
+
+    def _filled_rows(self) -> RaggedRows:
+        """Memory after the first append."""
+        assert self._rows is not None
+        return self._rows
 
     def _with_room(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """Rows of memory for each head: the same room to grow for all, as all take the same tokens."""

@@ -34,19 +34,20 @@ class SoftMatching:
 
     def compress_heads(
         self,
-        keys: Float[Tensor, "*lead heads tokens dim"],
-        values: Float[Tensor, "*lead heads tokens dim_value"],
+        keys: Float[Tensor, "*lead tokens dim"],
+        values: Float[Tensor, "*lead tokens dim_value"],
         *,
         chunk_size: int,
         heads_of_target: HeadsOfTarget,
         backend: AnyBackend = "auto",
     ) -> list[tuple[Heads, CompressedChunks]]:
         """As `methods.compress_heads`: each head alone decides."""
-        rules = {"chunk_size": chunk_size, "backend": backend}
-        return [
-            (heads, self.compress(*of_heads(heads, keys, values), target=target, **rules))
-            for target, heads in heads_of_target.items()
-        ]
+        compressed = []
+        for target, heads in heads_of_target.items():
+            key, value = of_heads(heads, keys, values)
+            chunks = self.compress(key, value, chunk_size=chunk_size, target=target, backend=backend)
+            compressed.append((heads, chunks))
+        return compressed
 
 
 def chunked_soft_matching(

@@ -27,14 +27,18 @@ The cache as the paper has it, as far as that is known:
 14. `pooled_matching`                 all chunks of a head compete for the merges
 15. `chelsea_cache`                   compressed to a budget of prompt and generation, when that is exceeded
 
+KV heads with shares of their own, for a model whose heads differ:
+
+16. `ragged_cache`                    each head as in a cache with its own keep_ratio
+
 And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213):
 
-16. `kmeans`              clusters of keys that point in similar directions
-17. `cluster_scores`      how near a cluster lies to a query
-18. `selection`           a budget of tokens, spent on the nearest clusters
-19. `recall`              attention to the tokens of these clusters
-20. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
-21. `recall_cache`        all of it online
+17. `kmeans`              clusters of keys that point in similar directions
+18. `cluster_scores`      how near a cluster lies to a query
+19. `selection`           a budget of tokens, spent on the nearest clusters
+20. `recall`              attention to the tokens of these clusters
+21. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
+22. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held
 to. SPECIFICATION.md states all this in words, and `kvcluster.conformance` checks other implementations against it.

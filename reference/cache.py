@@ -40,17 +40,15 @@ class ClusteredCache(EntryCache):
 
     Attributes
     ----------
-    n_clustered : tokens of clustered chunks: positions `n_sink` to `n_sink + n_clustered - 1`; the others are those of
-        `EntryCache`.
+    n_clustered : tokens of clustered chunks, from position `n_sink` on. The others are those of `EntryCache`.
 
     Notes
     -----
     Chunks lie at absolute positions (the first begins at `n_sink`) and each is clustered once, alone. So the cache
     does not depend on how the tokens arrived: one prefill, token by token or any split gives the same bytes.
 
-    Online clustering in chunks: arXiv:2506.11418v1. The default sizes: as a digest of v1 has it; chunks of 256 and 16
-    sinks were also the best of those measured here (docs/published.md). Chunk positions and the moment of clustering:
-    our choice; the paper's text was not available to us.
+    Online clustering in chunks: arXiv:2506.11418v1; the default sizes as a digest of v1 has them, the best measured
+    here too (docs/published.md). Chunk positions, the moment of clustering and `recent_share` are our choice.
 
     Examples
     --------

@@ -1,6 +1,7 @@
 """A layer whose KV heads keep shares of their own: few heads look far back, and these are worth most entries."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -64,8 +65,9 @@ class RaggedCache:
         recent_share: float = 0.0,
     ) -> None:
         self.keep_ratios = check_keep_ratios(keep_ratios)
-        sizes = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent, "recent_share": recent_share}
-        self.caches = {ratio: ClusteredCache(keep_ratio=ratio, method=method, **sizes) for ratio in self.keep_ratios}
+        rules: dict[str, Any] = {"method": method, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
+        rules["recent_share"] = recent_share
+        self.caches = {ratio: ClusteredCache(keep_ratio=ratio, **rules) for ratio in self.keep_ratios}
 
     @property
     def n_seen(self) -> int:
@@ -77,7 +79,7 @@ class RaggedCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for head in self.heads() or () for array in head)
+        return sum(array.nbytes for head in self._heads() or () for array in head)
 
     def append(
         self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
@@ -106,12 +108,12 @@ class RaggedCache:
 
         The entries of other heads come last, after zeros of count 0, which take no part in attention.
         """
-        heads = self.heads()
+        heads = self._heads()
         return None if heads is None else rectangle(heads)
 
-    def heads(self) -> list[Entries] | None:
+    def _heads(self) -> list[Entries] | None:
         """Keys (..., entries, dim), values and counts (..., entries) of each head; None before the first append."""
-        stored = {ratio: cache.entries() for ratio, cache in self.caches.items()}
+        stored: dict[float, Any] = {ratio: cache.entries() for ratio, cache in self.caches.items()}
         return None if stored[self.keep_ratios[0]][0] is None else self._heads_of(stored)
 
     def _heads_of(self, entries: dict[float, Entries]) -> list[Entries]:

@@ -1,10 +1,13 @@
-"""How many entries each layer gets when the same number is shared out unevenly."""
+"""How many entries each layer gets when the same number is shared out unevenly: what profiles of heads replaced."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from kvcluster.evaluation.quality.methods import DISTINCTIVE, body_ratio
 from kvcluster.fast.arguments import check_integer, check_keep_ratio
+from kvcluster.fast.huggingface import ClusteredCache
 
-__all__ = ["READING_LAYERS", "layer_ratios"]
+__all__ = ["READING_LAYERS", "distinctive_layers", "layer_ratios"]
 
 # Of SmolLM2-135M, the layers in which answers find what they ask for, the most important first. From a search by the
 # rule in reading_layers.py, on other texts; on its own that finds layer 15 instead of 14, and does as well.
@@ -78,3 +81,11 @@ def layer_ratios(
     # half an entry less than n / chunk_size: whatever the rounding, `ceil(ratio * chunk_size)` is n
     entries_in_order = (entries_of_layer[layer] for layer in range(n_layers))
     return [1.0 if n == chunk_size else (n - 0.5) / chunk_size for n in entries_in_order]
+
+
+def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+    """A cache of SmolLM2 whose reading layers keep most, `keep` of `n_tokens` in all."""
+    ratios = layer_ratios(
+        READING_LAYERS, n_layers=model.config.num_hidden_layers, keep_ratio=body_ratio(keep, n_tokens)
+    )
+    return ClusteredCache.for_model(model, keep_ratio=ratios, **DISTINCTIVE)

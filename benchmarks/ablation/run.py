@@ -25,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.ablation.layer_ratios import distinctive_layers
 from benchmarks.ablation.packed_scoring import Context, Held, exact, following_nll, read_contexts, score
 from benchmarks.ablation.variants import PANELS, Settings, compress_layers, describe
 from kvcluster.evaluation.models import load_llama, smollm2_folder
@@ -37,7 +38,7 @@ from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
 __all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
-SHIPPED = "distinctive-layers"
+SHIPPED = "distinctive-layers"  # what was shipped when this was measured; profiles share out by head since
 N_ROUNDS = 3  # of timing
 OWN = ("full", SHIPPED, "distinctive")  # rows of the package itself
 SETTINGS = {describe(settings): settings for panel in PANELS.values() for settings in panel.values()}
@@ -149,7 +150,8 @@ def stored(model: Any, context: Context, name: str, keep: float) -> list[Held]:
         return exact(context.read)
     if name not in OWN:
         return compress_layers(context.read, keep, SETTINGS[name])
-    cache = METHODS[name].make(model, keep, len(context.case.tokens))
+    make = distinctive_layers if name == SHIPPED else METHODS[name].make
+    cache = make(model, keep, len(context.case.tokens))
     caches = [layer.cache.caches[0] for layer in fill(cache, context.full_cache(model.config)).layers]
     return [Held(of_layer.keys[0], of_layer.values[0], of_layer.counts[0]) for of_layer in caches]
 

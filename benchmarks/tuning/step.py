@@ -56,9 +56,7 @@ def main() -> None:
                 measure(console, progress, profile, name, arguments)
 
 
-def measure(
-    console: Console, progress: Progress, profile: Profile, dtype: str, arguments: argparse.Namespace
-) -> None:
+def measure(console: Console, progress: Progress, profile: Profile, dtype: str, arguments: argparse.Namespace) -> None:
     """One model in one dtype."""
     kv_heads, group, dim = next(shape for name, shape in SHAPES.items() if profile.name.startswith(name))
     ratios_of_layers = profile.keep_ratios(arguments.keep, chunk_size=256, n_layers=max(profile.layers) + 1)

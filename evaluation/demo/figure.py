@@ -58,8 +58,8 @@ def draw(
 
     figure, axes = plt.subplots(3, 1, figsize=(13, 11), height_ratios=[1.3, 1, 1], layout="constrained")
     figure.suptitle(
-        f"What clustering did to layer {layer + 1} of {len(clustered.layers)}, KV head {head + 1} of {len(labels[layer])} "
-        "(the one whose next token looks most at old text)",
+        f"What clustering did to layer {layer + 1} of {len(clustered.layers)}, "
+        f"KV head {head + 1} of {len(labels[layer])} (the one whose next token looks most at old text)",
         fontsize=13,
     )
     draw_chunk(axes[0], entries, labels[layer][head], int(before[1:-1].argmax()), words)

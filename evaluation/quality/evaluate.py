@@ -80,9 +80,8 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Evaluate", total=len(cases) * len(pairs))
-        results = run_all(
-            model, tokenizer, cases, pairs, runs, options=options, methods=methods, on_run=lambda: progress.advance(task)
-        )
+        how: dict[str, Any] = {"options": options, "methods": methods}
+        results = run_all(model, tokenizer, cases, pairs, runs, **how, on_run=lambda: progress.advance(task))
     summaries = summarize(results)
     print_summaries(console, summaries)
     if json_path is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcluster.fast import Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, RecallCache, known_profile
-from kvcluster.fast.huggingface.cache import OF_KEPT_RECENT
+from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
 from kvcluster.fast.methods import Method as ClusteringMethod
 
 __all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads", "with_profile"]
@@ -31,7 +31,7 @@ class Method:
     is_stepwise : whether tokens must come one by one for the method to be at work.
     is_blind : whether it decides by keys and values alone, so that its cache can be filled from a full one; for any
         other method the model reads each context again.
-    profile : for a method that shares out entries or heads by a profile, the one for a model; results depend on it.
+    profile : the profile for a model, if runs are told apart by it.
     """
 
     make: Callable[[Any, float, int], Any]
@@ -113,7 +113,7 @@ def shipped(model: Any) -> Profile:
 
 
 def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, float, int], ClusteredCache]:
-    """Caches by distinctive matching whose KV heads have the shares of a profile; a quarter of all is recent.
+    """Caches by distinctive matching whose KV heads have the shares of a profile; about a quarter is recent.
 
     As `ClusteredCache.for_model` makes them, but that here what is kept has recent tokens included.
     """
@@ -191,9 +191,11 @@ def recall_as_published(model: Any, keep: float, n_tokens: int) -> RecallCache:
 
 def by_profile(profile_of: Callable[[Any], Profile]) -> dict[str, Method]:
     """The methods that a profile has a say in."""
+    # Runs with the whole heads that ship were measured before there were profiles, and are found without one.
+    of_others = None if profile_of is shipped else profile_of
 
     def of(make: Callable[[Any, float, int], Any], note: str) -> Method:
-        return Method(make, note, is_blind=True, profile=profile_of)
+        return Method(make, note, is_blind=True, profile=of_others)
 
     return {
         "chunked-10": of(
@@ -201,7 +203,12 @@ def by_profile(profile_of: Callable[[Any], Profile]) -> dict[str, Method]:
         ),
         "chelsea": of(chelsea(0.04, profile_of), "the published method, as far as known: 4 % of the KV heads whole"),
         "chelsea-10": of(chelsea(0.1, profile_of), "the same, a tenth of the KV heads whole"),
-        "distinctive-heads": of(distinctive_heads(profile_of), "distinctive matching, KV heads share by a profile"),
+        "distinctive-heads": Method(
+            distinctive_heads(profile_of),
+            "distinctive matching, KV heads share by the model's profile",
+            is_blind=True,
+            profile=profile_of,
+        ),
         "distinctive-10": of(
             with_whole_heads(Distinctive(n_shared=4), 0.1, profile_of),
             "distinctive matching, a tenth of the KV heads whole",

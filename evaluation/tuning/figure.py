@@ -92,7 +92,7 @@ def draw_losses(
     left.minorticks_off()
     left.set_title("What is lost when one head alone is compressed")
     right.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
-    right.text(0.97, 0.9, "all heads alike", color=GREY, ha="right")
+    right.text(0.42, 0.36, "all heads alike", color=GREY)
     right.set(xlabel="kept of all heads, on average", ylabel="share of each head")
     right.set_title("So the heads share what is kept")
     for axis in (left, right):

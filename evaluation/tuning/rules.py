@@ -98,7 +98,7 @@ def by_direct(
     tokens, (layers, kv_heads) = encode(tokenizer, text), full_layers(model)
     heads = [(layer, head) for layer in layers for head in range(kv_heads)]
     n_needles = max(1, min(N_NEEDLES, n_tokens // TOKENS_A_NEEDLE))
-    sizes = {"n_contexts": n_contexts, "n_needles": n_needles, "n_following": N_FOLLOWING}
+    sizes: dict[str, Any] = {"n_contexts": n_contexts, "n_needles": n_needles, "n_following": N_FOLLOWING}
     cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], **sizes)
     rule = {"n_sink": N_SINK, "n_recent": N_RECENT, "model": fingerprint(model)["weights"]}
     task = progress.add_task("Heads compressed alone", total=len(cases) * (1 + len(heads) * len(PARTS)))

@@ -10,6 +10,7 @@ __all__ = [
     "CompressedChunks",
     "Heads",
     "HeadsOfTarget",
+    "all_heads",
     "alternating_halves",
     "clustering_of_chunks",
     "count_members",
@@ -18,7 +19,7 @@ __all__ = [
     "renumber",
 ]
 
-Heads = list[int] | None  # indices of the last leading axis, ascending; None: all of them
+Heads = list[int]  # indices of the last leading axis, ascending
 HeadsOfTarget = dict[int, Heads]  # which heads become so many entries in each chunk
 
 
@@ -57,9 +58,14 @@ def clustering_of_chunks(
     return torch.cat([labels, chunks * target + tail], dim=-1), torch.cat([counts, torch.ones_like(tail)], dim=-1)
 
 
+def all_heads(keys: Tensor) -> Heads:
+    """The heads of keys (..., heads, tokens, dim); without an axis of heads there is one."""
+    return list(range(keys.shape[-3] if keys.ndim > 2 else 1))
+
+
 def of_heads(heads: Heads, *arrays: Tensor) -> tuple[Tensor, ...]:
     """The arrays (..., heads, tokens, dim) of these heads alone, copied if these are not all."""
-    if heads is None or len(heads) == arrays[0].shape[-3]:
+    if arrays[0].ndim < 3 or len(heads) == arrays[0].shape[-3]:
         return arrays
     return tuple(array.index_select(-3, torch.tensor(heads, device=array.device)) for array in arrays)
 

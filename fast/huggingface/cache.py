@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,14 @@ from ..distinctive_matching import Distinctive
 from ..entry_cache import EntryCache
 from ..methods import Method
 from ..ragged_cache import RaggedCache
-from ..soft_matching import SoftMatching
 from .entry_layer import ClusteredLayer
-from .head_pairs import HeadPairs, heads_of_layers
+from .head_pairs import HeadPairs
 from .hooks import ModelHooks, check_model
-from .layers import ModelCache, check_dense_layers, layers_of_model
-from .profiles import Profile, profile_for
+from .layer_choices import N_RECENT, choose_layers
+from .layers import ModelCache, layers_of_model
+from .profiles import Profile
 
 __all__ = ["ClusteredCache"]
-
-N_RECENT = 252  # with 4 sinks a whole chunk of 256
-OF_KEPT_RECENT = 0.2  # the least of the recent tokens / what is kept of a long text; a quarter, with half a chunk
 
 
 class ClusteredCache(ModelCache):
@@ -107,96 +103,30 @@ class ClusteredCache(ModelCache):
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
         config = check_model(model)
-        if keep_ratio is None and budget is None:
-            raise ValueError("keep_ratio or budget must be given, got neither")
-        n_layers = config.num_hidden_layers
-        check_dense_layers(n_dense_layers, n_layers)
         check_method(method)
-        heads = heads_of_layers(model, whole_heads)
-        asked = keep_ratio
-        is_simple = isinstance(keep_ratio, Real) and not n_dense_layers and budget is None and not any(heads)
-        if profile is not None and (profile != "known" or is_for_profile(model, keep_ratio, method, is_simple)):
-            if not is_simple:
-                raise ValueError(
-                    "profile needs a single keep_ratio, no budget, no whole_heads and no n_dense_layers: it tells all "
-                    f"layers and heads apart, got {profile}"
-                )
-            found = profile_for(model, profile)
-            if found is not None:
-                keep_ratio = found.keep_ratios(keep_ratio, chunk_size=chunk_size, n_layers=n_layers)
-        if recent_share is None:
-            grows = n_recent is None and budget is None and isinstance(asked, Real)
-            recent_share = OF_KEPT_RECENT * min(1.0, float(asked)) if grows else 0.0
+        given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}
+        given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
+        chosen = choose_layers(model, **given, whole_heads=whole_heads, profile=profile)
         n_recent = N_RECENT if n_recent is None else n_recent
-        ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
-        budgets = one_for_each_layer("budget", budget, n_layers)
-        recent_shares = one_for_each_layer("recent_share", recent_share, n_layers)
-        if budget is not None and not isinstance(method, SoftMatching):
-            raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
-        if budget is not None and len(whole_heads):
-            raise ValueError(f"whole_heads must be empty with a budget, got {list(whole_heads)}")
-        if budget is not None and any(recent_shares):
-            raise ValueError(f"recent_share must be 0 with a budget, got {recent_share}")
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
-        chosen = [
-            (1.0, None, (), 0.0)
-            if index < n_dense_layers
-            else (ratios[index], budgets[index], heads[index], recent_shares[index])
-            for index in range(n_layers)
-        ]
-        check_head_ratios(model, chosen)
-        are_alike = len(set(chosen)) == 1
 
         def make(index: int) -> EntryCache | RaggedCache:
-            ratio, most, whole, recent = chosen[index]
-            if most is not None:
-                return BoundedCache(budget=most, keep_ratio=ratio, **shared)
+            ratio, most, whole, recent = chosen.of_layer[index]
             if isinstance(ratio, tuple):
                 return RaggedCache(keep_ratios=ratio, method=method, recent_share=recent, **shared)
+            if most is not None:
+                return BoundedCache(budget=most, keep_ratio=ratio, **shared)
             return LayerCache(keep_ratio=ratio, method=method, whole_heads=whole, recent_share=recent, **shared)
 
+        are_alike = len(set(chosen.of_layer)) == 1
         layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
         parameters: dict[str, Any] = {
-            "keep_ratio": keep_ratio,
+            "keep_ratio": chosen.keep_ratio,
             "budget": budget,
             "n_dense_layers": n_dense_layers,
             "method": method,
-            "recent_share": recent_share,
+            "recent_share": chosen.recent_share,
             "whole_heads": [list(pair) for pair in whole_heads],
             "profile": None,  # what it says is in keep_ratio
         }
         return cls(layers, ModelHooks.of(model), parameters | shared)
-
-
-def is_for_profile(model: nn.Module, keep_ratio: Any, method: Method, is_simple: bool) -> bool:
-    """Whether the profile that ships for a model, if there is one, is used without being asked for."""
-    is_sharded = (getattr(model, "_tp_size", None) or 1) > 1
-    return is_simple and keep_ratio < 1 and isinstance(method, Distinctive) and not is_sharded
-
-
-def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
-    """`value` for every layer, or the numbers of a sequence; sequences in it become tuples."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * n_layers
-    if len(value) != n_layers:
-        raise ValueError(f"{name} must be one number or one for each of the {n_layers} layers, got {len(value)}")
-    return [tuple(x) if isinstance(x, Sequence) and not isinstance(x, str) else x for x in value]
-
-
-def check_head_ratios(model: Any, chosen: list[tuple[Any, ...]]) -> None:
-    """Refuse ratios of single heads where they cannot be served."""
-    kv_heads = model.config.num_key_value_heads
-    for index, (ratio, budget, whole_heads, _) in enumerate(chosen):
-        if not isinstance(ratio, tuple):
-            continue
-        if len(ratio) != kv_heads:
-            raise ValueError(
-                f"keep_ratio must be one for each of the {kv_heads} KV heads, got {len(ratio)} in layer {index}"
-            )
-        if budget is not None or whole_heads:
-            raise ValueError(
-                "keep_ratio must be one number for a layer with a budget or whole_heads (1 is a whole head), got "
-                f"{ratio} in layer {index}"
-            )
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise ValueError(f"keep_ratio must be one number for a layer whose KV heads are sharded, got {ratio}")

@@ -1,4 +1,4 @@
-"""One layer whose cache holds entries with counts: a `ClusteredCache`, `BoundedCache` or `ChelseaCache`."""
+"""One layer whose cache holds entries with counts: clustered, ragged, bounded or as published."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..entry_cache import EntryCache
 from ..exact.entries import log_counts
+from ..ragged_cache import RaggedCache
 from .layers import EntryLayer
 
 __all__ = ["ClusteredLayer"]
@@ -18,7 +19,7 @@ NAMES = ("keys", "values", "counts")
 class ClusteredLayer(EntryLayer):
     """One layer; unless all layers are alike, transformers' one mask does not fit them all."""
 
-    def __init__(self, make: Callable[[], EntryCache], *, are_alike: bool) -> None:
+    def __init__(self, make: Callable[[], EntryCache | RaggedCache], *, are_alike: bool) -> None:
         self.make, self.are_alike = make, are_alike
         super().__init__()
 
@@ -49,7 +50,7 @@ class ClusteredLayer(EntryLayer):
         """A first call, and all calls without centroids, are left to transformers, so that their bits are stock's."""
         return not self.is_first and not self.has_plain_mask
 
-    def attend_to(self, cache: EntryCache, query: Tensor, scale: float) -> Tensor:
+    def attend_to(self, cache: EntryCache | RaggedCache, query: Tensor, scale: float) -> Tensor:
         output = cache.attend_rows(self.by_kv_head(query), queries=query.shape[2], scale=scale)
         return output.reshape(*query.shape[:-1], -1)
 
@@ -80,7 +81,7 @@ class ClusteredLayer(EntryLayer):
         return torch.cat([stored, new[:, None].expand(-1, stored.shape[1], -1).to(stored.dtype)], dim=-1)
 
 
-def entries_of(cache: EntryCache, name: str) -> Tensor:
+def entries_of(cache: EntryCache | RaggedCache, name: str) -> Tensor:
     """Keys, values or counts of all heads of a cache that holds tokens."""
     entries: Any = cache.entries()
     array: Tensor = entries[NAMES.index(name)]

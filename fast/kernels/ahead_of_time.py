@@ -19,8 +19,9 @@ from .assign import BLOCK_SCORED as assign_scored
 from .assign import N_STAGES as assign_stages
 from .assign import N_WARPS as assign_warps
 from .assign import filter_kernel, settle_kernel
-from .attention import N_STAGES, ROWS, SPLIT, combine_kernel, entries_of_step, split_kernel
+from .attention import N_STAGES, ROWS, SPLIT, entries_of_step, split_kernel
 from .attention import N_WARPS as attention_warps
+from .combine import combine_kernel
 from .likeness import BLOCK_TOKENS, likeness_kernel
 from .likeness import N_WARPS as likeness_warps
 from .match import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_SCORED, match_kernel

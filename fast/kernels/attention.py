@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..exact.entries import Reached, Rest, attend_copies, places_of
+from .combine import combine_kernel
 
 __all__ = [
     "N_STAGES",
@@ -20,7 +21,6 @@ __all__ = [
     "attend_places",
     "attend_ragged",
     "attend_recalled",
-    "combine_kernel",
     "entries_of_step",
     "split_kernel",
 ]
@@ -89,8 +89,8 @@ def attend_ragged(
 ) -> Tensor:
     """As `kvcluster.fast.plain.attention.attend_ragged`, read where the entries lie, by one launch for all heads."""
     heads = torch.tensor([lengths, firsts], device=query.device)
-    of_all_heads = (x.unsqueeze(1) for x in (keys, values, counts))
-    return attend_heads(query, *of_all_heads, max(lengths), queries, scale, ragged=heads)
+    keys, values, counts = (x.unsqueeze(1) for x in (keys, values, counts))
+    return attend_heads(query, keys, values, counts, max(lengths), queries, scale, ragged=heads)
 
 
 def attend_heads(
@@ -284,25 +284,3 @@ def split_kernel(
         output,
         mask=is_row[:, None] & (feature_value < DIM_VALUE)[None, :],
     )
-
-
-@triton.jit
-def combine_kernel(
-    outputs, sums, highest_in, output_out, rows, splits, DIM_VALUE: tl.constexpr, BLOCK_VALUE: tl.constexpr
-):
-    """One program: the splits of one query row, one after the other."""
-    row = tl.program_id(0).to(tl.int64)
-    first = row // rows * splits * rows + row % rows
-    feature = tl.arange(0, BLOCK_VALUE)
-    is_feature = feature < DIM_VALUE
-    top = tl.load(highest_in + first)
-    for split in range(1, splits):
-        top = tl.maximum(top, tl.load(highest_in + first + split * rows))
-    total = tl.zeros((1,), tl.float32)
-    output = tl.zeros((BLOCK_VALUE,), tl.float32)
-    for split in range(0, splits):
-        at = first + split * rows
-        weight = tl.exp(tl.load(highest_in + at) - top)
-        total += weight * tl.load(sums + at)
-        output += weight * tl.load(outputs + at * DIM_VALUE + feature, mask=is_feature, other=0.0)
-    tl.store(output_out + row * DIM_VALUE + feature, output / total, mask=is_feature)

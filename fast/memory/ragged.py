@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .ordinary import on_ordinary_tensors
 
-__all__ = ["RaggedRows"]
+__all__ = ["RaggedRows", "empty_rows"]
 
 
 class RaggedRows(NamedTuple):
@@ -24,21 +24,6 @@ class RaggedRows(NamedTuple):
 
     held: tuple[Tensor, Tensor, Tensor]
     rooms: tuple[int, ...]
-
-    @staticmethod
-    @on_ordinary_tensors
-    def empty(keys: Tensor, values: Tensor, rooms: tuple[int, ...], *, has_heads: bool = True) -> "RaggedRows":
-        """Memory for keys and values like these, (..., heads, tokens, dim), or without the axis of heads."""
-        lead = keys.shape[: -3 if has_heads else -2]
-        rows = sum(rooms)
-        return RaggedRows(
-            (
-                torch.empty(*lead, rows, keys.shape[-1], dtype=keys.dtype, device=keys.device),
-                torch.empty(*lead, rows, values.shape[-1], dtype=values.dtype, device=values.device),
-                torch.ones(*lead, rows, 1, dtype=torch.int32, device=keys.device),
-            ),
-            rooms,
-        )
 
     @property
     def firsts(self) -> tuple[int, ...]:
@@ -121,3 +106,18 @@ class RaggedRows(NamedTuple):
         """The rows `indices` of the first axis."""
         keys, values, counts = (tensor.index_select(0, indices) for tensor in self.held)
         return RaggedRows((keys, values, counts), self.rooms)
+
+
+@on_ordinary_tensors
+def empty_rows(keys: Tensor, values: Tensor, rooms: tuple[int, ...], *, has_heads: bool = True) -> RaggedRows:
+    """Memory for keys and values like these, (..., heads, tokens, dim), or without the axis of heads."""
+    lead = keys.shape[: -3 if has_heads else -2]
+    rows = sum(rooms)
+    return RaggedRows(
+        (
+            torch.empty(*lead, rows, keys.shape[-1], dtype=keys.dtype, device=keys.device),
+            torch.empty(*lead, rows, values.shape[-1], dtype=values.dtype, device=values.device),
+            torch.ones(*lead, rows, 1, dtype=torch.int32, device=keys.device),
+        ),
+        rooms,
+    )

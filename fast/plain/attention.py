@@ -47,8 +47,8 @@ def attend_ragged(
     """Output of heads that have each their own number of entries, `lengths`, from their place `firsts` on."""
     outputs = []
     for head, (n, first) in enumerate(zip(lengths, firsts, strict=True)):
-        of_head = (x[:, None, first : first + n] for x in (keys, values, counts))
-        outputs.append(attend(query[:, head : head + 1], *of_head, queries, scale))
+        key, value, count = (x[:, None, first : first + n] for x in (keys, values, counts))
+        outputs.append(attend(query[:, head : head + 1], key, value, count, queries, scale))
     return torch.cat(outputs, dim=1)
 
 

@@ -65,6 +65,46 @@ def test_needles_and_perplexity_are_measured_printed_written_and_drawn(llama, te
     assert json.loads((tmp_path / "made.json").read_text())["summaries"] == made["summaries"]
 
 
+@pytest.mark.slow
+def test_a_profile_shares_out_what_is_kept(llama, text, tmp_path):
+    profile = tmp_path / "profile.json"
+    sizes = ["--text", text, "--tokens", 1400, "--contexts", 1, "--threads", 1]
+    tuned = CliRunner().invoke(app, ["tune", *map(str, [llama, *sizes, "--rule", "reading", "--json", profile])])
+    assert tuned.exit_code == 0, tuned.output
+    given = [
+        "--model",
+        llama,
+        *sizes,
+        "--needles",
+        2,
+        "--tasks",
+        "needles",
+        "--method",
+        "distinctive,distinctive-heads",
+    ]
+    given += ["--keep", 0.4, "--json", tmp_path / "made.json"]
+    done = run(*given, "--profile", profile)
+    assert done.exit_code == 0, done.output
+    runs = [json.loads(line) for line in (tmp_path / "made.runs.jsonl").read_text().splitlines()]
+    assert ["profile" in each["key"] for each in runs] == [False, True]
+    assert len(set(runs[0]["n_stored"])) == 1 < len(set(runs[1]["n_stored"]))  # layers
+    assert sum(runs[1]["n_stored"]) <= 0.4 * 1400 * 3
+    other = json.loads(profile.read_text())
+    other["weights"] = {"float32": "0" * 64}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    for path, message in (
+        (tmp_path / "other.json", "profile must be one that `kvcluster tune` made for model"),
+        (tmp_path / "none.json", "profile must be a readable file, got"),
+        (text, "path must be a file that `kvcluster tune --json` wrote"),
+    ):
+        refused = run(*given, "--profile", path)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.split())
+    without = run(*given)
+    assert without.exit_code == 2
+    assert "model must be one whose profile is known" in " ".join(without.output.split())
+
+
 def test_questions_come_first_in_a_model_whose_layers_slide(text, tmp_path):
     tiny_gemma().save_pretrained(tmp_path / "gemma")
     character_tokenizer().save_pretrained(tmp_path / "gemma")

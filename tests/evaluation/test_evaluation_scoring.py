@@ -175,9 +175,9 @@ def test_distinctive_stores_what_it_may_and_hardly_less(model, n_tokens, keep):
     assert keep * n_tokens - (n_tokens - 256) // 256 <= n_stored <= keep * n_tokens
 
 
-def test_reading_layers_are_known_of_one_model_only(model):
-    with pytest.raises(ValueError, match="model must be SmolLM2-135M, whose reading layers are known, got one of"):
-        METHODS["distinctive-layers"].make(model, 0.5, 4096)
+def test_a_profile_is_that_of_the_model(model):
+    with pytest.raises(ValueError, match="model must be one whose profile is known"):
+        METHODS["distinctive-heads"].make(model, 0.5, 4096)
     with pytest.raises(
         ValueError, match=r"keep must leave an entry for each of 15 chunks beside 256 exact tokens, got 0.06"
     ):

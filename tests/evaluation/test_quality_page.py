@@ -146,9 +146,9 @@ def test_unfinished_methods_and_other_weights_are_left_out():
     runs += [make_run("kvpress TOVA", 0.5, context, 5, 1.0, weights="other") for context in range(N_CONTEXTS)]
     results = collect(runs)
     assert results.unfinished == [("kvpress LagKV", 0.2)]
-    tables = make_tables(results, Facts(ours=["distinctive", "distinctive-layers"]))
+    tables = make_tables(results, Facts(ours=["distinctive", "distinctive-heads"]))
     assert "Left out, since they did not run on all contexts: kvpress LagKV 0.2." in tables["unfinished"]
-    assert "Not measured: distinctive-layers." in tables["unfinished"]
+    assert "Not measured: distinctive-heads." in tables["unfinished"]
     assert not any("TOVA" in made for made in tables.values())
     assert "LagKV" not in tables["keep 0.2"]
     with pytest.raises(

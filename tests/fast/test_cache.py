@@ -35,6 +35,32 @@ def assert_same_cache(fast_cache, cache):
         assert getattr(fast_cache, name) == getattr(cache, name), name
 
 
+@pytest.mark.parametrize(
+    ("recent_share", "n_recent", "least"), [(0.3, 7, 36), (0.3, 50, 50), (0.0, 7, 7), (0.5, 0, 60)]
+)
+def test_the_recent_window_grows_with_the_text(recent_share, n_recent, least):
+    """Of 120 tokens, 3 of them sinks."""
+    keys, values = tokens_of(0, 120)
+    parameters = PARAMETERS | {"n_recent": n_recent, "recent_share": recent_share}
+    for cache, convert in (
+        (reference.ClusteredCache(**parameters), np.asarray),
+        (fast.ClusteredCache(**parameters), to_torch),
+    ):
+        cache.append(convert(keys), convert(values))
+        n_clustered = (117 - least) // 10 * 10
+        assert cache.n_clustered == n_clustered
+        assert least <= 117 - n_clustered < least + 10
+        n_tail = 117 - n_clustered
+        assert_same_bits(torch.as_tensor(cache.keys[:, -n_tail:]), keys[:, -n_tail:])
+    for share, message in (
+        (0.6, "recent_share must be at most 0.5, got 0.6"),
+        (-0.1, r"recent_share must be in \[0, 1\]"),
+    ):
+        for package in (reference, fast):
+            with pytest.raises(ValueError, match=message):
+                package.ClusteredCache(**PARAMETERS, recent_share=share)
+
+
 @given(
     n_tokens=st.integers(1, 120),
     cuts=st.lists(st.integers(0, 120), max_size=6),
@@ -42,13 +68,15 @@ def assert_same_cache(fast_cache, cache):
     chunk_size=st.sampled_from([1, 2, 10, 16]),
     n_sink=st.integers(0, 5),
     n_recent=st.integers(0, 20),
+    recent_share=st.sampled_from([0.0, 0.5]) | st.floats(0, 0.5),
     dtype=st.sampled_from(list(DTYPES)),
     kind=st.sampled_from(KINDS),
 )
 def test_any_split_gives_the_same_bytes_in_numpy_and_torch(
-    n_tokens, cuts, keep_ratio, chunk_size, n_sink, n_recent, dtype, kind
+    n_tokens, cuts, keep_ratio, chunk_size, n_sink, n_recent, recent_share, dtype, kind
 ):
     parameters = {"keep_ratio": keep_ratio, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
+    parameters["recent_share"] = recent_share
     keys, values = tokens_of(n_tokens, n_tokens, dtype=dtype, kind=kind)
     cuts = [min(cut, n_tokens) for cut in cuts]
     whole = filled(keys, values, **parameters)

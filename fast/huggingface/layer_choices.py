@@ -1,0 +1,112 @@
+"""What each layer of a `ClusteredCache` keeps: ratios of layers and heads, budgets, whole heads, the recent window."""
+
+from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..distinctive_matching import Distinctive
+from ..methods import Method
+from ..soft_matching import SoftMatching
+from .head_pairs import HeadPairs, heads_of_layers
+from .layers import check_dense_layers
+from .profiles import Profile, profile_for
+
+__all__ = ["N_RECENT", "OF_KEPT_RECENT", "LayerChoices", "choose_layers"]
+
+N_RECENT = 252  # with 4 sinks a whole chunk of 256
+OF_KEPT_RECENT = 0.2  # the least of the recent tokens / what is kept of a long text; a quarter, with half a chunk
+
+
+class LayerChoices(NamedTuple):
+    """What follows from the arguments of `ClusteredCache.for_model`.
+
+    Attributes
+    ----------
+    of_layer : for each layer its ratio, or those of its KV heads; its budget; its whole heads; its recent share.
+    keep_ratio, recent_share : as they would have to be given, without a profile, to get the same.
+    """
+
+    of_layer: list[tuple[float | tuple[float, ...], int | None, tuple[int, ...], float]]
+    keep_ratio: Any
+    recent_share: Any
+
+
+def choose_layers(
+    model: Any,
+    *,
+    keep_ratio: Any,
+    budget: Any,
+    n_dense_layers: int,
+    method: Method,
+    chunk_size: int,
+    n_recent: int | None,
+    recent_share: Any,
+    whole_heads: HeadPairs,
+    profile: Profile | str | Path | None,
+) -> LayerChoices:
+    """The choices for every layer of `model`; arguments and errors are those of `ClusteredCache.for_model`."""
+    if keep_ratio is None and budget is None:
+        raise ValueError("keep_ratio or budget must be given, got neither")
+    n_layers = model.config.num_hidden_layers
+    check_dense_layers(n_dense_layers, n_layers)
+    heads = heads_of_layers(model, whole_heads)
+    if recent_share is None:
+        grows = n_recent is None and budget is None and isinstance(keep_ratio, Real)
+        recent_share = OF_KEPT_RECENT * min(1.0, float(keep_ratio)) if grows else 0.0
+    is_simple = isinstance(keep_ratio, Real) and budget is None and not n_dense_layers and not any(heads)
+    if profile is not None and (profile != "known" or takes_what_ships(model, keep_ratio, method, is_simple)):
+        if not is_simple:
+            raise ValueError(
+                "profile needs a single keep_ratio, no budget, no whole_heads and no n_dense_layers: it tells all "
+                f"layers and heads apart, got {profile}"
+            )
+        found = profile_for(model, profile)
+        if found is not None:
+            keep_ratio = found.keep_ratios(keep_ratio, chunk_size=chunk_size, n_layers=n_layers)
+    ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
+    budgets = one_for_each_layer("budget", budget, n_layers)
+    recent_shares = one_for_each_layer("recent_share", recent_share, n_layers)
+    if budget is not None and not isinstance(method, SoftMatching):
+        raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
+    if budget is not None and len(whole_heads):
+        raise ValueError(f"whole_heads must be empty with a budget, got {list(whole_heads)}")
+    if budget is not None and any(recent_shares):
+        raise ValueError(f"recent_share must be 0 with a budget, got {recent_share}")
+    of_layer = list(zip(ratios, budgets, heads, recent_shares, strict=True))
+    of_layer[:n_dense_layers] = [(1.0, None, (), 0.0)] * n_dense_layers
+    check_head_ratios(model, of_layer)
+    return LayerChoices(of_layer, keep_ratio, recent_share)
+
+
+def takes_what_ships(model: Any, keep_ratio: Any, method: Method, is_simple: bool) -> bool:
+    """Whether the profile that ships for a model, if there is one, is used without being asked for."""
+    is_sharded = (getattr(model, "_tp_size", None) or 1) > 1
+    return is_simple and keep_ratio < 1 and isinstance(method, Distinctive) and not is_sharded
+
+
+def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
+    """`value` for every layer, or the numbers of a sequence; sequences in it become tuples."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * n_layers
+    if len(value) != n_layers:
+        raise ValueError(f"{name} must be one number or one for each of the {n_layers} layers, got {len(value)}")
+    return [tuple(x) if isinstance(x, Sequence) and not isinstance(x, str) else x for x in value]
+
+
+def check_head_ratios(model: Any, of_layer: list[tuple[Any, ...]]) -> None:
+    """Refuse ratios of single heads where they cannot be served."""
+    kv_heads = model.config.num_key_value_heads
+    for index, (ratio, budget, whole_heads, _) in enumerate(of_layer):
+        if not isinstance(ratio, tuple):
+            continue
+        if len(ratio) != kv_heads:
+            rule = f"keep_ratio must be one for each of the {kv_heads} KV heads"
+            raise ValueError(f"{rule}, got {len(ratio)} in layer {index}")
+        if budget is not None or whole_heads:
+            raise ValueError(
+                "keep_ratio must be one number for a layer with a budget or whole_heads (1 is a whole head), got "
+                f"{ratio} in layer {index}"
+            )
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise ValueError(f"keep_ratio must be one number for a layer whose KV heads are sharded, got {ratio}")
