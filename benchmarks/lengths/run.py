@@ -1,0 +1,145 @@
+"""What is left of longer contexts, of two models: `make bench-lengths`, docs/lengths.md.
+
+Needles, perplexity and RULER-style tasks at each length, the question after the compression, through
+`kvcluster.evaluation.quality`. Every run is kept as sums of its context, and only what is missing there runs: after a
+change to a method, remove its lines.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.published.run import without_texts
+from benchmarks.published.tables import TITLES, over, score
+from kvcluster.evaluation.models import load_model
+from kvcluster.evaluation.pages import fill, table
+from kvcluster.evaluation.quality import Case, needle_cases, run_all, summarize, task_case
+from kvcluster.evaluation.quality.tasks import TASKS
+from kvcluster.evaluation.report import with_interval
+from kvcluster.evaluation.runs import Runs
+from kvcluster.evaluation.texts import built_in_text, encode
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
+
+__all__ = ["main", "make_tables"]
+
+HERE = Path(__file__).resolve().parent
+PAGE = ROOT / "docs" / "lengths.md"
+N_FOLLOWING = 512
+KEEPS = (0.25, 0.1)
+TITLES_OF_METHODS = {
+    "full": "full cache, as it is",
+    "distinctive": "distinctive matching, all heads alike",
+    "distinctive-heads": "distinctive matching, the model's profile",
+}
+
+
+class Set(NamedTuple):
+    """Contexts of one length: with needles, and of each task."""
+
+    n_tokens: int
+    n_contexts: int
+    n_of_each_task: int
+
+
+# Gemma has 32,768 positions, which have to hold the questions and answers too.
+SETS = {
+    "smollm2": (Set(4096, 4, 1),),
+    "gemma3-270m": (Set(4096, 4, 1), Set(16384, 2, 1), Set(32000, 1, 1)),
+}
+
+
+def main() -> None:
+    """Measure what is missing, fill in the page, print its tables."""
+    parser = argparse.ArgumentParser(description="Longer contexts: docs/lengths.md.")
+    parser.add_argument("--models", nargs="+", default=tuple(SETS), choices=tuple(SETS))
+    parser.add_argument("--longest", type=int, default=32000, help="tokens of the longest contexts that are read")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    if not arguments.page_only:
+        for name in arguments.models:
+            model, tokenizer = load_model(name, MODEL_TYPES)
+            sets = [each for each in SETS[name] if each.n_tokens <= arguments.longest]
+            measure(model, tokenizer, sets, Runs(results(name), without_texts))
+    tables = make_tables({name: Runs(results(name)).all for name in SETS})
+    PAGE.write_text(fill(PAGE.read_text(), tables))
+    console = Console()
+    for name, markdown in tables.items():
+        console.print(f"\n{name}", Markdown(markdown))
+
+
+def results(name: str) -> Path:
+    return HERE / "results" / f"{name}.jsonl"
+
+
+def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs) -> None:
+    """Every method on every context."""
+    text = built_in_text()
+    tokens = encode(tokenizer, text)
+    pairs = [("full", 1.0), *((name, keep) for name in TITLES_OF_METHODS if name != "full" for keep in KEEPS)]
+    cases: list[Case] = []
+    for n_tokens, n_contexts, n_of_each in sets:
+        sizes = {"lengths": [n_tokens], "n_contexts": n_contexts, "n_following": N_FOLLOWING}
+        cases += needle_cases(tokenizer, tokens, "reporting", **sizes)
+        for name in TASKS:
+            for number in range(n_of_each):
+                cases.append(task_case(name, tokenizer, text, tokens, "reporting", number, n_tokens))
+    with Progress() as progress:
+        task = progress.add_task("Contexts", total=len(cases) * len(pairs))
+        run_all(model, tokenizer, cases, pairs, runs, on_run=lambda: progress.advance(task))
+
+
+def make_tables(by_model: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Each as Markdown."""
+    return {name: model_table(name, runs) for name, runs in by_model.items()}
+
+
+def model_table(name: str, runs: list[dict[str, Any]]) -> str:
+    """A row for each length, share kept and method, over the full cache's; what was not run is left out."""
+    rows = []
+    for n_tokens, _, _ in SETS[name]:
+        of_length = [run for run in runs if abs(run["n_tokens"] - n_tokens) <= n_tokens // 10]  # lists are shorter
+        full = [run for run in of_length if run["key"]["method"] == "full"]
+        for method, keep in dict.fromkeys((run["key"]["method"], run["key"]["keep"]) for run in of_length):
+            group = [run for run in of_length if (run["key"]["method"], run["key"]["keep"]) == (method, keep)]
+            if {run["key"]["case"] for run in group} == {run["key"]["case"] for run in full}:
+                rows.append([f"{n_tokens:,}", *row(method, keep, group, full)])
+    head = ["tokens", "kept", "method", "entries", "needles", "perplexity", "tasks"]
+    return f"{TITLES[name]}:\n\n" + table(head, rows)
+
+
+def row(method: str, keep: float, group: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str]:
+    """Share kept, method, entries, needles and perplexity over the full cache's, score of tasks over its."""
+    with_needles = [run for run in group if "needles" in run]
+    summaries = summarize([*(run for run in full if "needles" in run), *with_needles])
+    summary = summaries[-1] if method != "full" else summaries[0]
+    has_tasks = any("prompts" in run for run in full)
+    if method == "full":
+        cells = [
+            with_interval(summary["needles"]["token_accuracy"], to="-"),
+            f"{summary['perplexity']['value']['value']:.3f}",
+        ]
+        return ["all", TITLES_OF_METHODS[method], "1.000", *cells, f"{score(full):.2f}" if has_tasks else "-"]
+    needles, perplexity = summary["needles"]["of_full"], summary["perplexity"]["of_full"]
+    cells = [with_interval(needles, to="-"), with_interval(perplexity, to="-")]
+    cells.append(over(score(group), score(full)) if has_tasks else "-")
+    return [f"{keep:g}", TITLES_OF_METHODS[method], f"{summary['entries']:.3f}", *cells]
+
+
+if __name__ == "__main__":
+    main()
