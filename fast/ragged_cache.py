@@ -197,16 +197,11 @@ class RaggedCache:
         self.work.seconds += time.perf_counter() - begun
 
     def crop(self, n_tokens: int) -> None:
-        """Remove the last `n_tokens` tokens: the cache is then, bit for bit, as if they had never come.
+        """Remove the last `n_tokens` tokens, as `ClusteredCache.crop` does.
 
         Raises
         ------
         ValueError : more than `n_croppable`. The cache is then as it was.
-
-        Notes
-        -----
-        Tokens can be removed if no chunk was clustered because of them. An exception is the last `append`, if of at
-        most `UNDO_TOKENS` tokens: its clustering is undone, then redone for the tokens that are left.
         """
         check_integer("n_tokens", n_tokens, least=0)
         if n_tokens > self.n_croppable:

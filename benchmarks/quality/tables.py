@@ -112,7 +112,7 @@ def method_table(results: Results, ours: list[str], keep: float) -> str:
         entries = f"{sum(x['entries'] for x in stored) / sum(x['layers'] for x in stored):,.0f}"
         least, most = min(x["least"] for x in stored), max(x["most"] for x in stored)
         if least < most:
-            entries += f" ({least:,} to {most:,})"
+            entries += f" ({least:,.0f} to {most:,.0f})"
         rows.append(
             [
                 f"`{name}`" if name in ("full", *ours) else name,

@@ -157,7 +157,7 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     local = ["--model", llama, "--text", text]
     for arguments, message in (
-        (["--method", "best"], "method must be of full, chunked, chunked-10, chelsea-0"),
+        (["--method", "best"], "method must be of full, chunked, chelsea-0, distinctive"),
         (["--keep", "0"], "keep must be in (0, 1], got 0"),
         (["--keep", "half"], "keep must be numbers, got 'half'"),
         (["--tokens", "4k"], "tokens must be whole numbers, got '4k'"),

@@ -22,7 +22,9 @@ RECALLED = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 
 MAKE = {
     "clustered": lambda model: ClusteredCache.for_model(model, **PARAMETERS),
     "chelsea": lambda model: ChelseaCache.for_model(model, **COMPRESSED),
-    "ragged": lambda model: ClusteredCache.for_model(model, **PARAMETERS | {"keep_ratio": [[0.2, 0.7], 0.25, 0.25]}),
+    "ragged": lambda model: ClusteredCache.for_model(
+        model, **PARAMETERS | {"keep_ratio": [[0.2, 0.7]] * len(model.model.layers)}
+    ),
     "recall": lambda model: RecallCache.for_model(model, **RECALLED),
     "stock": lambda model: None,
 }
