@@ -141,9 +141,10 @@ def whole_chunks(held: fast.ClusteredCache, n_kept: int) -> int:
 
 
 def cluster_with(right, held, n_sink):
-    true, held.n_sink = held.n_sink, n_sink
+    true, rules = held.n_sink, held._rules
+    held.n_sink, held._rules = n_sink, replace(rules, n_sink=n_sink)
     right(held)
-    held.n_sink = true
+    held.n_sink, held._rules = true, rules
 
 
 def single_tokens_unclustered(right, held, keys, values):

@@ -71,12 +71,12 @@ def run_all(
     runs: Runs,
     *,
     options: Options = Options(),
-    methods: Mapping[str, Method] = METHODS,
+    methods: Mapping[str, Method] | None = None,
     on_run: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Results of every pair of method and `keep` on every case, case by case; new ones are added to `runs`.
 
-    `methods` are those of `METHODS`, or what `with_profile` makes of them.
+    `methods` are those of `METHODS` by default, or what `with_profile` makes of them.
 
     Raises
     ------
@@ -84,6 +84,7 @@ def run_all(
         question, and questions come first. Nothing has run then.
     RuntimeError : a method stored more entries than `keep` allows.
     """
+    methods = METHODS if methods is None else methods
     if all(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
         raise ValueError("model must have a layer without a sliding window, got none")
     for n_tokens in sorted({n for case in cases for n in lengths(case, options)}):

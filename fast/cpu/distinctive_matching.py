@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from ..exact.distinctiveness import distinctiveness, shape_of_layers
+from ..exact.distinctiveness import scores_by_likeness
 from .compiling import library
 from .layout import DTYPES
 
@@ -17,9 +17,7 @@ def scores(
     keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"], chunk_size: int
 ) -> Float64[Tensor, "layers chunks chunk"]:
     """As `kvcluster.fast.plain.distinctive_matching.scores`; dim and dim_value must be multiples of LANES."""
-    shape = shape_of_layers(keys, chunk_size)
-    in_chunks = (array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values))
-    return distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
+    return scores_by_likeness(likeness_to_mean, keys, values, chunk_size)
 
 
 def likeness_to_mean(tokens: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Distinctive matching after the likeness of each token to its chunk's mean is known: scores, and what they decide."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
@@ -16,6 +18,7 @@ __all__ = [
     "evenly_spaced",
     "labels_of",
     "numbers_of_entries",
+    "scores_by_likeness",
     "shape_of_layers",
     "split_by_score",
 ]
@@ -34,6 +37,18 @@ def numbers_of_entries(target: int, n_shared: int) -> tuple[int, int]:
     """Of the `target` entries of a chunk, how many are exact and how many are shared."""
     n_shared = max(1, min(n_shared, target // 2))
     return target - n_shared, n_shared
+
+
+def scores_by_likeness(
+    likeness_to_mean: Callable[[Tensor], Tensor],
+    keys: Float[Tensor, "*lead tokens dim"],
+    values: Float[Tensor, "*lead tokens dim_value"],
+    chunk_size: int,
+) -> Float64[Tensor, "layers chunks chunk"]:
+    """Scores of the tokens of whole chunks by `likeness_to_mean`, of tokens (chunks, chunk, dim) to their mean."""
+    shape = shape_of_layers(keys, chunk_size)
+    in_chunks = (array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values))
+    return distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
 
 
 def compress_by_scores(

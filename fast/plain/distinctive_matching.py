@@ -5,7 +5,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..exact.distinctiveness import compress_by_scores as compress
-from ..exact.distinctiveness import distinctiveness, shape_of_layers
+from ..exact.distinctiveness import scores_by_likeness
 from ..exact.mean import certified_mean, sums_are_exact
 from ..exact.similarity import canonical_similarity
 
@@ -18,9 +18,7 @@ def scores(
     keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"], chunk_size: int
 ) -> Float64[Tensor, "layers chunks chunk"]:
     """How far each token of whole chunks stands out, for all heads of its layer together."""
-    shape = shape_of_layers(keys, chunk_size)
-    in_chunks = (array.reshape(-1, chunk_size, array.shape[-1]) for array in (keys, values))
-    return distinctiveness(*(likeness_to_mean(array).reshape(shape) for array in in_chunks))
+    return scores_by_likeness(likeness_to_mean, keys, values, chunk_size)
 
 
 def likeness_to_mean(tokens: Float[Tensor, "chunks chunk dim"]) -> Float64[Tensor, "chunks chunk"]:

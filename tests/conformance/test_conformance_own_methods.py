@@ -20,7 +20,8 @@ BOTH, CACHE = ("distinctive_matching", "ClusteredCache"), ("ClusteredCache",)
 SCORES, SPLIT, MATCH, SPACED = (
     f"exact/distinctiveness.{name}" for name in ("distinctiveness", "split_by_score", "match_ordinary", "evenly_spaced")
 )
-COMPRESS = "plain/distinctive_matching.compress", "cpu/distinctive_matching.compress"
+COMPRESS = "plain/distinctive_matching.compress"
+OF_LAYERS = "plain/distinctive_matching.scores", "cpu/distinctive_matching.scores"
 LIKENESS = "plain/distinctive_matching.likeness_to_mean", "cpu/distinctive_matching.likeness_to_mean"
 CLUSTERED, BOUNDED = "cache.ClusteredCache", "bounded_cache.BoundedCache"
 
@@ -29,8 +30,9 @@ def as_layers_of_one_head(right, *likeness):
     return right(*(array.flatten(0, 1).unsqueeze(1) for array in likeness))
 
 
-def as_one_layer(right, *arrays, **rules):
-    return right(*(array.reshape(-1, *array.shape[-2:]) for array in arrays), **rules)
+def as_one_layer(right, keys, values, chunk_size):
+    scores = right(*(array.reshape(-1, *array.shape[-2:]) for array in (keys, values)), chunk_size)
+    return scores.expand(keys.shape[:-3].numel(), -1, -1)
 
 
 def likeness_to_rounded_mean(right, tokens):
@@ -135,7 +137,7 @@ MUTANTS = (
         BOTH,
         together(put(as_layers_of_one_head, SCORES), put(lambda right, x, _, n: right(x, 1, n), SPLIT)),
     ),
-    Mutant("batch rows together", BOTH, put(as_one_layer, *COMPRESS)),
+    Mutant("batch rows together", BOTH, put(as_one_layer, *OF_LAYERS)),
     Mutant("mean in the dtype", BOTH[:1], put(likeness_to_rounded_mean, *LIKENESS)),
     Mutant("no window", BOTH, without_window),
     Mutant("always by seven", BOTH, put(divided_by_window, SCORES)),
@@ -148,7 +150,7 @@ MUTANTS = (
     ),
     Mutant("tied destinations: the last", BOTH, match_by(last_of_tied)),
     Mutant("destinations may leave", BOTH[:1], match_by(lambda similarities, at: similarities.argmax(dim=-1))),
-    Mutant("shared entries first", BOTH, put(shared_first, *COMPRESS)),
+    Mutant("shared entries first", BOTH, put(shared_first, COMPRESS)),
     Mutant("n_shared ignored", CACHE, made_with(CLUSTERED, method=lambda given: fast.SoftMatching())),
     Mutant("budget ignored", CACHE, made_with(BOUNDED, budget=lambda given: 10**9)),
     Mutant(

@@ -48,7 +48,7 @@ def without_seconds(results):
 def test_runs_go_on_where_they_stopped(model, tokenizer, cases, tmp_path, monkeypatch):
     measured = []
     measure = run_module.measure
-    monkeypatch.setattr(run_module, "measure", lambda *args: measured.append(args[-1]["method"]) or measure(*args))
+    monkeypatch.setattr(run_module, "measure", lambda *args: measured.append(args[-2]["method"]) or measure(*args))
     path = tmp_path / "runs.jsonl"
 
     def run(cases=cases, options=NO_OPTIONS):
