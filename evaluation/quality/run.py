@@ -91,6 +91,8 @@ def run_all(
         for name, keep in pairs:
             methods[name].make(model, keep, n_tokens)
     weights = fingerprint(model)["weights"]
+    of_methods = {name: methods[name].profile for name, _ in pairs}
+    profiles = {name: profile_of(model).digest for name, profile_of in of_methods.items() if profile_of is not None}
     results = []
     for case in cases:
         context = Context(model, case.tokens)
@@ -106,8 +108,8 @@ def run_all(
             }
             if options.is_question_first:  # absent otherwise, so that older runs are found
                 key["is_question_first"] = True
-            if method.profile is not None:
-                key["profile"] = method.profile(model).digest
+            if name in profiles:
+                key["profile"] = profiles[name]
             result = runs.found(key)
             if result is None:
                 result = {"key": key, "task": case.task, "name": case.name, "n_tokens": len(case.tokens)}
