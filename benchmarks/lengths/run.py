@@ -38,26 +38,34 @@ __all__ = ["main", "make_tables"]
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "lengths.md"
 N_FOLLOWING = 512
-KEEPS = (0.25, 0.1)
+SHARES = (0.25, 0.1)
+BUDGETS = (1024, 2048)
 TITLES_OF_METHODS = {
     "full": "full cache, as it is",
     "distinctive": "distinctive matching, all heads alike",
     "distinctive-heads": "distinctive matching, the model's profile",
+    "recall": "recall",
+    "clusterkv": "recall, ClusterKV's settings",
 }
+OF_BUDGETS = "recall", "clusterkv"  # they store every token: what they keep is what a step may read
 
 
 class Set(NamedTuple):
-    """Contexts of one length: with needles, and of each task."""
+    """Contexts of one length: with needles, and of each task; shares that are kept, and budgets of recall."""
 
     n_tokens: int
     n_contexts: int
     n_of_each_task: int
+    shares: tuple[float, ...] = SHARES
+    budgets: tuple[int, ...] = ()
 
 
+# At 4,096 tokens also what `keep_ratio` of 0.25 and 0.1 make of them, with 256 exact tokens beside the chunks.
+SHORT = Set(4096, 4, 1, (0.297, 0.25, 0.156, 0.1))
 # Gemma has 32,768 positions, which have to hold the questions and answers too.
 SETS = {
-    "smollm2": (Set(4096, 4, 1),),
-    "gemma3-270m": (Set(4096, 4, 1), Set(16384, 2, 1), Set(32000, 1, 1)),
+    "smollm2": (SHORT,),
+    "gemma3-270m": (SHORT, Set(16384, 2, 1, SHARES, BUDGETS), Set(32000, 1, 1, SHARES, BUDGETS)),
 }
 
 
@@ -91,17 +99,27 @@ def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs) -> None:
     """Every method on every context."""
     text = built_in_text()
     tokens = encode(tokenizer, text)
-    pairs = [("full", 1.0), *((name, keep) for name in TITLES_OF_METHODS if name != "full" for keep in KEEPS)]
-    cases: list[Case] = []
-    for n_tokens, n_contexts, n_of_each in sets:
-        sizes = {"lengths": [n_tokens], "n_contexts": n_contexts, "n_following": N_FOLLOWING}
-        cases += needle_cases(tokenizer, tokens, "reporting", **sizes)
-        for name in TASKS:
-            for number in range(n_of_each):
-                cases.append(task_case(name, tokenizer, text, tokens, "reporting", number, n_tokens))
     with Progress() as progress:
-        task = progress.add_task("Contexts", total=len(cases) * len(pairs))
-        run_all(model, tokenizer, cases, pairs, runs, on_run=lambda: progress.advance(task))
+        for each in sets:
+            sizes = {"lengths": [each.n_tokens], "n_contexts": each.n_contexts, "n_following": N_FOLLOWING}
+            cases: list[Case] = needle_cases(tokenizer, tokens, "reporting", **sizes)
+            for name in TASKS:
+                for number in range(each.n_of_each_task):
+                    cases.append(task_case(name, tokenizer, text, tokens, "reporting", number, each.n_tokens))
+            pairs = pairs_of(each)
+            task = progress.add_task(f"{each.n_tokens:,} tokens", total=len(cases) * len(pairs))
+            run_all(model, tokenizer, cases, pairs, runs, on_run=lambda task=task: progress.advance(task))
+
+
+def pairs_of(each: Set) -> list[tuple[str, float]]:
+    """Methods and what they keep."""
+    pairs = [("full", 1.0)]
+    for name in TITLES_OF_METHODS:
+        if name in OF_BUDGETS:
+            pairs += [(name, budget / each.n_tokens) for budget in each.budgets]
+        elif name != "full":
+            pairs += [(name, share) for share in each.shares]
+    return pairs
 
 
 def make_tables(by_model: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
@@ -112,19 +130,20 @@ def make_tables(by_model: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
 def model_table(name: str, runs: list[dict[str, Any]]) -> str:
     """A row for each length, share kept and method, over the full cache's; what was not run is left out."""
     rows = []
-    for n_tokens, _, _ in SETS[name]:
+    for n_tokens, *_ in SETS[name]:
         of_length = [run for run in runs if abs(run["n_tokens"] - n_tokens) <= n_tokens // 10]  # lists are shorter
         full = [run for run in of_length if run["key"]["method"] == "full"]
         for method, keep in dict.fromkeys((run["key"]["method"], run["key"]["keep"]) for run in of_length):
             group = [run for run in of_length if (run["key"]["method"], run["key"]["keep"]) == (method, keep)]
             if {run["key"]["case"] for run in group} == {run["key"]["case"] for run in full}:
-                rows.append([f"{n_tokens:,}", *row(method, keep, group, full)])
+                kept = f"{keep * n_tokens:,.0f} read" if method in OF_BUDGETS else "all" if keep == 1 else f"{keep:g}"
+                rows.append([f"{n_tokens:,}", kept, *row(method, group, full)])
     head = ["tokens", "kept", "method", "entries", "needles", "perplexity", "tasks"]
     return f"{TITLES[name]}:\n\n" + table(head, rows)
 
 
-def row(method: str, keep: float, group: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str]:
-    """Share kept, method, entries, needles and perplexity over the full cache's, score of tasks over its."""
+def row(method: str, group: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str]:
+    """Method, entries, needles and perplexity over the full cache's, score of tasks over its."""
     with_needles = [run for run in group if "needles" in run]
     summaries = summarize([*(run for run in full if "needles" in run), *with_needles])
     summary = summaries[-1] if method != "full" else summaries[0]
@@ -134,11 +153,11 @@ def row(method: str, keep: float, group: list[dict[str, Any]], full: list[dict[s
             with_interval(summary["needles"]["token_accuracy"], to="-"),
             f"{summary['perplexity']['value']['value']:.3f}",
         ]
-        return ["all", TITLES_OF_METHODS[method], "1.000", *cells, f"{score(full):.2f}" if has_tasks else "-"]
+        return [TITLES_OF_METHODS[method], "1.000", *cells, f"{score(full):.2f}" if has_tasks else "-"]
     needles, perplexity = summary["needles"]["of_full"], summary["perplexity"]["of_full"]
     cells = [with_interval(needles, to="-"), with_interval(perplexity, to="-")]
     cells.append(over(score(group), score(full)) if has_tasks else "-")
-    return [f"{keep:g}", TITLES_OF_METHODS[method], f"{summary['entries']:.3f}", *cells]
+    return [TITLES_OF_METHODS[method], f"{summary['entries']:.3f}", *cells]
 
 
 if __name__ == "__main__":
