@@ -22,7 +22,9 @@ from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.reference.arguments import check_integer, check_keep_ratio
 
 from ..errors import UnusableInputError
+from ..layers import full_layers
 from ..models import load_model
+from ..quality.scoring import fill
 from ..texts import load_tokens, read_text
 from .figure import check_figure_path, draw
 from .oracle import check_against_reference, next_token_attention
@@ -102,8 +104,10 @@ def check_arguments(keep_ratio: float, chunk_size: int, n_context: int, figure_p
 
 def check_layers(model: Any) -> None:
     """Refuse a model of which nothing would be clustered."""
-    if all(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
-        raise UnusableInputError("model must have a layer without a sliding window, got none")
+    try:
+        full_layers(model)
+    except ValueError as error:
+        raise UnusableInputError(str(error)) from error
 
 
 def check_length(n_context: int, n_positions: int) -> None:
@@ -131,13 +135,8 @@ def measure(
     clustered = ClusteredCache.for_model(
         model, keep_ratio=keep_ratio, method=SoftMatching(), chunk_size=chunk_size, n_sink=16, n_recent=64
     )
-    layers = list(zip(full.layers, clustered.layers, strict=True))
-    for full_layer, layer in progress.track(layers, description="Cluster, layer by layer"):
-        if layer.is_sliding:  # transformers' own, the same in both
-            vars(layer).update(copy.deepcopy(vars(full_layer)))
-        else:
-            layer.cache.extend(full_layer.keys, full_layer.values)
-            layer.cache.cluster()
+    task = progress.add_task("Cluster, layer by layer", total=len(full.layers))
+    fill(clustered, full, on_layer=lambda: progress.advance(task))
     results = (
         Measured(full, full.get_seq_length(), cache_bytes(full), perplexity(model, full, first, following, progress)),
         Measured(

@@ -10,7 +10,9 @@ from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, Re
 from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
 from kvcluster.fast.methods import Method as ClusteringMethod
 
-__all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "full_heads", "with_profile"]
+from ..layers import full_layers
+
+__all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "with_profile"]
 
 CHUNKED: dict[str, Any] = {"chunk_size": 256, "n_sink": 16, "n_recent": 64}
 EXACT = 16 + 64  # sinks and recent tokens of the published cache
@@ -127,13 +129,6 @@ def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, fl
     return make
 
 
-def full_heads(model: Any) -> int:
-    """KV heads of the layers that attend to all tokens."""
-    config = model.config
-    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    return config.num_key_value_heads * sum(kind != "sliding_attention" for kind in types)
-
-
 def whole_and_others(
     model: Any, keep: float, share: float, profile_of: Callable[[Any], Profile]
 ) -> tuple[list[tuple[int, int]], float]:
@@ -141,11 +136,12 @@ def whole_and_others(
 
     Raises
     ------
-    ValueError : no heads known for the model; whole heads that need more than `keep`.
+    ValueError : no heads known for the model; whole heads that need more than `keep`; a model whose layers all slide.
     """
-    n_heads = full_heads(model)
     if not share:
         return [], keep
+    layers, kv_heads = full_layers(model)
+    n_heads = len(layers) * kv_heads
     n_whole = max(1, round(share * n_heads))
     left = keep * n_heads - n_whole
     if left <= 0:

@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DynamicCache
-
 from kvcluster.fast.huggingface.saving import fingerprint
 
+from ..layers import full_layers
 from ..runs import Runs
 from .cases import Case
 from .measuring import measure, measure_question_first
@@ -85,8 +84,7 @@ def run_all(
     RuntimeError : a method stored more entries than `keep` allows.
     """
     methods = METHODS if methods is None else methods
-    if all(layer.is_sliding for layer in DynamicCache(config=model.config).layers):
-        raise ValueError("model must have a layer without a sliding window, got none")
+    full_layers(model)  # a model without any is refused
     for n_tokens in sorted({n for case in cases for n in lengths(case, options)}):
         for name, keep in pairs:
             methods[name].make(model, keep, n_tokens)

@@ -50,8 +50,10 @@ def prefill(model: Any, make: Callable[[Any], Any], tokens: list[int]) -> Any:
 
 
 @torch.inference_mode()
-def fill(cache: Any, full: Any) -> Any:
+def fill(cache: Any, full: Any, *, on_layer: Callable[[], object] = lambda: None) -> Any:
     """`cache`, one of ours and empty, with the tokens of `full`, transformers' own: as if the model had read them.
+
+    `on_layer` is called after each layer.
 
     A first call attends to its tokens exactly, whatever the cache; so keys and values are the same, bit for bit.
     Layers with a sliding window are transformers' own in both: `cache` gets copies of them.
@@ -64,6 +66,7 @@ def fill(cache: Any, full: Any) -> Any:
             layer.is_announced = True  # as by the hooks on a model
             layer.update(read_before.keys, read_before.values)
             layer.finish()
+        on_layer()
     return cache
 
 

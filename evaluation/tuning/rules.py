@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from transformers import DynamicCache
 
 from kvcluster.fast.huggingface.saving import fingerprint
 
+from ..layers import full_layers
 from ..quality.cases import Case
 from ..quality.needles import needle_cases
 from ..quality.reading import Context
@@ -39,17 +39,9 @@ def rule_for(model: Any, rule: str) -> str:
     if rule not in ("auto", *RULES):
         raise ValueError(f"rule must be auto, {' or '.join(RULES)}, got {rule!r}")
     layers, kv_heads = full_layers(model)
-    if not layers:
-        raise ValueError("model must have a layer that attends to everything, got one whose layers all slide")
     if rule != "auto":
         return rule
     return "direct" if len(layers) * kv_heads <= MOST_DIRECT else "reading"
-
-
-def full_layers(model: Any) -> tuple[list[int], int]:
-    """The layers that attend to everything, and the KV heads of each."""
-    layers = [index for index, layer in enumerate(DynamicCache(config=model.config).layers) if not layer.is_sliding]
-    return layers, int(model.config.num_key_value_heads)
 
 
 def by_reading(

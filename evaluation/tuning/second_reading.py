@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcluster.fast.huggingface.hooks import attention_modules, check_model
 
+from ..layers import full_layers
 from ..texts import encode
 
 __all__ = ["pieces_to_repeat", "second_reading"]
@@ -78,9 +79,7 @@ def second_reading(
     Costs the prefill of the context, and of the pieces behind it, and as many dot products again.
     """
     config = check_model(model, attention=("sdpa",))
-    layers = [index for index, layer in enumerate(DynamicCache(config=config).layers) if not layer.is_sliding]
-    if not layers:
-        raise ValueError("model must have a layer that attends to everything, got one whose layers all slide")
+    layers, kv_heads = full_layers(model)
     if not context:
         raise ValueError("context must have at least one token, got none")
     n_positions = config.max_position_embeddings
@@ -93,7 +92,7 @@ def second_reading(
     full = DynamicCache(config=config)
     base(torch.tensor([context], device=device), past_key_values=full)
     on_piece()
-    shape = (config.num_key_value_heads, len(context))
+    shape = (kv_heads, len(context))
     scores = {index: torch.zeros(shape, dtype=torch.float32, device=device) for index in layers}
     with observed(model, scores):
         for piece in pieces:

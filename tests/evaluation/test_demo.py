@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from models import random_tokens, save_llama, tiny_llama
+from models import random_tokens, save_llama, tiny_gemma, tiny_llama
 from rich.progress import Progress
 from typer.testing import CliRunner
 
 from kvcluster.cli import app
 from kvcluster.evaluation.demo import oracle
 from kvcluster.evaluation.demo import run as demo_run
+from kvcluster.fast import SoftMatching
+from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.entry_layer import ClusteredLayer
 
 
@@ -92,13 +94,26 @@ def test_the_demo_fails_when_attention_misses_the_log_counts(llama, text, tmp_pa
     assert "THEY DISAGREE" in result.output
 
 
-def measured(keep_ratio):
+def measured(keep_ratio, model=None):
     """Full and clustered cache of 400 random tokens, measured."""
+    model = tiny_llama() if model is None else model
     context, following = random_tokens(400 + demo_run.N_NEXT).split([400, demo_run.N_NEXT], dim=1)
     with Progress(disable=True) as progress, torch.inference_mode():
-        return demo_run.measure(
-            tiny_llama(), context, following, keep_ratio=keep_ratio, chunk_size=64, progress=progress
-        )
+        return demo_run.measure(model, context, following, keep_ratio=keep_ratio, chunk_size=64, progress=progress)
+
+
+def test_the_clustered_cache_is_that_of_a_model_that_read_the_context():
+    """Also where layers slide."""
+    model = tiny_gemma()
+    _, clustered = measured(0.25, model)
+    sizes = {"keep_ratio": 0.25, "chunk_size": 64, "n_sink": 16, "n_recent": 64}
+    cache = ClusteredCache.for_model(model, method=SoftMatching(), **sizes)
+    with torch.inference_mode():
+        model(random_tokens(400 + demo_run.N_NEXT)[:, :400], past_key_values=cache)
+    assert clustered.entries == cache.n_stored < 400
+    for ours, theirs in zip(clustered.cache.layers, cache.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
 
 
 def test_what_is_measured_is_each_cache_itself():
@@ -194,6 +209,8 @@ def damage(folder, kind):
         weights.unlink()
     elif kind == "other shapes":
         change_config(folder, intermediate_size=80)
+    elif kind == "sliding":
+        change_config(folder, model_type="mistral", sliding_window=64)
     elif kind == "short":
         change_config(folder, max_position_embeddings=500)
 
@@ -205,6 +222,7 @@ def damage(folder, kind):
         ("truncated", "model must have the weights that its config.json asks for, got"),
         ("other shapes", "model must have the weights that its config.json asks for, got"),
         ("no weights", "no file named model.safetensors"),
+        ("sliding", "model must have a layer that attends to everything, got one whose layers all slide"),
         ("short", "model must know at least 576 positions (max_position_embeddings), got one that knows 500"),
     ],
 )

@@ -306,5 +306,5 @@ def test_what_has_no_question_is_refused(tokenizer, cases):
 def test_a_model_whose_layers_all_slide_is_refused(tokenizer, cases):
     model = tiny_gemma()
     model.config.layer_types = ["sliding_attention"] * 4
-    with pytest.raises(ValueError, match="model must have a layer without a sliding window, got none"):
+    with pytest.raises(ValueError, match="model must have a layer that attends to everything, got one whose"):
         run_all(model, tokenizer, cases, PAIRS, Runs())
