@@ -61,6 +61,8 @@ TABLE = {
     "cluster_means": Row("exact.mean:cluster_means", "kernels.kmeans:cluster_means"),
     "select_clusters": Row("plain.selection:take", "kernels.select:take"),
     "take": Row("plain.selection:take", "kernels.select:take", "cpu.recall:take"),  # of features in bfloat16
+    "replace_clusters": Row("plain.tiers:replace_clusters", cpp="cpu.tiers:replace_clusters"),
+    "bring": Row("plain.tiers:bring", cpp="cpu.tiers:bring"),
 }
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .arguments import check_integer, check_shape
 from .backends import AnyBackend
-from .exact.entries import Reached, recalled_places
+from .exact.entries import Reached
+from .exact.tiers import Exact
 from .memory.body_clusters import BodyClusters
 from .memory.fast_tier import FastTier, TierStatistics
 from .memory.ordinary import on_ordinary_tensors
@@ -151,20 +152,17 @@ class TieredRecallCache(RecallCache):
     def _with_clusters_of(self, choices: list[Tensor] | None) -> "FastTier":
         """The fast tier, once all that this step attends to lies there."""
         if self._near is None:
-            self._near = FastTier(self._held, self.device, self.settings.budget)
+            self._near = FastTier(self._held, self.device, self.settings.budget, self._backend_of_steps)
         near, n_exact, problems = self._near, self.n_seen - self.n_clustered, len(self._flat(self._held[0]))
         counts, first_member, n_sink = self.body.counts, self.body.first_member, self.settings.n_sink
         if choices is None:
             counts = first_member = torch.zeros(problems, 0, dtype=torch.int64, device=self.device)
             choices = [counts]
-        asked = torch.stack(choices).amax(dim=0) > 0  # by any query head
-        sizes = near.replace(asked, counts, self.n_steps, self.statistics)
+        sizes = near.replace(choices, counts, self.n_steps, self.statistics)
         near.make_room(n_exact, sizes)
-        rows = torch.arange(near.first_new_exact(self.n_clustered, n_sink), n_exact, device=self.device)
-        slow_rows = torch.where(rows < n_sink, rows, rows + self.n_clustered)
-        near.copy(self._held, slow_rows.expand(problems, -1), rows.expand(problems, -1))
+        first = near.first_new_exact(self.n_clustered, n_sink)
+        near.bring(self._held, Exact(first, n_exact, n_sink, self.n_clustered), first_member, sizes)
         near.n_exact, near.n_clustered = n_exact, self.n_clustered
-        near.copy(self._held, recalled_places(n_sink + first_member, sizes), near.place(sizes))
         self.statistics.nbytes_moved += int(sizes.sum()) * near.nbytes_of_token
         return near
 

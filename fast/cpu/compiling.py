@@ -14,7 +14,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["compiler", "library"]
+from torch import Tensor
+
+__all__ = ["call", "compiler", "library"]
 
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -56,6 +58,13 @@ def library(name: str) -> ctypes.CDLL:
             run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
             fresh.replace(compiled)
     return ctypes.CDLL(str(compiled))
+
+
+def call(file: str, name: str, shape: tuple[int, ...], *arrays: Tensor) -> None:
+    """`kvcluster_<name>` of `file`.cpp with numbers and pointers to the arrays, which are contiguous."""
+    assert all(array.is_contiguous() for array in arrays)
+    pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
+    getattr(library(file), f"kvcluster_{name}")((ctypes.c_int64 * len(shape))(*shape), *pointers)
 
 
 def run(command: list[str]) -> bytes:

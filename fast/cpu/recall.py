@@ -1,14 +1,12 @@
 """A decoding step of the recall cache in C++."""
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from ..exact.entries import Reached, Rest, places_of
 from ..exact.scores import ScoredClusters
 from .attention import attend_places
-from .compiling import library
+from .compiling import call
 from .layout import DTYPES
 
 __all__ = ["attend_recalled", "take"]
@@ -26,7 +24,7 @@ def take(probe: Tensor, clusters: ScoredClusters, counts: Tensor, budget: int) -
     problems, group, dims = probe.shape
     taken = torch.empty_like(counts)
     shape = (problems, group, dims // 2, counts.shape[1], budget, torch.get_num_threads())
-    call("take", shape, probe, clusters.features, clusters.mean, clusters.largest, counts, taken)
+    call("recall", "take", shape, probe, clusters.features, clusters.mean, clusters.largest, counts, taken)
     return taken
 
 
@@ -44,12 +42,5 @@ def attend_recalled(
     scaled = (query.float() * scale).contiguous()
     output = torch.empty_like(scaled)
     shape = (problems, group, dim, keys.shape[1], n_sink, n_exact, n_body, taken.shape[1], torch.get_num_threads())
-    call(f"attend_body_{DTYPES[keys.dtype]}", shape, scaled, keys, values, first_row, taken, output)
+    call("recall", f"attend_body_{DTYPES[keys.dtype]}", shape, scaled, keys, values, first_row, taken, output)
     return output.to(query.dtype)
-
-
-def call(name: str, shape: tuple[int, ...], *arrays: Tensor) -> None:
-    """`kvcluster_<name>` with pointers to the arrays, which are contiguous."""
-    assert all(array.is_contiguous() for array in arrays)
-    pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
-    getattr(library("recall"), f"kvcluster_{name}")((ctypes.c_int64 * len(shape))(*shape), *pointers)

@@ -1,14 +1,13 @@
 """The fast tier: rows of keys and values in fast memory, and which tokens are there."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
-from ..exact.entries import recalled_places
+from ..backends import cell
+from ..exact.tiers import Exact
 from .body_clusters import longer
 from .ordinary import on_ordinary_tensors
 
@@ -51,7 +50,7 @@ class FastTier:
     last_step : (problems, clusters), int64: when it was selected last.
     """
 
-    def __init__(self, slow: tuple[Tensor, ...], device: torch.device, n_exact: int) -> None:
+    def __init__(self, slow: tuple[Tensor, ...], device: torch.device, n_exact: int, backend: str) -> None:
         problems = slow[0].shape[:-2].numel()
         self.held = tuple(torch.zeros(problems, 0, x.shape[-1], dtype=x.dtype, device=device) for x in slow)
         self.nbytes_of_token = sum(x.shape[-1] * x.itemsize for x in slow)
@@ -62,49 +61,44 @@ class FastTier:
         self.counts = self.first_row
         self.end = torch.zeros(problems, dtype=torch.int64, device=device)  # of the rows in use
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.backend = backend if device.type == "cpu" else "torch"
 
     def replace(
-        self, asked: Bool[Tensor, "problems clusters"], counts: Tensor, n_steps: int, statistics: TierStatistics
+        self, taken: list[Tensor], counts: Tensor, n_steps: int, statistics: TierStatistics
     ) -> Int64[Tensor, "problems clusters"]:
         """Drop what was not selected in the last `n_steps`, this one included; sizes of what has to be copied."""
-        n_new = asked.shape[1] - self.first_row.shape[1]
-        absent = torch.full_like(counts[:, :n_new], -1)
-        self.first_row, self.last_step = longer(self.first_row, absent), longer(self.last_step, absent)
+        absent = torch.full_like(counts[:, self.first_row.shape[1] :], -1)
+        held = longer(self.first_row, absent), longer(self.last_step, absent)
         self.counts = counts
         self.step += 1
-        self.last_step = self.last_step.masked_fill(asked, self.step)
-        is_held = self.first_row >= 0
-        is_leaving = is_held & (self.last_step <= self.step - n_steps)
-        self.first_row = self.first_row.masked_fill(is_leaving, -1)
-        statistics.n_asked += int(asked.sum())
-        statistics.n_hits += int((asked & is_held).sum())
-        statistics.n_evicted += int(is_leaving.sum())
-        return torch.where(asked & ~is_held, counts, 0)
+        replaced = cell("replace_clusters", self.backend)(taken, counts, *held, self.step, n_steps)
+        self.first_row, self.last_step = replaced.first_row, replaced.last_step
+        statistics.n_asked += replaced.n_asked
+        statistics.n_hits += replaced.n_hits
+        statistics.n_evicted += replaced.n_evicted
+        return replaced.sizes
 
     def make_room(self, n_exact: int, sizes: Int64[Tensor, "problems clusters"]) -> None:
         """Make sure of rows for `n_exact` exact tokens and, behind those in use, for clusters of these sizes."""
         end, rows = self.end + sizes.sum(dim=1), self.held[0].shape[1]
         if n_exact <= self.room_for_exact <= rows and (not len(end) or int(end.max()) <= rows):
             return
-        self.room_for_exact = max(n_exact, self.room_for_exact)
         sizes_here = torch.where(self.first_row >= 0, self.counts, 0)
-        old, old_rows = self.held, recalled_places(self.first_row, sizes_here)
-        self.end = torch.full_like(self.end, self.room_for_exact)
-        new_rows = self.place(sizes_here)
         needed = 0 if not len(end) else int((sizes_here.sum(dim=1) + sizes.sum(dim=1)).max())
-        if self.room_for_exact + needed > rows:  # twice that, so that rows are rarely moved
-            shape = (len(end), self.room_for_exact + 2 * needed)
+        room_for_exact, old = max(n_exact, self.room_for_exact), self.held
+        if room_for_exact > self.room_for_exact or room_for_exact + needed > rows:
+            shape = (len(end), room_for_exact + 2 * needed)  # twice that, so that rows are rarely moved
             self.held = tuple(zeros((*shape, array.shape[-1]), array) for array in old)
             for new, array in zip(self.held, old, strict=True):
                 new[:, : self.n_exact] = array[:, : self.n_exact]
-        self.copy(old, old_rows, new_rows)
+        self.room_for_exact = room_for_exact
+        self.end = torch.full_like(self.end, room_for_exact)
+        self.bring(old, Exact(0, 0, 0, 0), self.first_row, sizes_here)
 
-    def place(self, sizes: Int64[Tensor, "problems clusters"]) -> Int64[Tensor, "problems rows"]:
-        """Rows, behind those in use, for the clusters whose size here is not 0."""
-        first_row = self.end.unsqueeze(1) + sizes.cumsum(dim=1) - sizes
-        self.first_row = torch.where(sizes > 0, first_row, self.first_row)
-        self.end = self.end + sizes.sum(dim=1)
-        return recalled_places(first_row, sizes)
+    def bring(self, source: tuple[Tensor, ...], exact: Exact, first_member: Tensor, sizes: Tensor) -> None:
+        """Copy exact rows, and clusters of these sizes behind the rows in use, from `source`."""
+        places = first_member, sizes, self.first_row, self.end
+        self.first_row, self.end = cell("bring", self.backend)(source, self.held, exact, *places, self.side)
 
     def keep(self, n_clusters: int, n_exact: int) -> None:
         """Forget all but the first clusters and the first exact tokens."""
@@ -116,31 +110,6 @@ class FastTier:
     def first_new_exact(self, n_clustered: int, n_sink: int) -> int:
         """The first row whose exact token is not here: clustering moves all recent tokens."""
         return self.n_exact if n_clustered == self.n_clustered else min(self.n_exact, n_sink)
-
-    def copy(self, source: tuple[Tensor, ...], source_rows: Tensor, rows: Tensor) -> None:
-        """Copy `source_rows` of `source` (..., rows, .) to `rows`, both (problems, copied), -1 where there is none."""
-        problem = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-        pairs = (source_rows, source[0]), (rows, self.held[0])
-        source_rows, rows = ((places + problem * x.shape[-2])[places >= 0] for places, x in pairs)
-        with self.copying():
-            for held, array in zip(self.held, source, strict=True):
-                is_far = array.device != held.device
-                shape = len(rows), array.shape[-1]
-                moving = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=is_far)
-                torch.index_select(array.reshape(-1, array.shape[-1]), 0, source_rows.to(array.device), out=moving)
-                held.view(-1, array.shape[-1]).index_copy_(0, rows, moving.to(held.device, non_blocking=True))
-
-    @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
-        """On CUDA: a stream that waits for what was queued before, and for which what is queued later waits."""
-        if self.side is None:
-            yield
-            return
-        computing = torch.cuda.current_stream(self.side.device)
-        self.side.wait_event(computing.record_event())
-        with torch.cuda.stream(self.side):
-            yield
-        computing.wait_event(self.side.record_event())
 
     def select_rows(self, indices: Int64[Tensor, " rows"]) -> None:
         """Keep the problems `indices`, in their order."""

@@ -107,10 +107,11 @@ def test_same_outputs_wrong_twin_is_told_apart(tmp_path, monkeypatch, wrong):
     cache, expected = filled(tmp_path, n_steps=2)
     right = fast_tier.FastTier.replace
 
-    def replace(tier, asked, counts, n_steps, statistics):
-        sizes = right(tier, asked, counts, n_steps, statistics)
+    def replace(tier, taken, counts, n_steps, statistics):
+        sizes = right(tier, taken, counts, n_steps, statistics)
         if wrong == "evicted though needed":  # its rows are given to others
-            tier.end = tier.end - torch.where(asked & (tier.first_row >= 0), counts, 0).sum(dim=1)
+            is_kept = (taken[0] > 0) & (tier.first_row >= 0)
+            tier.end = tier.end - torch.where(is_kept, counts, 0).sum(dim=1)
         return sizes * 0 if wrong == "never copied" else sizes
 
     def differs():
