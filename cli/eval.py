@@ -1,16 +1,16 @@
 """`kvcluster eval`: what a model still knows of a context when its cache was compressed, before a question or after."""
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
+from .lists import items, number
 from .refusing import check_places, fail
 
 __all__ = ["evaluate"]
 
 DEFAULT_TASKS = {False: "needles,perplexity", True: "needles"}  # by whether questions come first
-Number = TypeVar("Number", int, float)
 
 
 def evaluate(
@@ -73,13 +73,13 @@ def evaluate(
     settings = Settings(
         model=model,
         text=text,
-        methods=parts(method),
-        keeps=[number("keep", ratio, float) for ratio in parts(keep)],
-        tasks=parts(DEFAULT_TASKS[question_first] if tasks is None else tasks),
-        lengths=[number("tokens", length, int) for length in parts(tokens)],
+        methods=items(method),
+        keeps=[number("eval", "keep", ratio, float) for ratio in items(keep)],
+        tasks=items(DEFAULT_TASKS[question_first] if tasks is None else tasks),
+        lengths=[number("eval", "tokens", length, int) for length in items(tokens)],
         n_contexts=contexts,
         n_needles=needles,
-        kinds=parts(kinds),
+        kinds=items(kinds),
         n_following=following,
         which=part,
         is_stepwise=stepwise,
@@ -92,15 +92,3 @@ def evaluate(
         run_eval(settings, json_path=json, figures=figures, threads=threads)
     except (UnusableInputError, ValueError, ModuleNotFoundError) as error:
         fail("eval", str(error))
-
-
-def parts(text: str) -> list[str]:
-    """The parts that commas separate, without those that are empty."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def number(name: str, text: str, kind: type[Number]) -> Number:
-    try:
-        return kind(text)
-    except ValueError:
-        fail("eval", f"{name} must be {'whole numbers' if kind is int else 'numbers'}, got {text!r}")

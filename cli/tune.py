@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .lists import items, number
 from .refusing import check_places, fail
 
 __all__ = ["tune"]
@@ -27,13 +28,19 @@ def tune(
     rule: Annotated[
         str, typer.Option(help="reading, direct, or auto: direct where at most eight heads attend to everything.")
     ] = "auto",
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts of its tokens that a head alone keeps by the rule direct. [default: 0.02 to 0.7, six]"
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
 ) -> None:
     """Find how a model's KV heads should share what is kept, and which should rather keep every token.
 
     By what the model looks back at when it reads a text again, or directly: by what is lost when one head alone is
-    compressed. About a minute a context for SmolLM2-135M on one core. The result is for profile=FILE of
-    ClusteredCache.for_model, for kvcluster eval --profile FILE and for whole_heads_of(FILE, model).
+    compressed, and when it alone is not. About a minute a context for SmolLM2-135M on one core. The result is for
+    profile=FILE of ClusteredCache.for_model, for kvcluster eval --profile FILE and for whole_heads_of(FILE, model).
     """
     try:
         from kvcluster.evaluation.demo.figure import check_figure_path
@@ -43,7 +50,9 @@ def tune(
         fail("tune", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
     check_places("tune", json, None)
-    settings = Settings(model, None if text is None else str(text), n_contexts=contexts, n_tokens=tokens, rule=rule)
+    of_direct = None if parts is None else tuple(number("tune", "parts", part, float) for part in items(parts))
+    source = None if text is None else str(text)
+    settings = Settings(model, source, n_contexts=contexts, n_tokens=tokens, rule=rule, parts=of_direct)
     try:
         if figure is not None:
             check_figure_path(figure)

@@ -1,8 +1,10 @@
-"""Shares of KV heads from what each loses when it alone is compressed: for models that have few of them.
+"""Shares of KV heads, and their order, from what is lost with each of them: for models that have few.
 
 With few heads a second reading tells too little: it asks for every token of a text, while answers ask for few. Here
 each head in turn keeps a part of its tokens and all others everything, and the loss is looked at: how much worse the
-model predicts the text that follows and the answers to questions about hidden sentences. All of it is our choice.
+model predicts the text that follows and the answers to questions about hidden sentences. Shares follow from that. The
+order, of which the published method keeps the first heads whole, follows from the loss of that method when each head in
+turn is the only whole one. All of it is our choice.
 """
 
 import math
@@ -12,18 +14,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache
 
 from ..quality.cases import Case
 from ..quality.reading import Context
 from ..quality.scoring import fill, following_nll, score_needles
 from .shares import N_RECENT, N_SINK
 
-__all__ = ["PARTS", "best_shares", "loss_of", "only_one", "order_by_loss"]
+__all__ = ["PARTS", "RATIO", "best_shares", "check_parts", "loss_of", "only_one", "only_whole", "order_by_worth"]
 
 PARTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the tokens of the head that is compressed
 STEPS = 100  # of a share
-ORDERED_AT = 0.2  # the part by whose loss heads are ordered, about what the published method keeps
+RATIO = 0.2  # entries / tokens of the heads that are not whole, by which heads are ordered: the published method's
+
+
+def check_parts(parts: Sequence[float]) -> None:
+    """Refuse parts at which no curve of losses can be measured."""
+    if not parts or list(parts) != sorted(set(parts)) or not 0 < parts[0] <= parts[-1] < 1:
+        raise ValueError(f"parts must be at least one number, ascending, in (0, 1), got {list(parts)}")
 
 
 def only_one(model: Any, layer: int, head: int, part: float) -> ClusteredCache:
@@ -34,6 +42,15 @@ def only_one(model: Any, layer: int, head: int, part: float) -> ClusteredCache:
     of_heads[head] = part
     ratios[layer] = of_heads
     return ClusteredCache.for_model(model, keep_ratio=ratios, n_sink=N_SINK, n_recent=N_RECENT, profile=None)
+
+
+def only_whole(model: Any, layer: int, head: int) -> ChelseaCache:
+    """An empty cache of the published method in which one head keeps every token, and every other head a fifth.
+
+    `ChelseaCache` with its own sizes, sinks and recent tokens among the fifth. Of short contexts it keeps more: what
+    must stay exact, and one entry.
+    """
+    return ChelseaCache.for_model(model, ratio=RATIO, max_new_tokens=0, whole_heads=[(layer, head)])
 
 
 def loss_of(model: Any, context: Context, case: Case, cache: Any | None) -> float:
@@ -98,10 +115,10 @@ def curve_of(losses: Float[np.ndarray, " parts"], parts: Sequence[float], grid: 
     return np.where(grid < at[0], known[0] + slope * (at[0] - grid), np.interp(grid, at, known))
 
 
-def order_by_loss(
-    losses: Float[np.ndarray, "heads parts"], parts: Sequence[float], heads: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """The heads, those first that lose most when they alone keep a fifth."""
-    [at] = [place for place, part in enumerate(parts) if part == ORDERED_AT]
-    order = sorted(range(len(heads)), key=lambda place: (-losses[place, at], place))
-    return [heads[place] for place in order]
+def order_by_worth(losses: Float[np.ndarray, " heads"], heads: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The heads, those first with which least is lost when they alone stay whole; of equal ones the first.
+
+    >>> order_by_worth(np.array([2.1, 1.5, 3.4]), [(5, 0), (11, 0), (17, 0)])
+    [(11, 0), (5, 0), (17, 0)]
+    """
+    return [heads[place] for place in np.argsort(losses, kind="stable")]

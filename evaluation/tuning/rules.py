@@ -3,6 +3,8 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from ..quality.needles import needle_cases
 from ..quality.reading import Context
 from ..runs import Runs
 from ..texts import encode, opening, span
-from .direct import PARTS, best_shares, loss_of, only_one, order_by_loss
+from .direct import PARTS, RATIO, best_shares, loss_of, only_one, only_whole, order_by_worth
 from .second_reading import N_PIECE, pieces_to_repeat, second_reading
 from .shares import KEEP, KEEPS, N_RECENT, N_SINK, head_shares, order_heads
 
@@ -84,45 +86,67 @@ def read_twice(model: Any, tokenizer: Any, context: list[int], progress: Progres
 
 
 def by_direct(
-    model: Any, tokenizer: Any, text: str, runs: Runs, progress: Progress, *, n_contexts: int, n_tokens: int
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    runs: Runs,
+    progress: Progress,
+    *,
+    n_contexts: int,
+    n_tokens: int,
+    parts: Sequence[float] = PARTS,
 ) -> dict[str, Any]:
-    """Shares by what each head loses when it alone is compressed, the mean over contexts."""
+    """Shares by what each head loses when it alone is compressed, and the order by what each is worth whole.
+
+    Both are means over contexts. `parts`, ascending in (0, 1), are those of its tokens that a head alone keeps.
+    """
     tokens, (layers, kv_heads) = encode(tokenizer, text), full_layers(model)
     heads = [(layer, head) for layer in layers for head in range(kv_heads)]
     n_needles = max(1, min(N_NEEDLES, n_tokens // TOKENS_A_NEEDLE))
     sizes: dict[str, Any] = {"n_contexts": n_contexts, "n_needles": n_needles, "n_following": N_FOLLOWING}
     cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], **sizes)
     rule = {"n_sink": N_SINK, "n_recent": N_RECENT, "model": fingerprint(model)["weights"]}
-    task = progress.add_task("Heads compressed alone", total=len(cases) * (1 + len(heads) * len(PARTS)))
-    losses, seconds = [], []
+    n_runs = 1 + len(heads) * (len(parts) + 1)
+    task = progress.add_task("Heads compressed, and whole, alone", total=len(cases) * n_runs)
+    losses, losses_whole, seconds = [], [], []
     for case in cases:
         context = Context(model, case.tokens)
 
-        def loss(head: tuple[int, int] | None, part: float, case: Case = case, context: Context = context) -> float:
-            key = rule | {"case": case.fingerprint, "head": head and list(head), "part": part}
+        def loss(own: dict[str, Any], make: Callable[[], Any], case: Case = case, context: Context = context) -> float:
+            key = rule | {"case": case.fingerprint} | own
             run = runs.found(key)
             if run is None:
                 begun = time.perf_counter()
-                cache = None if head is None else only_one(model, *head, part)
-                found = {"key": key, "loss": round(loss_of(model, context, case, cache), 6)}
+                found = {"key": key, "loss": round(loss_of(model, context, case, make()), 6)}
                 run = runs.add(found | {"seconds": round(time.perf_counter() - begun, 1)})
             seconds.append(run["seconds"])
             progress.advance(task)
             return float(run["loss"])
 
-        full = loss(None, 1.0)
-        losses.append([[round(loss(head, part) - full, 6) for part in PARTS] for head in heads])
-    mean = np.array(losses).mean(axis=0)
-    shares = torch.tensor([best_shares(mean, PARTS, keep) for keep in KEEPS]).reshape(len(KEEPS), len(layers), kv_heads)
+        full = loss({"head": None, "part": 1.0}, lambda: None)
+        curves, whole = [], []
+        for head in heads:
+            keeps_part = [
+                loss({"head": list(head), "part": part}, partial(only_one, model, *head, part)) for part in parts
+            ]
+            curves.append([round(each - full, 6) for each in keeps_part])
+            is_whole = loss({"whole": list(head), "ratio": RATIO}, partial(only_whole, model, *head))
+            whole.append(round(is_whole - full, 6))
+        losses.append(curves)
+        losses_whole.append(whole)
+    mean, mean_whole = np.array(losses).mean(axis=0), np.array(losses_whole).mean(axis=0)
+    shares = torch.tensor([best_shares(mean, parts, keep) for keep in KEEPS]).reshape(len(KEEPS), len(layers), kv_heads)
     return {
-        "heads": order_by_loss(mean, PARTS, heads),
+        "heads": order_by_worth(mean_whole, heads),
         "layers": layers,
         "keeps": list(KEEPS),
         "shares": rounded(shares),
-        "parts": list(PARTS),
+        "parts": list(parts),
         "losses": rounded(torch.from_numpy(mean).reshape(len(layers), kv_heads, -1)),
+        "losses_whole": rounded(torch.from_numpy(mean_whole).reshape(1, len(layers), kv_heads))[0],
         "contexts": [
-            {"case": case.fingerprint, "losses": of_case} for case, of_case in zip(cases, losses, strict=True)
+            {"case": case.fingerprint, "losses": of_case, "losses_whole": whole}
+            for case, of_case, whole in zip(cases, losses, losses_whole, strict=True)
         ],
         "seconds": round(sum(seconds), 1),
     }

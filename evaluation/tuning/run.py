@@ -23,7 +23,7 @@ from ..machine import describe
 from ..models import load_model
 from ..runs import Runs
 from ..texts import built_in_text, read_text
-from .direct import ORDERED_AT
+from .direct import RATIO, check_parts
 from .figure import draw_losses, draw_shares
 from .rules import RULES, rule_for
 from .shares import KEEP, KEEPS, N_RECENT, N_SINK, check_body, order_heads
@@ -37,13 +37,17 @@ BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Tim
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for; see the options of the command. `text` is a name, None for the built-in text."""
+    """What the user asked for; see the options of the command. `text` is a name, None for the built-in text.
+
+    `parts` are for the direct rule alone, None for its own.
+    """
 
     model: str
     text: str | None
     n_contexts: int
     n_tokens: int
     rule: str = "auto"
+    parts: tuple[float, ...] | None = None
 
 
 def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None, threads: int | None) -> None:
@@ -84,14 +88,19 @@ def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, 
 
     Raises
     ------
-    ValueError : another rule; a text that is too short, a context that is too short or beyond the model's positions;
-        see `second_reading`.
+    ValueError : another rule; parts out of range, or for the rule that has none; a text that is too short, a context
+        that is too short or beyond the model's positions; see `second_reading`.
     """
     check_body(settings.n_tokens)
     rule = rule_for(model, settings.rule)
+    sizes: dict[str, Any] = {"n_contexts": settings.n_contexts, "n_tokens": settings.n_tokens}
+    if settings.parts is not None:
+        if rule != "direct":
+            raise ValueError(f"parts must be left out with the rule {rule}, got {list(settings.parts)}")
+        check_parts(settings.parts)
+        sizes["parts"] = settings.parts
     weights = {str(dtype).removeprefix("torch."): weights_digest(model, dtype) for dtype in DTYPES}
     model_fields = fingerprint(model)
-    sizes = {"n_contexts": settings.n_contexts, "n_tokens": settings.n_tokens}
     measured = RULES[rule](model, tokenizer, text, runs, progress, **sizes)
     own_settings = {"n_sink": N_SINK, "n_recent": N_RECENT, "part": "tuning"}
     return {
@@ -112,7 +121,8 @@ def command(settings: Settings) -> str:
     text = [] if settings.text is None else ["--text", settings.text]
     sizes = ["--contexts", str(settings.n_contexts), "--tokens", str(settings.n_tokens)]
     rule = [] if settings.rule == "auto" else ["--rule", settings.rule]
-    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes, *rule])
+    parts = [] if settings.parts is None else ["--parts", ",".join(map(str, settings.parts))]
+    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes, *rule, *parts])
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
@@ -121,32 +131,40 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
 
 
 def print_losses(console: Console, result: dict[str, Any]) -> None:
-    """What each head loses, and its shares."""
-    table = Table(title="What is lost when one head alone keeps a part of its tokens (nats a token)")
-    for column in ("layer", "KV head", *(f"{part:g}" for part in result["parts"]), "shares at 0.1", "0.25", "0.5"):
+    """What each head loses, its shares, and what is lost with it alone whole."""
+    title = "What is lost when one head alone keeps a part of its tokens (nats a token)"
+    table = Table(title=title, pad_edge=False)
+    shares_at = ("at 0.1", "at 0.25", "at 0.5")
+    for column in ("layer", "KV head", *(f"{part:g}" for part in result["parts"]), *shares_at, "whole"):
         table.add_column(column, justify="right")
-    for layer, head in result["heads"]:
+    for layer, head in result["heads"][: n_shown(result)]:
         place = result["layers"].index(layer)
         losses = [f"{loss:.3f}" for loss in result["losses"][place][head]]
         shares = [f"{result['shares'][KEEPS.index(keep)][place][head]:.2f}" for keep in (0.1, 0.25, 0.5)]
-        table.add_row(str(layer), str(head), *losses, *shares)
+        table.add_row(str(layer), str(head), *losses, *shares, f"{result['losses_whole'][place][head]:.3f}")
     console.print(table)
     console.print(
-        "Loss: of what follows the text, plus of answers to questions about hidden sentences. Shares: those by which "
-        f"the losses add up to least. Heads are ordered by their loss at {ORDERED_AT:g}.",
+        "Loss: of what follows the text, plus of answers to questions about hidden sentences. At 0.1, 0.25 and 0.5: "
+        "the shares of a mean of so much by which the losses add up to least. Whole: the loss when this head alone "
+        f"keeps every token and all others {RATIO:g} of them, the published way; heads are in its order.",
         highlight=False,
     )
+
+
+def n_shown(result: dict[str, Any]) -> int:
+    """How many heads a table has: ten, or a fifth of them."""
+    return max(10, len(result["heads"]) // 5)
 
 
 def print_shares(console: Console, result: dict[str, Any]) -> None:
     """The heads of the largest shares, a rule below the first 4 %, and how the others fare."""
     heads, layers, place = result["heads"], result["layers"], result["keeps"].index(KEEP)
     shares = [result["shares"][place][layers.index(layer)][head] for layer, head in heads]
-    n_shown, n_whole = max(10, len(heads) // 5), n_whole_by_default(len(heads))
+    n_whole = n_whole_by_default(len(heads))
     table = Table(title="The heads that look back most", caption_justify="left")
     for column in ("layer", "KV head", "share", "% of heads"):
         table.add_column(column, justify="right")
-    for number, ((layer, head), share) in enumerate(zip(heads[:n_shown], shares, strict=False), 1):
+    for number, ((layer, head), share) in enumerate(zip(heads[: n_shown(result)], shares, strict=False), 1):
         cells = (str(layer), str(head), f"{share:.3f}", f"{100 * number / len(heads):.1f}")
         table.add_row(*cells, end_section=number == n_whole)
     console.print(table)

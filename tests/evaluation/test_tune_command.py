@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from agreement import at_most_in_float64
 from evaluation_inputs import character_tokenizer, save_character_llama, short_text
 from families import MODELS, tiny
@@ -18,8 +19,8 @@ from kvcluster.cli import app
 from kvcluster.evaluation.models import load_llama
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.tuning import rules, run
-from kvcluster.evaluation.tuning.direct import PARTS, best_shares, order_by_loss
-from kvcluster.fast.huggingface import ClusteredCache, Profile, whole_heads_of
+from kvcluster.evaluation.tuning.direct import PARTS, RATIO, best_shares, only_whole, order_by_worth
+from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, whole_heads_of
 
 SIZE = ["--tokens", 500, "--contexts", 2, "--threads", 1]
 READING = [*SIZE, "--rule", "reading"]
@@ -80,8 +81,11 @@ def test_few_heads_are_compressed_one_by_one(llama, text, tmp_path):
     losses, alone = np.array(result["losses"]), np.array([each["losses"] for each in result["contexts"]])
     assert losses.shape == (3, 2, len(PARTS))
     assert losses.ravel().tolist() == [round(loss, 6) for loss in alone.mean(axis=0).ravel().tolist()]
-    at_fifth = [losses[layer, head, PARTS.index(0.2)] for layer, head in result["heads"]]
-    assert at_fifth == sorted(at_fifth, reverse=True)
+    whole, alone = np.array(result["losses_whole"]), np.array([each["losses_whole"] for each in result["contexts"]])
+    assert whole.ravel().tolist() == [round(loss, 6) for loss in alone.mean(axis=0).tolist()]
+    in_order = [whole[layer, head] for layer, head in result["heads"]]
+    assert in_order == sorted(in_order)
+    assert len(set(in_order)) > 1
     for keep, shares in zip(result["keeps"], result["shares"], strict=True):
         assert round(100 * np.sum(shares)) == round(100 * 6 * keep)  # hundredths of a head
     assert Profile.read(made).keep_ratios(0.25, chunk_size=256, n_layers=3)
@@ -111,7 +115,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatc
         file.write('{"key": {"keep"')  # half a line
     assert tuned(*given).exit_code == 0
     n_calls = len(calls)
-    assert n_calls == 1 + (2 if rule == "reading" else 2 * (1 + 6 * len(PARTS)))  # the killed one is made again
+    assert n_calls == 1 + (2 if rule == "reading" else 2 * (1 + 6 * (len(PARTS) + 1)))  # the killed one is made again
     assert tuned(*given).exit_code == 0
     assert len(calls) == n_calls  # nothing is measured again
     monkeypatch.undo()
@@ -158,11 +162,35 @@ def test_the_best_shares_are_those_of_every_way_to_share():
         assert total([keep] * 3) > best  # the wrong twin: all alike
 
 
-def test_heads_are_ordered_by_what_they_lose_at_a_fifth():
-    losses = np.zeros((3, len(PARTS)))
-    losses[:, PARTS.index(0.2)] = 0.1, 0.3, 0.1
-    losses[:, 0] = 9, 0, 5
-    assert order_by_loss(losses, PARTS, [(5, 0), (11, 0), (17, 0)]) == [(11, 0), (5, 0), (17, 0)]
+def test_the_parts_of_the_direct_rule_can_be_chosen(llama, text, tmp_path):
+    made = tmp_path / "made.json"
+    given = [llama, "--text", text, "--tokens", 500, "--contexts", 1, "--threads", 1]
+    assert tuned(*given, "--parts", "0.3, 0.6", "--json", made).exit_code == 0
+    chosen = json.loads(made.read_text())
+    assert chosen["parts"] == [0.3, 0.6]
+    assert np.array(chosen["losses"]).shape == (3, 2, 2)
+    assert shlex.split(chosen["command"])[-2:] == ["--parts", "0.3,0.6"]
+    n_runs = len(Runs(made.with_suffix(".runs.jsonl")).all)
+    assert n_runs == 1 + 6 * (2 + 1)
+    assert tuned(*given, "--parts", "0.3,0.6,0.9", "--json", made).exit_code == 0
+    assert json.loads(made.read_text())["losses_whole"] == chosen["losses_whole"]
+    assert len(Runs(made.with_suffix(".runs.jsonl")).all) == n_runs + 6  # of the third part alone
+
+
+def test_heads_are_ordered_by_what_is_lost_with_each_alone_whole():
+    heads = [(5, 0), (11, 0), (17, 0), (17, 1)]
+    assert order_by_worth(np.array([0.2, 0.1, 0.3, 0.1]), heads) == [(11, 0), (17, 1), (5, 0), (17, 0)]
+
+
+def test_one_head_stays_whole_and_all_others_are_compressed_the_published_way(llama):
+    model, _ = load_llama(llama)
+    cache, published = only_whole(model, 1, 0), {"ratio": RATIO, "max_new_tokens": 0}
+    expected = ChelseaCache.for_model(model, whole_heads=[(1, 0)], **published)
+    assert cache.parameters == expected.parameters
+    with torch.no_grad():
+        model(torch.arange(1000)[None] % model.config.vocab_size, past_key_values=cache)
+    means = [layer.cache.caches[0].mean_entries for layer in cache.layers]
+    assert means == [200, (1000 + 200) / 2, 200]
 
 
 def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
@@ -174,6 +202,11 @@ def test_input_that_cannot_be_used_is_refused(llama, text, tmp_path):
         ([*local, "--contexts", 99], "text must have at least"),
         ([*local, "--tokens", 256], "tokens must be more than 4 sinks and 252 recent ones, got 256"),
         ([*local, "--rule", "best"], "rule must be auto, reading or direct, got 'best'"),
+        ([*local, "--parts", "0.2,much"], "parts must be numbers, got 'much'"),
+        ([*local, "--parts", "0.5,0.2"], "parts must be at least one number, ascending, in (0, 1), got [0.5, 0.2]"),
+        ([*local, "--parts", "0.5,1"], "parts must be at least one number, ascending, in (0, 1), got [0.5, 1.0]"),
+        ([*local, "--parts", ","], "parts must be at least one number, ascending, in (0, 1), got []"),
+        ([*local, *READING, "--parts", "0.5"], "parts must be left out with the rule reading, got [0.5]"),
         (
             [*local, "--rule", "reading", "--tokens", 4000],
             "tokens must leave room for 1,096 more within the model's 4,096 positions",
