@@ -23,6 +23,26 @@ hypothesis.settings.register_profile("kvcluster", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("kvcluster")
 
 
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param("smollm2", marks=[pytest.mark.slow, pytest.mark.xdist_group("smollm2")]),
+        pytest.param("gemma3-270m", marks=[pytest.mark.slow, pytest.mark.xdist_group("gemma3")]),
+    ],
+)
+def real_model(request):
+    """The name of each real model in turn; Gemma's tests are skipped where `make gemma` has not been run."""
+    from kvcluster.evaluation.models import model_folder
+
+    try:
+        model_folder(request.param)
+    except FileNotFoundError as error:
+        if request.param == "smollm2" or "is not installed" not in str(error):
+            raise
+        pytest.skip(f"needs Gemma: {error}")
+    return request.param
+
+
 @pytest.fixture
 def few_programs(monkeypatch):
     """Triton's interpreter is slow per program, not per number: a whole chunk in one, and its lookups remembered."""

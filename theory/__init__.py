@@ -2,8 +2,8 @@
 
 `python -m kvcluster.theory` prints every claim with its check and verdict; `--claim M5` runs one, `--figures DIR` draws
 the figures. Claims E1 to E9 and measured times need torch, the partition's optima, its pooled cut and its rounds SciPy,
-the figures matplotlib, and whatever is said of SmolLM2 needs that model; what is missing is named, and the command then
-ends with 2.
+the figures matplotlib, and whatever is said of SmolLM2 needs that model, or another one that `--model` names; what is
+missing is named, and the command then ends with 2.
 
 | folder | claims | modules |
 |---|---|---|

@@ -1,5 +1,6 @@
 """`python -m kvcluster.theory`: every claim, its check, the verdict; and the figures."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from .catalogue import CLAIMS
 from .claims import Check, Claim, NotInstalledError
+from .real_cache import MODEL
 
 __all__ = ["app", "main"]
 
@@ -23,6 +25,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     claim: Annotated[str | None, typer.Option(help="Check this claim only, such as M5.", metavar="N")] = None,
     figures: Annotated[Path | None, typer.Option(help="Draw the figures into this folder.", metavar="DIR")] = None,
+    model: Annotated[
+        str, typer.Option(help="Measure this one where keys of a real model are: smollm2, gemma3-270m or a folder.")
+    ] = MODEL,
 ) -> None:
     """Try to break every numbered claim of the pages in theory/, and say how near it came.
 
@@ -31,10 +36,12 @@ def main(
     chosen = chosen_claims(claim)
     if figures is not None and not figures.is_dir():
         raise typer.BadParameter(f"figures must be an existing folder, got {figures}")
+    if figures is not None and model != MODEL:
+        raise typer.BadParameter(f"model must be {MODEL} with figures, which show no other, got {model}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     verdicts_of = {}
     for attacked in track(chosen, description="Check", console=Console(stderr=True), transient=True):
-        verdicts_of[attacked] = attempt(attacked)
+        verdicts_of[attacked] = attempt(attacked, model)
     console.print(table_of(verdicts_of))
     if figures is not None:
         from .figures import draw_all
@@ -67,12 +74,14 @@ def chosen_claims(number: str | None) -> list[Claim]:
     return chosen
 
 
-def attempt(claim: Claim) -> list[Check | str]:
-    """What each check of a claim found, or what it lacked."""
+def attempt(claim: Claim, model: str = MODEL) -> list[Check | str]:
+    """What each check of a claim found, of `model` where it reads a real one, or what it lacked."""
     verdicts: list[Check | str] = []
     for name in claim.checks:
         try:
-            verdicts.append(claim.find_check(name)())
+            check = claim.find_check(name)
+            reads_a_model = "model" in inspect.signature(check).parameters
+            verdicts.append(check(model=model) if reads_a_model else check())
         except ModuleNotFoundError as error:
             verdicts.append(f"{error.name} is not installed")
         except NotInstalledError as error:

@@ -101,15 +101,15 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "P7",
         "partition",
-        "In every head of SmolLM2 alternating sources match better than random ones, though similarity does "
-        "not fall with distance all the way",
+        "In every head of SmolLM2 and of Gemma 3 that attends to everything, alternating sources match better than "
+        "random ones, though similarity does not fall with distance all the way",
         ("partition.optimal.check_real_keys",),
     ),
     Claim(
         "P8",
         "partition",
-        "In SmolLM2 larger chunks leave less spread inside clusters, and rounds of two merges leave more than "
-        "rounds that merge all they can",
+        "In SmolLM2 and in Gemma 3 larger chunks leave less spread inside clusters, and rounds of two merges leave "
+        "more than rounds that merge all they can",
         ("partition.optimal.check_chunks_and_rounds",),
     ),
     Claim(

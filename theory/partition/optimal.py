@@ -10,7 +10,7 @@ from kvcluster.reference import Clustering, alternating_partition, chunked_soft_
 from kvcluster.reference.soft_matching import match_round
 
 from ..claims import Check
-from ..real_cache import real_cache
+from ..real_cache import MODEL, real_cache
 from .stationary import Partition, autoregressive_keys, cosines
 
 __all__ = ["check_chunks_and_rounds", "check_optimal_clustering", "check_optimal_matching", "check_real_keys"]
@@ -136,16 +136,16 @@ def random_partition(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray,
     return np.sort(half[: -(-tokens // 2)]), np.sort(half[-(-tokens // 2) :])
 
 
-def real_chunks() -> np.ndarray:
-    """Cosines of all pairs of keys in a chunk of SmolLM2's, (heads of all layers, chunks, CHUNK, CHUNK)."""
-    keys = real_cache().keys.astype(np.float64)[:, :, N_SINK:]
+def real_chunks(model: str = MODEL) -> np.ndarray:
+    """Cosines of all pairs of keys in a chunk of a real model's, (heads of all layers, chunks, CHUNK, CHUNK)."""
+    keys = real_cache(model).keys.astype(np.float64)[:, :, N_SINK:]
     layers, heads, tokens, dim = keys.shape
     return cosines(keys[:, :, : tokens // CHUNK * CHUNK].reshape(layers * heads, -1, CHUNK, dim))
 
 
-def mean_best_of_real_keys(partition: Partition = alternating_partition) -> dict[str, np.ndarray]:
-    """Mean cosine of a source and its best match in SmolLM2's chunks, for several partitions, (heads,) each."""
-    similar = real_chunks()
+def mean_best_of_real_keys(partition: Partition = alternating_partition, model: str = MODEL) -> dict[str, np.ndarray]:
+    """Mean cosine of a source and its best match in a real model's chunks, for several partitions, (heads,) each."""
+    similar = real_chunks(model)
     rng = np.random.default_rng(7)
 
     def mean_best(sources: np.ndarray, destinations: np.ndarray) -> np.ndarray:
@@ -163,16 +163,17 @@ def mean_best_of_real_keys(partition: Partition = alternating_partition) -> dict
     }
 
 
-def check_real_keys(partition: Partition = alternating_partition) -> Check:
-    """P7: the partition beside 20 random ones, in every head of SmolLM2; and how far its keys keep the assumptions."""
-    means, similar = mean_best_of_real_keys(partition), real_chunks()
+def check_real_keys(partition: Partition = alternating_partition, *, model: str = MODEL) -> Check:
+    """P7: the partition beside 20 random ones, in every head of a model; and how far its keys keep the assumptions."""
+    means, similar = mean_best_of_real_keys(partition, model), real_chunks(model)
     sources, destinations = partition(CHUNK)
     falling = np.stack([np.diagonal(similar, gap, -2, -1).mean(axis=(1, 2)) for gap in range(1, CHUNK)], axis=-1)
     nearest = destinations[similar[..., sources, :][..., destinations].argmax(axis=-1)]
     note = (
-        f"mean best cosine: ours {means['alternating'].mean():.3f}, ABBA {means['abba'].mean():.3f}, random "
-        f"{means['random'].mean():.3f}, any token of the chunk {means['anywhere'].mean():.3f}; the best match is a "
-        f"neighbour for {(np.abs(nearest - sources) == 1).mean():.0%} of sources; mean cosine falls with distance "
+        f"{real_cache(model).title}: mean best cosine ours {means['alternating'].mean():.3f}, ABBA "
+        f"{means['abba'].mean():.3f}, random {means['random'].mean():.3f}, any token of the chunk "
+        f"{means['anywhere'].mean():.3f}, halves {means['halves'].mean():.3f}; the best match is a neighbour for "
+        f"{(np.abs(nearest - sources) == 1).mean():.0%} of sources; mean cosine falls with distance "
         f"up to 4 in {(np.diff(falling[:, :4]) <= 0).all(axis=-1).mean():.0%} of heads, up to {CHUNK - 1} in "
         f"{(np.diff(falling) <= 0).all(axis=-1).mean():.0%}"
     )
@@ -206,9 +207,15 @@ def spread_left(heads: list[np.ndarray], chunk_size: int, most: int) -> tuple[fl
     return float(np.mean(shares)), float(np.mean(largest))
 
 
-def check_chunks_and_rounds(chunk_sizes: tuple[int, ...] = (16, 64, 448), most: tuple[int, int] = (64, 2)) -> Check:
-    """P8: spread left by growing chunks, and by rounds that merge all they can beside rounds of two merges; SmolLM2."""
-    heads = [head[N_SINK : N_SINK + 448] for layer in real_cache().keys[::4] for head in layer]
+def check_chunks_and_rounds(
+    chunk_sizes: tuple[int, ...] = (16, 64, 448), most: tuple[int, int] = (64, 2), *, model: str = MODEL
+) -> Check:
+    """P8: spread left by growing chunks, and by rounds that merge all they can beside rounds of two merges.
+
+    In at most 8 layers of a real model, as far apart as can be: every fourth of 30.
+    """
+    layers = real_cache(model).keys
+    heads = [head[N_SINK : N_SINK + 448] for layer in layers[:: -(-len(layers) // 8)] for head in layer]
     by_size = [spread_left(heads, size, size)[0] for size in chunk_sizes]
     (full, largest), (small, largest_of_small) = (spread_left(heads, CHUNK, merges) for merges in most)
     worst = max(after / before for before, after in (*itertools.pairwise(by_size), (small, full)))
@@ -217,7 +224,8 @@ def check_chunks_and_rounds(chunk_sizes: tuple[int, ...] = (16, 64, 448), most: 
     ratio = np.median([spread(eight, soft_labels(eight, 2)) / least_spread(eight, clusterings) for eight in eights])
     sizes = ", ".join(f"{left:.3f} in chunks of {n}" for n, left in zip(chunk_sizes, by_size, strict=True))
     note = (
-        f"spread left: {sizes}; {small:.3f} in chunks of {CHUNK} with rounds of {most[1]} merges: the largest cluster "
-        f"has {largest_of_small:.1f} tokens instead of {largest:.1f}; 8 tokens to 2: {ratio:.2f} of the least (median)"
+        f"{real_cache(model).title}: spread left {sizes}; {small:.3f} in chunks of {CHUNK} with rounds of {most[1]} "
+        f"merges, where the largest cluster has {largest_of_small:.1f} tokens instead of {largest:.1f}; 8 tokens to 2: "
+        f"{ratio:.2f} of the least (median)"
     )
     return Check("P8", "spread left / that of the other choice", len(heads) * (len(chunk_sizes) + 2), worst, 1, note)

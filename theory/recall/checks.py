@@ -15,7 +15,7 @@ from kvcluster.reference.recall import mean_deviations, mean_of_members, recalle
 from ..claims import Check
 from ..merging.certificate import certificate, most_mass, radii
 from ..merging.rounding import attention_rounding, lengths
-from ..real_cache import N_QUERIES, real_cache
+from ..real_cache import MODEL, N_QUERIES, real_cache
 
 __all__ = ["check_greedy", "check_left_out", "check_mass", "check_stand_ins"]
 
@@ -52,8 +52,8 @@ class Recalled:
 
 
 @functools.cache
-def recalls() -> tuple[Recalled, ...]:
-    """Random keys in and around clusters, then SmolLM2's of every fifth layer; several budgets."""
+def recalls(model: str = MODEL) -> tuple[Recalled, ...]:
+    """Random keys in and around clusters, then a real model's of 6 layers, if it has so many; several budgets."""
     caches = []
     rng = np.random.default_rng(8)
     for problems, group, tokens, dim, spread in ((20, 1, 40, 8, 0.3), (20, 3, 60, 16, 1.0), (10, 2, 33, 2, 0.05)):
@@ -65,8 +65,8 @@ def recalls() -> tuple[Recalled, ...]:
         clusters = kmeans(keys, n_clusters=6)
         for budget in (1, 7, tokens // 2, tokens):
             caches.append(Recalled(query, keys, values, clusters, budget))
-    cache = real_cache()
-    for layer in range(0, len(cache.keys), 5):
+    cache = real_cache(model)
+    for layer in range(0, len(cache.keys), -(-len(cache.keys) // 6)):  # every fifth of 30
         keys, values = cache.keys[layer], cache.values[layer]
         clusters = kmeans(keys, n_clusters=keys.shape[-2] // 20, max_iter=3)
         query = np.ascontiguousarray(cache.queries[layer][:, ::N_QUERIES])  # the group's heads, for the next token
@@ -85,10 +85,10 @@ def farthest(rows: np.ndarray, others: np.ndarray) -> float:
     return float(lengths(rows[:, None].astype(np.float64) - others[None]).max(initial=0))
 
 
-def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_out) -> Check:
+def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_out, *, model: str = MODEL) -> Check:
     """R1: error over mass left out times the distance of the values, and rounding."""
     worst, cases, errors, masses = 0.0, 0, [], []
-    for recall in recalls():
+    for recall in recalls(model):
         full = recall.query, recall.keys, recall.values
         weights, taken = softmax(scaled_logits(recall.query, recall.keys, recall.scale)), recall.taken
         ours = recall_attention(*full, recall.clusters, budget=recall.budget)
@@ -106,7 +106,7 @@ def check_left_out(share: Callable[[np.ndarray, np.ndarray], np.ndarray] = left_
             errors.append(error / lengths(recall.values).max(axis=-1)[:, None])
             masses.append(mass)
     note = (
-        f"SmolLM2, 64 of 512 tokens: median mass left out {np.median(np.concatenate(masses)):.3f}, "
+        f"{real_cache(model).title}, 64 of 512 tokens: median mass left out {np.median(np.concatenate(masses)):.3f}, "
         f"median error / longest value {np.median(np.concatenate(errors)):.3f}"
     )
     return Check("R1", "error / bound", cases, worst, 1, note)
@@ -132,10 +132,10 @@ def most_left_out(recall: Recalled) -> np.ndarray:
     return most_of_rest / (taken + most_of_rest)
 
 
-def check_mass(most: Callable[[Recalled], np.ndarray] = most_left_out) -> Check:
+def check_mass(most: Callable[[Recalled], np.ndarray] = most_left_out, *, model: str = MODEL) -> Check:
     """R2: mass left out over what the radii allow."""
     worst, cases, ratios = 0.0, 0, []
-    for recall in recalls():
+    for recall in recalls(model):
         mass = left_out(softmax(scaled_logits(recall.query, recall.keys, recall.scale)), recall.taken)
         bound = most(recall)
         rounding = attention_rounding(recall.query, recall.keys, np.ones((len(recall.keys), 1, 1)), scale=recall.scale)
@@ -145,11 +145,11 @@ def check_mass(most: Callable[[Recalled], np.ndarray] = most_left_out) -> Check:
     return Check("R2", "mass left out / allowed", cases, worst, 1, note)
 
 
-def check_stand_ins(certify: Callable = certificate) -> Check:
+def check_stand_ins(certify: Callable = certificate, *, model: str = MODEL) -> Check:
     """R3: error with centroids for the rest over the certificate; and beside the error without them."""
     worst, cases = 0.0, 0
-    gains: dict[bool, list[np.ndarray]] = {False: [], True: []}  # at random, in SmolLM2
-    for recall in recalls():
+    gains: dict[bool, list[np.ndarray]] = {False: [], True: []}  # at random, in the real model
+    for recall in recalls(model):
         full = recall.query, recall.keys, recall.values
         ours = recall_attention(*full, recall.clusters, budget=recall.budget, centroids_for_rest=True)
         error = lengths(attention(*full) - ours)
@@ -170,7 +170,7 @@ def check_stand_ins(certify: Callable = certificate) -> Check:
         gains[recall.keys.shape[-2] > 100].append((error / np.maximum(without, 1e-12)).ravel())
     note = (
         f"error with centroids / without: median {np.median(np.concatenate(gains[False])):.2f} at random, "
-        f"{np.median(np.concatenate(gains[True])):.2f} in SmolLM2"
+        f"{np.median(np.concatenate(gains[True])):.2f} in {real_cache(model).title}"
     )
     return Check("R3", "true error / certificate", cases, worst, 1, note)
 
