@@ -1,4 +1,4 @@
-"""What both caches share: construction, filling piece by piece, and attention."""
+"""What all caches share: construction, filling piece by piece, and attention."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,6 +1,6 @@
 """Whole heads, which more than one cache has: cases, refusals, and what goes wrong with them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,18 @@ from .caches import good_tokens
 from .case import Case
 from .changes import given, without
 from .inputs import DTYPES, attention_arrays
-from .mistake import Mistake, Patch
+from .mistake import Mistake
 
-__all__ = ["WHOLE_HEADS", "OfAllHeads", "refused_heads", "returned_counts", "whole_head_cases"]
+__all__ = [
+    "WHOLE_HEADS",
+    "OfAllHeads",
+    "mistakes_of_places",
+    "refused_heads",
+    "returned_counts",
+    "whole_head_cases",
+]
+
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]  # keys, values, counts
 
 
 def whole_head_cases(operation: str, rules: dict[str, Any], seed: int) -> Iterator[Case]:
@@ -58,7 +67,7 @@ def the_others(case: Case) -> Case:
     return given(whole_heads=tuple(set(range(heads)) - set(case.parameters["whole_heads"])))(case)
 
 
-def others_first(*arrays: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def others_first(*arrays: Any) -> Entries:
     """All heads, those that are clustered first."""
     keys, values, counts = right_together(*arrays)
     heads, whole_heads = keys.shape[-3], arrays[-1]
@@ -66,18 +75,26 @@ def others_first(*arrays: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return keys[..., order, :, :], values[..., order, :, :], counts[..., order, :]
 
 
-def entries_first(*arrays: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All heads, the entries of short ones before the places without any."""
-    keys, values, counts = right_together(*arrays)
-    order = np.argsort(counts == 0, axis=-1, kind="stable")
-    keys, values = (np.take_along_axis(array, order[..., None], axis=-2) for array in (keys, values))
-    return keys, values, np.take_along_axis(counts, order, axis=-1)
+def entries_first(right: Callable[..., Entries]) -> Callable[..., Entries]:
+    """`right` with the entries of short heads before the places without any."""
+
+    def wrong(*arrays: Any) -> Entries:
+        keys, values, counts = right(*arrays)
+        order = np.argsort(counts == 0, axis=-1, kind="stable")
+        keys, values = (np.take_along_axis(array, order[..., None], axis=-2) for array in (keys, values))
+        return keys, values, np.take_along_axis(counts, order, axis=-1)
+
+    return wrong
 
 
-def all_attended(*arrays: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All heads, with a count of 1 where there is no entry."""
-    keys, values, counts = right_together(*arrays)
-    return keys, values, np.maximum(counts, 1)
+def all_attended(right: Callable[..., Entries]) -> Callable[..., Entries]:
+    """`right` with a count of 1 where there is no entry."""
+
+    def wrong(*arrays: Any) -> Entries:
+        keys, values, counts = right(*arrays)
+        return keys, values, np.maximum(counts, 1)
+
+    return wrong
 
 
 class OfAllHeads(reference.ClusteredCache):
@@ -99,8 +116,20 @@ class OfAllHeads(reference.ClusteredCache):
         return Clustering(*(np.delete(array, self.whole_heads, axis=-2) for array in (made.labels, made.counts)))
 
 
-def put_together_by(wrong: object) -> tuple[Patch, ...]:
-    return (("entry_cache", "together", wrong),)
+def mistakes_of_places(module: str, name: str, right: Callable[..., Entries], rule: str) -> tuple[Mistake, ...]:
+    """What goes wrong in the one rectangle of all heads, which `right` makes; its name in a module of the reference."""
+    return (
+        Mistake(
+            "entries come before the places of count 0: after them, so that new tokens are the last of every head",
+            rule,
+            ((module, name, entries_first(right)),),
+        ),
+        Mistake(
+            "places without an entry are attended to: their count is 0, and they take no part",
+            rule,
+            ((module, name, all_attended(right)),),
+        ),
+    )
 
 
 WHOLE_HEADS = (
@@ -109,16 +138,7 @@ WHOLE_HEADS = (
     Mistake(
         "heads have another order than the tokens' had: whole heads stand where they stood",
         "9.15",
-        put_together_by(others_first),
+        (("entry_cache", "together", others_first),),
     ),
-    Mistake(
-        "entries come before the places of count 0: after them, so that new tokens are the last of every head",
-        "9.15",
-        put_together_by(entries_first),
-    ),
-    Mistake(
-        "places without an entry are attended to: their count is 0, and they take no part",
-        "9.15",
-        put_together_by(all_attended),
-    ),
+    *mistakes_of_places("entry_cache", "together", right_together, "9.15"),
 )

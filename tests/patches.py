@@ -47,3 +47,12 @@ def put(mistake: Callable, *places: str) -> Patch:
 
 def together(*patches: Patch) -> Patch:
     return lambda monkeypatch: [patch(monkeypatch) for patch in patches]
+
+
+def made_with(place: str, **changes: Callable) -> Patch:
+    """A class made with other parameters than it was given, each a function of the given ones."""
+
+    def init(right, held, **given):
+        right(held, **given | {name: change(given) for name, change in changes.items()})
+
+    return put(init, f"{place}.__init__")

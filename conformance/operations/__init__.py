@@ -19,6 +19,7 @@ FILES = (
     "clustered_attention",
     "clustered_cache",
     "chelsea_cache",
+    "ragged_cache",
     "kmeans",
     "select_clusters",
     "recall_attention",

@@ -157,9 +157,11 @@ def rounded_to_dtype(keys: np.ndarray, labels: np.ndarray, *_: np.ndarray) -> np
 
 
 def one_round(case: Case) -> Case:
-    """A target that one round reaches."""
+    """A target that one round reaches, of all heads or of each."""
     chunk_size = case.parameters.get("chunk_size", 256)
     least = (chunk_size - chunk_size // 2) / chunk_size
+    if "keep_ratios" in case.parameters:
+        return given(keep_ratios=tuple(max(least, ratio) for ratio in case.parameters["keep_ratios"]))(case)
     return given(keep_ratio=max(least, case.parameters["keep_ratio"]))(case)
 
 

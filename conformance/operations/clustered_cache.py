@@ -18,10 +18,11 @@ from ..inputs import DTYPES, attention_arrays
 from ..mistake import Mistake, Patch
 from ..operation import Operation, Spelling
 from ..port import THE_REFERENCE, Port, parameters_of
+from ..recent import mistakes_of_chunks, mistakes_of_shares, recent_share_cases, refused_shares
 from ..whole_heads import WHOLE_HEADS, OfAllHeads, refused_heads, returned_counts, whole_head_cases
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING
-from .distinctive_matching import DISTINCTIVE, Distinctive
+from .distinctive_matching import DISTINCTIVE, IGNORED, Distinctive, given_to
 
 __all__ = ["OPERATION"]
 
@@ -56,6 +57,10 @@ def cases(base: int) -> Iterator[Case]:
         yield Case("ClusteredCache", f"shared-whole{len(heads)}", layer, changed)
     long = attention_arrays("normal", (1,), 2, 700, 8, "f32", base + 275)
     yield Case("ClusteredCache", "new-defaults", long, {"keep_ratio": 0.25, "pieces": (690, 10)})
+    plan = {**plan, "keep_ratio": 0.4, "n_recent": 6}
+    yield from recent_share_cases("ClusteredCache", plan, (2,), base + 280)
+    for name, more in (("shared", {"method": Distinctive(n_shared=2)}), ("whole", {"whole_heads": (1,)})):
+        yield Case("ClusteredCache", f"recent-and-{name}", layer, {**plan, "recent_share": 0.4, **more})
 
 
 def distinctive_cases(base: int) -> Iterator[Case]:
@@ -97,6 +102,7 @@ def refused() -> Iterator[Case]:
     for name, limits in wrong.items():
         yield Case("ClusteredCache", f"refused-{name}", good_tokens(), {**rule, **limits}, is_refused=True)
     yield from refused_heads("ClusteredCache", {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2})
+    yield from refused_shares("ClusteredCache", {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2})
 
 
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -106,7 +112,7 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     keep_ratio = draw.ratio()
     least = sum(sizes.values()) - 1 + entries_of_chunk(keep_ratio, sizes["chunk_size"])
     options: tuple[dict[str, Any], ...] = ({}, {"method": Distinctive(1)}, {"budget": least}, {"budget": least + 1})
-    options = (*options, {"whole_heads": (draw.heads - 1,)})
+    options = (*options, {"whole_heads": (draw.heads - 1,)}, {"recent_share": 0.4})
     return arrays, {**parameters, "keep_ratio": keep_ratio, **sizes, **draw.one_of(options)}
 
 
@@ -131,9 +137,7 @@ def spelling(port: Port, case: Case) -> Spelling:
 def new_cache(port: Port, case: Case) -> Any:
     cache, parameters = spelling(port, case)
     if "method" in parameters:
-        method = parameters["method"]
-        method_class = getattr(port.namespace, type(method).__name__, type(method))
-        parameters["method"] = method_class(**asdict(method))
+        parameters["method"] = given_to(port, parameters["method"])
     return cache(**parameters)
 
 
@@ -161,39 +165,9 @@ def pattern(kinds: set[str], results: set[str]) -> tuple[str, str] | None:
     return None
 
 
-def boundaries_at_zero(case: Case) -> Case:
-    """Sinks are taken out of the first chunk, so that chunks begin at multiples of the chunk size."""
-    chunk, sinks = case.parameters.get("chunk_size", 256), case.parameters.get("n_sink", 16)
-    return given(n_sink=-(-sinks // chunk) * chunk)(case)
-
-
 def budget_beside_sinks(case: Case) -> Case:
     budget = case.parameters.get("budget")
     return case if budget is None else given(budget=budget + case.parameters.get("n_sink", 16))(case)
-
-
-class ByArrival(reference.ClusteredCache):  # single tokens cluster nothing: what is due waits for the next prompt
-    def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
-        n_recent, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
-        entries = super().append(keys, values)
-        self.n_recent = n_recent
-        return entries
-
-
-class Late(reference.ClusteredCache):
-    def _cluster_what_is_due(self) -> None:
-        self.n_recent += 1
-        super()._cluster_what_is_due()
-        self.n_recent -= 1
-
-
-class OneChunkAnAppend(reference.ClusteredCache):
-    def _cluster_what_is_due(self) -> None:
-        n_recent, recent = self.n_recent, self.n_seen - self.n_sink - self.n_clustered
-        if recent - self.n_recent >= self.chunk_size:
-            self.n_recent = recent - self.chunk_size
-        super()._cluster_what_is_due()
-        self.n_recent = n_recent
 
 
 class BudgetAtTheEnd(reference.BoundedCache):
@@ -218,32 +192,7 @@ def unweighted_mean(array: np.ndarray, counts: np.ndarray, labels: np.ndarray) -
     return merge(array, Clustering(labels, np.bincount(labels)))
 
 
-WINDOW = (
-    Mistake(
-        "chunk boundaries are shifted by the sinks: the first chunk begins at token n_sink",
-        "9.3",
-        change=boundaries_at_zero,
-    ),
-    Mistake("the recent tokens are clustered too", "9.2", change=given(n_recent=0)),
-    Mistake("sinks are clustered too", "9.2", change=given(n_sink=0)),
-    Mistake(
-        "a chunk is clustered a token late: it is due as soon as n_recent tokens are younger",
-        "9.4",
-        replaced_caches(Late),
-    ),
-    Mistake(
-        "an append clusters one chunk at most: every chunk that is due is clustered",
-        "9.4",
-        replaced_caches(OneChunkAnAppend),
-    ),
-    Mistake(
-        "the cache depends on how the tokens arrived: chunks lie at absolute positions",
-        "9.6",
-        replaced_caches(ByArrival),
-    ),
-)
 OPTIONS = (
-    Mistake("n_shared is ignored: chunks are clustered by distinctive matching", "9.3", change=without("method")),
     Mistake("budget is ignored: spans are merged until it is kept", "9.11", change=without("budget")),
     Mistake(
         "sinks are not counted: budget is all stored entries, sinks and recent included",
@@ -278,10 +227,12 @@ OF_OTHERS = (
         (("", "ClusteredCache", OfAllHeads),),
     ),
 )
+BEFORE_OPTIONS = (*MATCHING, *WEIGHTS, *HEADS, *mistakes_of_chunks(replaced_caches))
+SHARES = mistakes_of_shares(replaced_caches)
 OPERATION = Operation(
     name="ClusteredCache",
     section=9,
-    options=("budget", "method", "whole_heads"),
+    options=("budget", "method", "whole_heads", "recent_share"),
     cases=cases,
     refused=refused,
     small=small,
@@ -289,10 +240,10 @@ OPERATION = Operation(
     call=call,
     oracle=oracle,
     pattern=pattern,
-    mistakes=(*MATCHING, *WEIGHTS, *HEADS, *WINDOW, *DISTINCTIVE, *OPTIONS, *WHOLE_HEADS, *OF_OTHERS),
+    mistakes=(*BEFORE_OPTIONS, *DISTINCTIVE, *IGNORED, *OPTIONS, *WHOLE_HEADS, *OF_OTHERS, *SHARES),
     scaffold="""
 # append(keys, values), attend(query), n_seen, n_stored; keep what you have of the last two
-# ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, and method with Distinctive
+# ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, recent_share, method
 # Distinctive = my_package.Distinctive  # n_shared
 # BoundedCache = my_package.BoundedCache  # budget, keep_ratio, chunk_size, n_sink, n_recent
 """,

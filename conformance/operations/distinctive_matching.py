@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,16 @@ from kvcluster.reference.merging import Clustering, merge
 from kvcluster.reference.similarity import similarity
 
 from ..case import Case
+from ..changes import without
 from ..drawing import Drawing
 from ..inputs import DTYPES, KINDS, make_array, refused_arrays
 from ..mistake import Mistake, Patch
 from ..operation import Operation
+from ..port import Port
 from .chunked_soft_matching import TARGET, joined
 from .similarity import SIMILARITY
 
-__all__ = ["DISTINCTIVE", "OPERATION", "Distinctive"]
+__all__ = ["DISTINCTIVE", "IGNORED", "OPERATION", "Distinctive", "given_to"]
 
 MODULE = sys.modules["kvcluster.reference.distinctive_matching"]  # the name alone is the function
 right_matching, right_match = reference.distinctive_matching, MODULE.match_distinctive
@@ -32,6 +34,11 @@ class Distinctive:
     """The method of a cache in a case. A port gets its own class of this name, or this one if it has none."""
 
     n_shared: int
+
+
+def given_to(port: Port, method: Any) -> Any:
+    """The method as the port's own class of this name, or as it is."""
+    return getattr(port.namespace, type(method).__name__, type(method))(**asdict(method))
 
 
 def cases(base: int) -> Iterator[Case]:
@@ -235,6 +242,9 @@ DISTINCTIVE = (
     Mistake("ties between destinations go to the last: the first wins", "16.4", matched_by(last_destination=True)),
     Mistake("a destination joins an equal one before it: destinations stay", "16.4", matched_by(may_leave=True)),
     Mistake("n_shared is taken as it is: at most half of the target is shared", "16.4", matched_by(is_uncapped=True)),
+)
+IGNORED = (  # of a cache
+    Mistake("n_shared is ignored: chunks are clustered by distinctive matching", "9.3", change=without("method")),
 )
 PARTIAL = (
     Mistake(

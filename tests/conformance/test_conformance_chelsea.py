@@ -1,20 +1,18 @@
 """The conformance suite on `ChelseaCache` and whole heads: every known mistake is caught and told from the others."""
 
 import types
-import warnings
 
 import pytest
+from mistaken import assert_caught_and_named, failures
 
 from kvcluster import reference
 from kvcluster.conformance import Implementation, check
 from kvcluster.conformance.cases import cases_of
-from kvcluster.conformance.comparing import compare
-from kvcluster.conformance.explaining import decisions, outcome_with
+from kvcluster.conformance.explaining import decisions
 from kvcluster.conformance.mistake import Mistake
 from kvcluster.conformance.operations import OPERATIONS
 from kvcluster.conformance.operations.chelsea_cache import Ruled, replaced_cache
 from kvcluster.conformance.pooling import POOLING, Pooling, compressed_by
-from kvcluster.conformance.suite import counterexample
 from kvcluster.conformance.whole_heads import WHOLE_HEADS
 
 CHELSEA, CLUSTERED = (OPERATIONS[name] for name in ("ChelseaCache", "ClusteredCache"))
@@ -24,27 +22,10 @@ BOTH = [(CHELSEA, mistake) for mistake in IN_CHELSEA] + [(CLUSTERED, mistake) fo
 NAMES = [f"{operation.name}: {mistake.cause.partition(':')[0]}" for operation, mistake in BOTH]
 
 
-def failures(operation, mistake):
-    """What the suite would find wrong with the reference if it made the mistake."""
-    failed = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for case in cases_of(operation.name, 0):
-            if not case.is_refused:
-                outcome = outcome_with(mistake, case)
-                difference = compare(case, outcome)
-                if difference is not None:
-                    failed.append((case, outcome, difference))
-    return failed
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("operation", "mistake"), BOTH, ids=NAMES)
 def test_every_mistake_is_caught_and_told_from_the_others(operation, mistake):
-    failed = failures(operation, mistake)
-    assert failed
-    found = counterexample(Implementation(reference), failed, None)
-    assert (found.cause, found.rule) == (mistake.cause, mistake.rule)
+    assert_caught_and_named(operation, mistake)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def test_no_other_file_knows_an_operation_by_name():
 
 
 def test_sections_and_scaffold_are_of_all_operations():
-    assert sorted(operation.section for operation in KNOWN.values()) == [*range(3, 14), 16, 17]
+    assert sorted(operation.section for operation in KNOWN.values()) == [*range(3, 14), 16, 17, 18]
     text = scaffold("my_adapter.py")
     compile(text, "my_adapter.py", "exec")
     assert all(f"def {name}(" in text or f"# {name} = " in text for name in OPERATIONS)
@@ -63,11 +63,11 @@ class WithPlainMethods(reference.ClusteredCache):
 
 PORTS = {
     "0.2": ({"BoundedCache": reference.BoundedCache, "Distinctive": reference.Distinctive}, set()),
-    "0.1": ({"ClusteredCache": As01}, {"no parameter whole_heads"}),
+    "0.1": ({"ClusteredCache": As01}, {"no parameter whole_heads", "no parameter recent_share"}),
     "no budget": ({"Distinctive": reference.Distinctive}, {"no parameter budget"}),
     "no budget, no own method": (
         {"ClusteredCache": WithPlainMethods},
-        {"no parameter budget", "no parameter whole_heads"},
+        {"no parameter budget", "no parameter whole_heads", "no parameter recent_share"},
     ),
 }
 

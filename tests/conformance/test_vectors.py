@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 
 SOURCE = Path(__file__).resolve().parents[2] / "docs" / "vectors" / "reader.cpp"
 COMPILE = ("c++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
-ATTENTION = ("attention", "clustered_attention", "ClusteredCache", "ChelseaCache", "recall_attention", "RecallCache")
+CACHES = ("ClusteredCache", "ChelseaCache", "RaggedCache", "RecallCache")
+ATTENTION = ("attention", "clustered_attention", "recall_attention", *CACHES)
 app = typer.Typer()
 app.command()(vectors)
 
