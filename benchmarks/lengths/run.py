@@ -22,11 +22,13 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.lengths.variants import VARIANTS
 from benchmarks.published.run import without_texts
 from benchmarks.published.tables import TITLES, over, score
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.pages import fill, table
 from kvcluster.evaluation.quality import Case, needle_cases, run_all, summarize, task_case
+from kvcluster.evaluation.quality.methods import METHODS
 from kvcluster.evaluation.quality.tasks import TASKS
 from kvcluster.evaluation.report import with_interval
 from kvcluster.evaluation.runs import Runs
@@ -44,28 +46,34 @@ TITLES_OF_METHODS = {
     "full": "full cache, as it is",
     "distinctive": "distinctive matching, all heads alike",
     "distinctive-heads": "distinctive matching, the model's profile",
+    "profile-fixed": "... its shares, but 252 recent tokens",
+    "alike-growing": "all heads alike, but its recent window",
+    "alike-1024": "all heads alike, chunks of 1,024",
     "recall": "recall",
     "clusterkv": "recall, ClusterKV's settings",
 }
+LEAST_OF_TASKS = 512  # entries: lists have tokens to spare, which stay exact, beside sinks and recent ones
 OF_BUDGETS = "recall", "clusterkv"  # they store every token: what they keep is what a step may read
 
 
 class Set(NamedTuple):
-    """Contexts of one length: with needles, and of each task; shares that are kept, and budgets of recall."""
+    """Contexts of one length, with needles, and one of each task; shares that are kept, and budgets of recall."""
 
     n_tokens: int
     n_contexts: int
-    n_of_each_task: int
+    tasks: tuple[str, ...] = TASKS
     shares: tuple[float, ...] = SHARES
     budgets: tuple[int, ...] = ()
 
 
 # At 4,096 tokens also what `keep_ratio` of 0.25 and 0.1 make of them, with 256 exact tokens beside the chunks.
-SHORT = Set(4096, 4, 1, (0.297, 0.25, 0.156, 0.1))
+SHORT = Set(4096, 4, shares=(0.297, 0.25, 0.156, 0.1))
+# Of the others Gemma, a base model, knows nothing at 4,096 tokens.
+KNOWN = "single", "multi-value", "multi-query", "common words"
 # Gemma has 32,768 positions, which have to hold the questions and answers too.
 SETS = {
     "smollm2": (SHORT,),
-    "gemma3-270m": (SHORT, Set(16384, 2, 1, SHARES, BUDGETS), Set(32000, 1, 1, SHARES, BUDGETS)),
+    "gemma3-270m": (SHORT, Set(16384, 2, KNOWN, SHARES, BUDGETS), Set(32000, 1, KNOWN, SHARES, BUDGETS)),
 }
 
 
@@ -99,26 +107,39 @@ def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs) -> None:
     """Every method on every context."""
     text = built_in_text()
     tokens = encode(tokenizer, text)
+    work: list[tuple[Set, list[Case], int]] = []
+    for each in sets:
+        sizes = {"lengths": [each.n_tokens], "n_contexts": each.n_contexts, "n_following": N_FOLLOWING}
+        work.append((each, needle_cases(tokenizer, tokens, "reporting", **sizes), 0))
+    for each in sets:
+        cases = [task_case(name, tokenizer, text, tokens, "reporting", 0, each.n_tokens) for name in each.tasks]
+        work.append((each, cases, LEAST_OF_TASKS))
     with Progress() as progress:
-        for each in sets:
-            sizes = {"lengths": [each.n_tokens], "n_contexts": each.n_contexts, "n_following": N_FOLLOWING}
-            cases: list[Case] = needle_cases(tokenizer, tokens, "reporting", **sizes)
-            for name in TASKS:
-                for number in range(each.n_of_each_task):
-                    cases.append(task_case(name, tokenizer, text, tokens, "reporting", number, each.n_tokens))
-            pairs = pairs_of(each)
-            task = progress.add_task(f"{each.n_tokens:,} tokens", total=len(cases) * len(pairs))
-            run_all(model, tokenizer, cases, pairs, runs, on_run=lambda task=task: progress.advance(task))
+        for each, cases, least in work:
+            pairs = [pair for pair in pairs_of(each, least) if not least or pair[0] not in VARIANTS]
+            what = f"{each.n_tokens:,} tokens, {'tasks' if least else 'needles'}"
+            bar = progress.add_task(what, total=len(cases) * len(pairs))
+            run_all(
+                model,
+                tokenizer,
+                cases,
+                pairs,
+                runs,
+                methods=METHODS | VARIANTS,
+                on_run=lambda bar=bar: progress.advance(bar),
+            )
 
 
-def pairs_of(each: Set) -> list[tuple[str, float]]:
-    """Methods and what they keep."""
+def pairs_of(each: Set, least: int) -> list[tuple[str, float]]:
+    """Methods and what they keep, at least so many entries."""
     pairs = [("full", 1.0)]
     for name in TITLES_OF_METHODS:
         if name in OF_BUDGETS:
             pairs += [(name, budget / each.n_tokens) for budget in each.budgets]
+        elif name in VARIANTS:
+            pairs.append((name, SHARES[0]))
         elif name != "full":
-            pairs += [(name, share) for share in each.shares]
+            pairs += [(name, share) for share in each.shares if share * each.n_tokens >= least]
     return pairs
 
 
@@ -133,13 +154,26 @@ def model_table(name: str, runs: list[dict[str, Any]]) -> str:
     for n_tokens, *_ in SETS[name]:
         of_length = [run for run in runs if abs(run["n_tokens"] - n_tokens) <= n_tokens // 10]  # lists are shorter
         full = [run for run in of_length if run["key"]["method"] == "full"]
-        for method, keep in dict.fromkeys((run["key"]["method"], run["key"]["keep"]) for run in of_length):
+        for method, keep in sorted(
+            dict.fromkeys((run["key"]["method"], run["key"]["keep"]) for run in of_length), key=order
+        ):
             group = [run for run in of_length if (run["key"]["method"], run["key"]["keep"]) == (method, keep)]
-            if {run["key"]["case"] for run in group} == {run["key"]["case"] for run in full}:
+            if of(group, "needles") == of(full, "needles"):
                 kept = f"{keep * n_tokens:,.0f} read" if method in OF_BUDGETS else "all" if keep == 1 else f"{keep:g}"
                 rows.append([f"{n_tokens:,}", kept, *row(method, group, full)])
     head = ["tokens", "kept", "method", "entries", "needles", "perplexity", "tasks"]
     return f"{TITLES[name]}:\n\n" + table(head, rows)
+
+
+def order(pair: tuple[str, float]) -> tuple[int, float]:
+    """Of rows: methods as they are listed, what is kept from much to little."""
+    method, keep = pair
+    return tuple(TITLES_OF_METHODS).index(method), -keep
+
+
+def of(runs: list[dict[str, Any]], kind: str) -> set[str]:
+    """The cases of `runs` that have needles, or prompts."""
+    return {run["key"]["case"] for run in runs if kind in run}
 
 
 def row(method: str, group: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str]:
@@ -147,7 +181,7 @@ def row(method: str, group: list[dict[str, Any]], full: list[dict[str, Any]]) ->
     with_needles = [run for run in group if "needles" in run]
     summaries = summarize([*(run for run in full if "needles" in run), *with_needles])
     summary = summaries[-1] if method != "full" else summaries[0]
-    has_tasks = any("prompts" in run for run in full)
+    has_tasks = bool(of(full, "prompts")) and of(group, "prompts") == of(full, "prompts")
     if method == "full":
         cells = [
             with_interval(summary["needles"]["token_accuracy"], to="-"),

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.recall.long import time_long
 from benchmarks.recall.needles import plant
 from benchmarks.recall.scoring import score
 from benchmarks.recall.settings import BUDGETS, FULL, OURS, PAGES, PAPER, SETTINGS, TOP
@@ -45,7 +46,7 @@ __all__ = ["main"]
 RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 FIGURES = ROOT / "docs" / "figures"
 MAIN = (FULL, TOP, OURS, PAPER, PAGES)
-PARTS = ("step", "index", "tiers", "needles", "options")
+PARTS = ("step", "index", "tiers", "needles", "options", "long")
 
 
 def main() -> int:
@@ -55,9 +56,9 @@ def main() -> int:
         "--parts",
         nargs="+",
         choices=PARTS,
-        default=PARTS,
+        default=PARTS[:-1],
         metavar="PART",
-        help=f"of {', '.join(PARTS)}; all by default",
+        help=f"of {', '.join(PARTS)}; all by default but the last, which needs Gemma 3 (make gemma)",
     )
     parser.add_argument("--runs", type=Path, default=RESULTS, metavar="FILE", help="kept from run to run")
     parser.add_argument("--figures", type=Path, default=FIGURES, metavar="FOLDER", help="where figures go")
@@ -119,6 +120,9 @@ def measure(arguments: argparse.Namespace, runs: Runs, configured: str, progress
         budget, rounds = min(1_024, arguments.step_tokens // 2), 15
         section = time_step(arguments.step_tokens, budget, rounds, bar("attention step", 4 * (rounds + 1)))
         runs.add({"key": key("step"), "section": pack(section)})
+    if "long" in arguments.parts and runs.found(key("long", number=0)) is None:
+        for number, section in enumerate(time_long(15, 24, bar)):
+            runs.add({"key": key("long", number=number), "section": pack(section)})
     budgets = {0, *arguments.budgets}  # 0: the full cache's
     wanted = [setting for setting in SETTINGS if ("needles" if setting.name in MAIN else "options") in arguments.parts]
     todo = [

@@ -1,0 +1,38 @@
+"""What each part of the profile's cache is worth alone: the recent window that grows, shares of heads, small chunks."""
+
+import math
+from typing import Any
+
+from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, body_entries, body_ratio, shipped
+from kvcluster.fast import Distinctive
+from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
+
+__all__ = ["VARIANTS"]
+
+LARGE = DISTINCTIVE | {"chunk_size": 1024}
+ALIKE: dict[str, Any] = {"method": Distinctive(n_shared=4), "profile": None}
+
+
+def with_fixed_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+    ratio = body_ratio(keep, n_tokens)
+    return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **DISTINCTIVE)
+
+
+def with_growing_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+    share, size = OF_KEPT_RECENT * keep, DISTINCTIVE["chunk_size"]
+    ratio = body_ratio(keep, n_tokens, n_recent=max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens)))
+    sizes = DISTINCTIVE | {"recent_share": share}
+    return ClusteredCache.for_model(model, keep_ratio=int(ratio * size) / size, **ALIKE, **sizes)
+
+
+def with_large_chunks(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+    ratio = body_entries(keep, n_tokens, **LARGE) / LARGE["chunk_size"]
+    return ClusteredCache.for_model(model, keep_ratio=ratio, **ALIKE, **LARGE)
+
+
+VARIANTS = {
+    "profile-fixed": Method(with_fixed_window, "the profile, 252 recent tokens", is_blind=True, profile=shipped),
+    "alike-growing": Method(with_growing_window, "all heads alike, the recent window grows", is_blind=True),
+    "alike-1024": Method(with_large_chunks, "all heads alike, chunks of 1,024 tokens", is_blind=True),
+}
