@@ -13,12 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .assign import BLOCK_COLUMNS as assign_columns
 from .assign import BLOCK_ROWS as assign_rows
 from .assign import BLOCK_SCORED as assign_scored
 from .assign import N_STAGES as assign_stages
-from .assign import N_WARPS as assign_warps
-from .assign import filter_kernel, settle_kernel
+from .assign import columns_of, filter_kernel, settle_kernel, warps_of
 from .attention import N_STAGES, ROWS, SPLIT, entries_of_step, split_kernel
 from .attention import N_WARPS as attention_warps
 from .combine import combine_kernel
@@ -85,7 +83,7 @@ class Compiled:
 
 
 def compile_all(targets: tuple[str, ...] = tuple(TARGETS), dim: int = 128) -> Iterator[Compiled]:
-    """Every kernel in every dtype for every target at a power of two `dim`; takes a second or two each.
+    """Every kernel in every dtype for every target at `dim`, from 16 to 256; takes a second or two each.
 
     Raises
     ------
@@ -104,8 +102,9 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
     """Name, code and options of each kernel, as a contiguous tensor calls it; likeness at chunk size 64."""
     strides = dict.fromkeys(("stride_batch", "stride_head", "stride_token"), "i32")
     chunk = {"keys": TYPES[dtype], "heads": "i32", "chunks": "i32", "size": "i32"} | strides
-    shape = {"stride_dim": 1, "DIM": dim, "BLOCK_DIM": dim}
-    in_chunk = shape | {"STEPS": dim.bit_length() - 1}
+    block_dim = triton.next_power_of_2(dim)
+    shape = {"stride_dim": 1, "DIM": dim, "BLOCK_DIM": block_dim}
+    in_chunk = shape | {"STEPS": block_dim.bit_length() - 1}
     types = chunk | {"destination_out": "*i64", "is_scored_out": "*i1", "lead": "fp32"}
     blocks = {"ROWS": BLOCK_ROWS, "COLUMNS": BLOCK_COLUMNS, "SCORED": BLOCK_SCORED, "WIDEN": False}
     options = {"num_warps": match_warps[backend], "num_stages": match_stages}
@@ -126,20 +125,22 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
     types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"rows": "i32", "splits": "i32"}
     yield (
         "combine",
-        source(combine_kernel, types, {"DIM_VALUE": dim, "BLOCK_VALUE": dim}),
+        source(combine_kernel, types, {"DIM_VALUE": dim, "BLOCK_VALUE": block_dim}),
         {"num_warps": attention_warps},
     )
 
 
 def recall_sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
     """The same of the kernels that only recall needs; clusters are scored by bfloat16 features unless in float32."""
-    shape = {"DIM": dim, "BLOCK_DIM": dim}
-    canonical = shape | {"STEPS": dim.bit_length() - 1}
+    block_dim = triton.next_power_of_2(dim)
+    shape = {"DIM": dim, "BLOCK_DIM": block_dim}
+    canonical = shape | {"STEPS": block_dim.bit_length() - 1}
     types = {"keys": TYPES[dtype], "centroids": "*fp32", "labels_out": "*i64", "threshold_in": "*fp32"}
     types |= {"threshold_out": "*fp32", "lead": "fp32"}
     types |= dict.fromkeys(("blocks", "tokens", "clusters", "stride_problem", "stride_token"), "i32")
-    blocks = {"ROWS": assign_rows, "COLUMNS": assign_columns, "WIDEN": dtype == "float32", "stride_dim": 1}
-    options = {"num_warps": assign_warps[getattr(torch, dtype)], "num_stages": assign_stages}
+    blocks = {"ROWS": assign_rows, "COLUMNS": columns_of(getattr(torch, dtype))}
+    blocks |= {"WIDEN": dtype == "float32", "stride_dim": 1}
+    options = {"num_warps": warps_of(getattr(torch, dtype), block_dim), "num_stages": assign_stages}
     yield "assign", source(filter_kernel, types, shape | blocks), options
     yield "settle", source(settle_kernel, types, canonical | {"SCORED": assign_scored, "stride_dim": 1}), options
     features = TYPES["float32" if dtype == "float32" else "bfloat16"]
@@ -161,7 +162,8 @@ def attention_source(
     types |= dict.fromkeys(("heads", "rows", "queries", "entries", "place_problem"), "i32")
     types |= {f"{array}_{axis}": "i32" for array in ("key", "value", "count") for axis in ("batch", "head", "entry")}
     constants = {"key_dim": 1, "value_dim": 1, "count_entry": 1, "place_entry": 1}
-    constants |= {"DIM": dim, "BLOCK_DIM": dim, "DIM_VALUE": dim, "BLOCK_VALUE": dim, "ROWS": ROWS, "SPLIT": SPLIT}
+    constants |= {"DIM": dim, "DIM_VALUE": dim, "ROWS": ROWS, "SPLIT": SPLIT}
+    constants |= dict.fromkeys(("BLOCK_DIM", "BLOCK_VALUE"), triton.next_power_of_2(dim))
     constants |= {"HAS_COUNTS": not has_places, "HAS_PLACES": has_places, "IS_RAGGED": is_ragged}
     constants["WIDEN"] = False
     constants["ENTRIES"] = entries_of_step(dtype == "float32")

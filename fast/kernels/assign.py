@@ -15,20 +15,30 @@ __all__ = [
     "BLOCK_ROWS",
     "BLOCK_SCORED",
     "N_STAGES",
-    "N_WARPS",
     "assign",
+    "columns_of",
     "filter_kernel",
     "settle_kernel",
+    "warps_of",
 ]
 
 BLOCK_ROWS = 32  # tokens of a program
-BLOCK_COLUMNS = 32  # clusters that are filtered together
+BLOCK_COLUMNS = 32  # clusters that are filtered together, in 16-bit numbers
 BLOCK_SCORED = 4  # clusters that are scored canonically together
 N_STAGES = 2
-N_WARPS = {torch.float32: 8, torch.float16: 4, torch.bfloat16: 4}  # fewer spill registers on sm_100 in float32
 # Centroids of length 1 as the sum of two 16-bit numbers are off by at most 2**-18 (bfloat16) or 2**-20 (float16, whose
 # subnormal numbers are 2**-24 apart). Of two cosines both are; the rest is for the rounding of the bound itself.
 SPLIT_LEAD = {torch.float32: 0.0, torch.float16: 2.0**-16, torch.bfloat16: 2.0**-16}
+
+
+def columns_of(dtype: torch.dtype) -> int:
+    """Clusters that are filtered together: in float32 half as many, or some targets would spill registers."""
+    return BLOCK_COLUMNS // 2 if dtype == torch.float32 else BLOCK_COLUMNS
+
+
+def warps_of(dtype: torch.dtype, block_dim: int) -> int:
+    """Warps of a program; fewer would spill registers in float32, and from 129 features in 16-bit numbers."""
+    return 8 if dtype == torch.float32 or block_dim > 128 else 4
 
 
 def assign(keys: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +64,8 @@ def assign(keys: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     # Triton's interpreter multiplies bfloat16 wrongly.
     widen = keys.dtype == torch.float32 or (triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16)
     centroids = centroids.contiguous()
-    sizes = {"DIM": dim, "BLOCK_DIM": block_dim, "num_warps": N_WARPS[keys.dtype], "num_stages": N_STAGES}
+    warps = warps_of(keys.dtype, block_dim)
+    sizes = {"DIM": dim, "BLOCK_DIM": block_dim, "num_warps": warps, "num_stages": N_STAGES}
     filter_kernel[(problems * blocks,)](
         keys,
         centroids,
@@ -66,7 +77,7 @@ def assign(keys: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         *keys.stride(),
         lead=margin(dim, UNIT[keys.dtype]) + SPLIT_LEAD[keys.dtype],
         ROWS=BLOCK_ROWS,
-        COLUMNS=BLOCK_COLUMNS,
+        COLUMNS=columns_of(keys.dtype),
         WIDEN=widen,
         **sizes,
     )

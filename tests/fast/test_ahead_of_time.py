@@ -12,31 +12,37 @@ pytestmark = pytest.mark.slow
 CODE = """
 import dataclasses, json
 from kvcluster.fast.kernels.ahead_of_time import compile_all
-for dim in (64, 128):
-    print(json.dumps([dataclasses.asdict(made) for made in compile_all({targets}, dim)]))
+print(json.dumps([dataclasses.asdict(made) for made in compile_all({targets}, {dim})]))
 """
 SMALLEST_SHARED_MEMORY = 48 * 1024  # of a block, without asking for more, on every CUDA target
+# Of a block that asks for more, as Triton does: the least since sm_80, which sm_86 has, and that of gfx942.
+ASKED_SHARED_MEMORY = {"cuda": 99 * 1024, "hip": 64 * 1024}
 
 
-def compiled(*targets):
+def compiled(dim, *targets):
     """In a process of its own: this one may have replaced the compiler by the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", CODE.format(targets=targets)]
+    command = [sys.executable, "-c", CODE.format(targets=targets, dim=dim)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
-    return [made for line in done.stdout.splitlines() for made in json.loads(line)]
+    return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernels_compile_without_spilling(target):
-    every = compiled(target)
-    assert len(every) == 2 * 3 * len({made["kernel"] for made in every})
+def test_kernels_compile_without_spilling(target, dim):
+    """With heads of 256 features, as Gemma's are, some blocks ask for more shared memory, and get it everywhere."""
+    every = compiled(dim, target)
+    most = SMALLEST_SHARED_MEMORY
+    if dim == 256:
+        most = ASKED_SHARED_MEMORY["cuda" if target.startswith("sm_") else "hip"]
+    assert len(every) == 3 * len({made["kernel"] for made in every})
     names = {"match", "score", "likeness", "merge", "merge_weighted"}
     names |= {"attend", "attend_ragged", "combine", "assign", "settle", "select", "recall"}
     assert names == {made["kernel"] for made in every}
     for made in every:
         assert made["spills"] == 0, made
-        assert made["shared"] <= SMALLEST_SHARED_MEMORY, made
+        assert made["shared"] <= most, made
         if made["kernel"] in ("match", "attend", "attend_ragged", "assign", "recall") and made["dtype"] != "float32":
             assert made["tensor_core_products"] > 0, made
             assert made["wide_loads"] > 0, made
