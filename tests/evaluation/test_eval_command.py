@@ -193,10 +193,9 @@ def test_without_torch_it_says_what_to_install():
     assert done.stderr == "kvcluster eval: torch is not installed: pip install 'kvcluster[hf]'\n"
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("smollm2")
-def test_smollm2_finds_needles_in_its_full_cache_and_loses_them_in_published_clusters(tmp_path):
-    given = ["--tokens", 1024, "--contexts", 1, "--needles", 6, "--kinds", "digits", "--keep", 0.5, "--threads", 1]
+def test_a_real_model_finds_needles_in_its_full_cache_and_loses_them_in_published_clusters(tmp_path, real_model):
+    given = ["--model", real_model, "--tokens", 1024, "--contexts", 1, "--needles", 6, "--kinds", "digits"]
+    given += ["--keep", 0.5, "--threads", 1]
     result = run(*given, "--tasks", "needles", "--json", tmp_path / "made.json")
     assert result.exit_code == 0, result.output
     full, chunked = json.loads((tmp_path / "made.json").read_text())["summaries"]

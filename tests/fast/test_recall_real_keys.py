@@ -1,4 +1,4 @@
-"""Recall on a real model's keys: the reference's clusters and tokens, on every backend, and a wrong one differs."""
+"""Recall on real models' keys: the reference's clusters and tokens, on every backend, and a wrong one differs."""
 
 from dataclasses import replace
 
@@ -13,14 +13,13 @@ from kvcluster.fast.cpu import recall as cpp
 from kvcluster.fast.exact.scores import make_probe
 from kvcluster.theory.real_cache import real_cache
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
 PARAMETERS = {"budget": 128, "prompt_segment_size": 256}
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_every_layer_has_the_references_clusters_and_tokens(dtype, backend):
-    held = real_cache()
+def test_every_layer_has_the_references_clusters_and_tokens(dtype, backend, real_model):
+    held = real_cache(real_model)
     for layer in range(len(held.keys)):
         keys, values, queries = (x[layer].astype(dtype) for x in (held.keys, held.values, held.queries))
         expected, ours = reference.RecallCache(**PARAMETERS), fast.RecallCache(**PARAMETERS, backend=backend)
@@ -36,6 +35,7 @@ def test_every_layer_has_the_references_clusters_and_tokens(dtype, backend):
         assert attention_agrees(ours.attend(to_torch(query)), to_torch(query), *entries)
 
 
+@pytest.mark.slow
 def test_a_wrong_twin_of_the_selection_in_cpp_is_told_apart():
     """With a lead that is too small, exact ties are settled by float32."""
     rng = np.random.default_rng(0)
