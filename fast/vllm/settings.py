@@ -89,7 +89,7 @@ def settings_of(vllm_config: Any) -> Settings | None:
 
     Raises
     ------
-    ValueError : an unknown parameter, or a wrong value.
+    ValueError : an unknown parameter, a wrong value, or a profile, which pages have no room for.
     """
     asked = getattr(vllm_config, "additional_config", None) or {}
     asked = asked.get("kvcluster") if isinstance(asked, dict) else None
@@ -102,6 +102,11 @@ def settings_of(vllm_config: Any) -> Settings | None:
         except json.JSONDecodeError as error:
             raise ValueError(f"KVCLUSTER_VLLM must be JSON, got {text!r}") from error
     known = [field.name for field in fields(Settings)]
+    if isinstance(asked, dict) and "profile" in asked:
+        raise ValueError(
+            "profile must be absent in vLLM, whose pages hold as many entries of each layer and KV head (shares of "
+            f"their own would leave holes): give keep_ratio, for all heads, got {asked['profile']!r}"
+        )
     if not isinstance(asked, dict) or "keep_ratio" not in asked:
         raise ValueError(f"kvcluster must be a mapping with keep_ratio and maybe {', '.join(known[1:])}, got {asked!r}")
     for name in asked:

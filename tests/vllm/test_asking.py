@@ -58,6 +58,8 @@ def test_the_environment_asks_too(monkeypatch):
             {"keep_ratio": 0.5, "method": "soft_matching", "n_shared": 4},
             r"method 'soft_matching' must have parameters among \[\], got 'n_shared'",
         ),
+        ({"keep_ratio": 0.5, "profile": "p.json"}, "profile must be absent in vLLM, .*give keep_ratio, .*got 'p.json'"),
+        ({"profile": "known"}, "profile must be absent in vLLM, .* for all heads, got 'known'"),
         ([0.5], "must be a mapping with keep_ratio"),
     ],
 )
