@@ -133,7 +133,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
 def print_losses(console: Console, result: dict[str, Any]) -> None:
     """What each head loses, its shares, and what is lost with it alone whole."""
     title = "What is lost when one head alone keeps a part of its tokens (nats a token)"
-    table = Table(title=title, pad_edge=False)
+    table = Table(title=title, padding=(0, 0, 0, 1))
     shares_at = ("at 0.1", "at 0.25", "at 0.5")
     for column in ("layer", "KV head", *(f"{part:g}" for part in result["parts"]), *shares_at, "whole"):
         table.add_column(column, justify="right")

@@ -234,5 +234,8 @@ def test_what_ships_is_what_was_measured():
 
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     assert SHIPPED.read_text() == shipped(results)
+    [direct] = [result for result in results if result["rule"] == "direct"]
+    heads = [(layer, head) for layer in direct["layers"] for head in range(len(direct["losses_whole"][0]))]
+    assert order_by_worth(np.ravel(direct["losses_whole"]), heads) == [tuple(pair) for pair in direct["heads"]]
     results[0]["heads"].reverse()
     assert SHIPPED.read_text() != shipped(results)

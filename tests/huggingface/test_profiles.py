@@ -249,6 +249,12 @@ def test_what_ships_has_every_head_of_its_layers_once():
             assert round(float(np.mean(shares)), 2) == keep
 
 
+def test_of_gemma_the_layer_stays_whole_with_which_the_published_method_loses_least():
+    [profile] = [profile for profile in profiles.shipped() if profile.name.startswith("Gemma")]
+    assert profile.whole_heads() == [(11, 0)]
+    assert profile.heads == ((11, 0), (5, 0), (17, 0))
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("smollm2")
 def test_heads_of_smollm2_ship():
