@@ -48,7 +48,7 @@ TITLES_OF_METHODS = {
     "distinctive-heads": "distinctive matching, the model's profile",
     "profile-fixed": "... its shares, but 252 recent tokens",
     "alike-growing": "all heads alike, but its recent window",
-    "alike-1024": "all heads alike, chunks of 1,024",
+    "alike-1000": "all heads alike, chunks of about 1,000",
     "recall": "recall",
     "clusterkv": "recall, ClusterKV's settings",
 }

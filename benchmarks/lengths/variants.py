@@ -10,7 +10,7 @@ from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
 
 __all__ = ["VARIANTS"]
 
-LARGE = DISTINCTIVE | {"chunk_size": 1024}
+LARGEST_CHUNK = 1024
 ALIKE: dict[str, Any] = {"method": Distinctive(n_shared=4), "profile": None}
 
 
@@ -27,12 +27,14 @@ def with_growing_window(model: Any, keep: float, n_tokens: int) -> ClusteredCach
 
 
 def with_large_chunks(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-    ratio = body_entries(keep, n_tokens, **LARGE) / LARGE["chunk_size"]
-    return ClusteredCache.for_model(model, keep_ratio=ratio, **ALIKE, **LARGE)
+    n_body = n_tokens - DISTINCTIVE["n_sink"] - DISTINCTIVE["n_recent"]
+    size = next(size for size in range(LARGEST_CHUNK, 0, -1) if n_body % size == 0)  # no token is left over
+    sizes = DISTINCTIVE | {"chunk_size": size}
+    return ClusteredCache.for_model(model, keep_ratio=body_entries(keep, n_tokens, **sizes) / size, **ALIKE, **sizes)
 
 
 VARIANTS = {
     "profile-fixed": Method(with_fixed_window, "the profile, 252 recent tokens", is_blind=True, profile=shipped),
     "alike-growing": Method(with_growing_window, "all heads alike, the recent window grows", is_blind=True),
-    "alike-1024": Method(with_large_chunks, "all heads alike, chunks of 1,024 tokens", is_blind=True),
+    "alike-1000": Method(with_large_chunks, "all heads alike, chunks of about 1,000 tokens", is_blind=True),
 }

@@ -145,7 +145,7 @@ class RecallCache(ModelCache):
         """
         settings = asdict(RecallSettings.as_published(budget=budget, seed=seed))
         del settings["is_centred"]
-        tiers = {"offloading": offloading, "folder": folder, "n_steps": n_steps, "n_ahead": n_ahead}
+        tiers: dict[str, Any] = {"offloading": offloading, "folder": folder, "n_steps": n_steps, "n_ahead": n_ahead}
         return cls.for_model(model, n_dense_layers=2, **tiers, **settings)
 
     @classmethod
