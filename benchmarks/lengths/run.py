@@ -40,14 +40,16 @@ __all__ = ["main", "make_tables"]
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "lengths.md"
 N_FOLLOWING = 512
+PARTS = "reporting", "tuning"
 SHARES = (0.25, 0.1)
 BUDGETS = (1024, 2048)
 TITLES_OF_METHODS = {
     "full": "full cache, as it is",
     "distinctive": "distinctive matching, all heads alike",
     "distinctive-heads": "distinctive matching, the model's profile",
-    "profile-fixed": "... its shares, but 252 recent tokens",
-    "alike-growing": "all heads alike, but its recent window",
+    "profile-fixed": "... its shares, 252 recent tokens",
+    "profile-fifth": "... its shares, a fifth recent",
+    "alike-fifth": "all heads alike, a fifth recent",
     "alike-1000": "all heads alike, chunks of about 1,000",
     "recall": "recall",
     "clusterkv": "recall, ClusterKV's settings",
@@ -82,6 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Longer contexts: docs/lengths.md.")
     parser.add_argument("--models", nargs="+", default=tuple(SETS), choices=tuple(SETS))
     parser.add_argument("--longest", type=int, default=32000, help="tokens of the longest contexts that are read")
+    parser.add_argument(
+        "--part", choices=PARTS, default=PARTS[0], help="of the text; settings are chosen on the latter"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
@@ -91,28 +96,30 @@ def main() -> None:
         for name in arguments.models:
             model, tokenizer = load_model(name, MODEL_TYPES)
             sets = [each for each in SETS[name] if each.n_tokens <= arguments.longest]
-            measure(model, tokenizer, sets, Runs(results(name), without_texts))
-    tables = make_tables({name: Runs(results(name)).all for name in SETS})
-    PAGE.write_text(fill(PAGE.read_text(), tables))
+            runs = Runs(results(name, arguments.part), without_texts)
+            measure(model, tokenizer, sets, runs, arguments.part)
+    tables = make_tables({name: Runs(results(name, arguments.part)).all for name in arguments.models})
+    if arguments.part == PARTS[0]:
+        PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
     for name, markdown in tables.items():
         console.print(f"\n{name}", Markdown(markdown))
 
 
-def results(name: str) -> Path:
-    return HERE / "results" / f"{name}.jsonl"
+def results(name: str, part: str) -> Path:
+    return HERE / "results" / (f"{name}.jsonl" if part == PARTS[0] else f"{name}-{part}.jsonl")
 
 
-def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs) -> None:
-    """Every method on every context."""
+def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs, part: str) -> None:
+    """Every method on every context of a part of the text; of tasks those of the longest contexts first."""
     text = built_in_text()
     tokens = encode(tokenizer, text)
     work: list[tuple[Set, list[Case], int]] = []
     for each in sets:
         sizes = {"lengths": [each.n_tokens], "n_contexts": each.n_contexts, "n_following": N_FOLLOWING}
-        work.append((each, needle_cases(tokenizer, tokens, "reporting", **sizes), 0))
-    for each in sets:
-        cases = [task_case(name, tokenizer, text, tokens, "reporting", 0, each.n_tokens) for name in each.tasks]
+        work.append((each, needle_cases(tokenizer, tokens, part, **sizes), 0))
+    for each in reversed(sets):
+        cases = [task_case(name, tokenizer, text, tokens, part, 0, each.n_tokens) for name in each.tasks]
         work.append((each, cases, LEAST_OF_TASKS))
     with Progress() as progress:
         for each, cases, least in work:

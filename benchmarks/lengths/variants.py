@@ -6,7 +6,6 @@ from typing import Any
 from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, body_entries, body_ratio, shipped
 from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache
-from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
 
 __all__ = ["VARIANTS"]
 
@@ -19,11 +18,22 @@ def with_fixed_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **DISTINCTIVE)
 
 
-def with_growing_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-    share, size = OF_KEPT_RECENT * keep, DISTINCTIVE["chunk_size"]
-    ratio = body_ratio(keep, n_tokens, n_recent=max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens)))
-    sizes = DISTINCTIVE | {"recent_share": share}
+def with_twice_the_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+    ratio, sizes = fifth_recent(keep, n_tokens)
+    return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **sizes)
+
+
+def with_window_alone(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+    ratio, sizes = fifth_recent(keep, n_tokens)
+    size = sizes["chunk_size"]
     return ClusteredCache.for_model(model, keep_ratio=int(ratio * size) / size, **ALIKE, **sizes)
+
+
+def fifth_recent(keep: float, n_tokens: int) -> tuple[float, dict[str, Any]]:
+    """Ratio and sizes with a fifth of what is kept as recent tokens."""
+    share = keep / 5
+    ratio = body_ratio(keep, n_tokens, n_recent=max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens)))
+    return ratio, DISTINCTIVE | {"recent_share": share}
 
 
 def with_large_chunks(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
@@ -35,6 +45,7 @@ def with_large_chunks(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
 
 VARIANTS = {
     "profile-fixed": Method(with_fixed_window, "the profile, 252 recent tokens", is_blind=True, profile=shipped),
-    "alike-growing": Method(with_growing_window, "all heads alike, the recent window grows", is_blind=True),
+    "profile-fifth": Method(with_twice_the_window, "the profile, a fifth recent", is_blind=True, profile=shipped),
+    "alike-fifth": Method(with_window_alone, "all heads alike, a fifth recent", is_blind=True),
     "alike-1000": Method(with_large_chunks, "all heads alike, chunks of about 1,000 tokens", is_blind=True),
 }

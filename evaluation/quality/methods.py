@@ -115,7 +115,7 @@ def shipped(model: Any) -> Profile:
 
 
 def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, float, int], ClusteredCache]:
-    """Caches by distinctive matching whose KV heads have the shares of a profile; about a quarter is recent.
+    """Caches by distinctive matching whose KV heads have the shares of a profile; at least a tenth is recent.
 
     As `ClusteredCache.for_model` makes them, but that here what is kept has recent tokens included.
     """

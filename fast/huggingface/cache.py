@@ -76,7 +76,7 @@ class ClusteredCache(ModelCache):
             project's examples with `n_sink=16, n_recent=64`.
         chunk_size, n_sink, n_recent, recent_share : as in `kvcluster.reference.ClusteredCache`, for every layer;
             `recent_share` may be a sequence, of one number for each layer. Without `n_recent` it is 252, and without
-            `recent_share` too, that is a fifth of a single `keep_ratio`, so that the window grows with a long text.
+            `recent_share` too, that is a tenth of a single `keep_ratio`, so that the window grows with a long text.
             Else it is 0.
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.

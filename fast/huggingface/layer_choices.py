@@ -15,7 +15,7 @@ from .profiles import Profile, profile_for
 __all__ = ["N_RECENT", "OF_KEPT_RECENT", "LayerChoices", "choose_layers"]
 
 N_RECENT = 252  # with 4 sinks a whole chunk of 256
-OF_KEPT_RECENT = 0.2  # the least of the recent tokens / what is kept of a long text; a quarter, with half a chunk
+OF_KEPT_RECENT = 0.1  # the least of the recent tokens / what is kept of a long text: more loses needles
 
 
 class LayerChoices(NamedTuple):

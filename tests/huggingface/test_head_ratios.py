@@ -64,7 +64,7 @@ def test_the_recent_window_grows_with_the_text_unless_its_size_is_given():
         ClusteredCache.for_model(model, keep_ratio=0.5, profile=None, **parameters).parameters["recent_share"]
         for parameters in ({}, {"n_recent": 252}, {"recent_share": 0.0}, {"n_recent": 8, "recent_share": 0.25})
     ]
-    assert shares == [0.1, 0.0, 0.0, 0.25]
+    assert shares == [0.05, 0.0, 0.0, 0.25]
     grows, fixed = (
         read(
             model,
