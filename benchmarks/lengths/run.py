@@ -22,7 +22,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.lengths.variants import VARIANTS
+from benchmarks.lengths.variants import RECALL, VARIANTS
 from benchmarks.published.run import without_texts
 from benchmarks.published.tables import TITLES, over, score
 from kvcluster.evaluation.models import load_model
@@ -52,10 +52,11 @@ TITLES_OF_METHODS = {
     "alike-fifth": "all heads alike, a fifth recent",
     "alike-1000": "all heads alike, chunks of about 1,000",
     "recall": "recall",
+    "recall-heads": "recall, each query head its own",
     "clusterkv": "recall, ClusterKV's settings",
 }
 LEAST_OF_TASKS = 512  # entries: lists have tokens to spare, which stay exact, beside sinks and recent ones
-OF_BUDGETS = "recall", "clusterkv"  # they store every token: what they keep is what a step may read
+OF_BUDGETS = "recall", "recall-heads", "clusterkv"  # they store every token: what they keep is what a step may read
 
 
 class Set(NamedTuple):
@@ -132,7 +133,7 @@ def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs, part: str) 
                 cases,
                 pairs,
                 runs,
-                methods=METHODS | VARIANTS,
+                methods=METHODS | VARIANTS | RECALL,
                 on_run=lambda bar=bar: progress.advance(bar),
             )
 

@@ -1,13 +1,13 @@
-"""What each part of the profile's cache is worth alone: the recent window that grows, shares of heads, small chunks."""
+"""Parts of the cache of a profile alone: its window, its shares, its chunks; and recall by each query head."""
 
 import math
 from typing import Any
 
 from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, body_entries, body_ratio, shipped
 from kvcluster.fast import Distinctive
-from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
-__all__ = ["VARIANTS"]
+__all__ = ["RECALL", "VARIANTS"]
 
 LARGEST_CHUNK = 1024
 ALIKE: dict[str, Any] = {"method": Distinctive(n_shared=4), "profile": None}
@@ -43,9 +43,22 @@ def with_large_chunks(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     return ClusteredCache.for_model(model, keep_ratio=body_entries(keep, n_tokens, **sizes) / size, **ALIKE, **sizes)
 
 
+def recall_of_each_query_head(model: Any, keep: float, n_tokens: int) -> RecallCache:
+    return RecallCache.for_model(model, budget=int(keep * n_tokens), is_per_query_head=True)
+
+
 VARIANTS = {
     "profile-fixed": Method(with_fixed_window, "the profile, 252 recent tokens", is_blind=True, profile=shipped),
     "profile-fifth": Method(with_twice_the_window, "the profile, a fifth recent", is_blind=True, profile=shipped),
     "alike-fifth": Method(with_window_alone, "all heads alike, a fifth recent", is_blind=True),
     "alike-1000": Method(with_large_chunks, "all heads alike, chunks of about 1,000 tokens", is_blind=True),
+}
+RECALL = {
+    "recall-heads": Method(
+        recall_of_each_query_head,
+        "each query head recalls its own tokens",
+        stores_all=True,
+        is_stepwise=True,
+        is_blind=True,
+    )
 }
