@@ -40,10 +40,8 @@ Bar = Callable[[str, int], Callable[[], object]]  # a progress bar from its name
 @torch.inference_mode()
 def time_long(rounds: int, n_new: int, bar: Bar) -> list[Section]:
     """Sections: attention of a step for each budget, the index beside the prefill, and steps of the model."""
-    steps = [
-        time_step(LONG, budget, rounds, bar(f"step, {budget}", 4 * (rounds + 1)), shape=SHAPE, most=MOST_STEP)
-        for budget in BUDGETS
-    ]
+    rules: dict[str, Any] = {"shape": SHAPE, "most": MOST_STEP, "with_query_heads": True}
+    steps = [time_step(LONG, budget, rounds, bar(f"step, {budget}", 5 * (rounds + 1)), **rules) for budget in BUDGETS]
     model, tokenizer = load_model(MODEL, MODEL_TYPES)
     start = opening(tokenizer)
     tokens = start + span(encode(tokenizer, built_in_text()), "reporting", 0, LONG - len(start))

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,21 @@ def time_step(
     *,
     shape: tuple[int, int, int] = SHAPE,
     most: float = MOST_STEP,
+    with_query_heads: bool = False,
 ) -> Section:
-    """Seconds of one decoding step's attention, selection included; `shape` is KV heads, queries of each, dim."""
+    """Seconds of one decoding step's attention, selection included; `shape` is KV heads, queries of each, dim.
+
+    `with_query_heads` times also a cache whose query heads choose alone.
+    """
     heads, group, dim = shape
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, heads, tokens, dim, generator=generator) for _ in range(2))
     query = torch.randn(1, heads, group, dim, generator=generator)
-    cache = RecallCache(budget=budget)
-    cache.append(keys, values)
+    ours = {"RecallCache.attend": RecallCache(budget=budget)}
+    if with_query_heads:
+        ours["RecallCache.attend, each query head its own tokens"] = RecallCache(budget=budget, is_per_query_head=True)
+    for cache in ours.values():
+        cache.append(keys, values)
 
     def plain() -> torch.Tensor:
         return (query @ keys.mT * dim**-0.5).softmax(dim=-1) @ values
@@ -47,7 +55,8 @@ def time_step(
         "full: two matrix products": plain,
         "full: kvcluster.fast.attention": lambda: attention(query, keys, values),
     }
-    seconds = seconds_in_turn({**full, "RecallCache.attend": lambda: cache.attend(query)}, rounds, advance)
+    recalling = {name: partial(cache.attend, query) for name, cache in ours.items()}
+    seconds = seconds_in_turn({**full, **recalling}, rounds, advance)
     best = min(full, key=lambda name: statistics.median(seconds[name]))
     lines = []
     for name, times in seconds.items():
