@@ -63,7 +63,6 @@ TABLE = {
     "take": Row("plain.selection:take", "kernels.select:take", "cpu.recall:take"),  # of features in bfloat16
     "replace_clusters": Row("plain.tiers:replace_clusters", cpp="cpu.tiers:replace_clusters"),
     "bring": Row("plain.tiers:bring", cpp="cpu.tiers:bring"),
-    "read_ahead": Row("plain.tiers:read_nothing_ahead", cpp="cpu.tiers:read_ahead"),
 }
 
 

@@ -1,6 +1,5 @@
 """A recall cache in two tiers: all keys and values in slow memory, the clusters selected lately in fast memory."""
 
-import functools
 import mmap
 import os
 import tempfile
@@ -11,14 +10,12 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from .arguments import check_integer, check_shape
-from .backends import AnyBackend, cell
+from .backends import AnyBackend
 from .exact.entries import Reached
-from .exact.scores import make_probe
 from .exact.tiers import Exact
 from .memory.body_clusters import BodyClusters
 from .memory.fast_tier import FastTier, TierStatistics
 from .memory.ordinary import on_ordinary_tensors
-from .memory.read_ahead import soon
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
 from .recall_cache import RecallCache
@@ -47,9 +44,6 @@ class TieredRecallCache(RecallCache):
     folder : where the file lies; the system's folder for temporary files by default, which may be memory. CPU only.
     n_steps : the fast tier holds, whole, the clusters of which the last `n_steps` calls of `attend` took tokens; R in
         the paper (arXiv:2412.03213, DAC 2025), which uses 1.
-    n_ahead : after each call of `attend` the clusters that come next in its order, of about so many tokens, are read
-        from the file, by a thread of its own, in case the next call wants them: for a file that memory cannot hold.
-        Ours; no result depends on it. Without a C++ compiler, and on CUDA, nothing is read ahead.
     backend : as in `RecallCache`.
 
     Attributes
@@ -82,15 +76,13 @@ class TieredRecallCache(RecallCache):
         *,
         folder: str | Path | None = None,
         n_steps: int = 1,
-        n_ahead: int = 0,
         backend: AnyBackend = "auto",
     ) -> None:
         self._begin(settings, backend)
         check_integer("n_steps", n_steps, least=1)
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
-        check_integer("n_ahead", n_ahead, least=0)
-        self.folder, self.n_steps, self.n_ahead = folder, n_steps, n_ahead
+        self.folder, self.n_steps = folder, n_steps
         self.device = torch.device("cpu")
         self.statistics = TierStatistics()
         self._near: FastTier | None = None
@@ -103,12 +95,11 @@ class TieredRecallCache(RecallCache):
         seed: int = 0,
         folder: str | Path | None = None,
         n_steps: int = 1,
-        n_ahead: int = 0,
         backend: AnyBackend = "auto",
     ) -> "TieredRecallCache":
         """As `RecallCache.as_published`, in two tiers; the paper's R is 1."""
         settings = RecallSettings.as_published(budget=budget, seed=seed)
-        return cls(settings, folder=folder, n_steps=n_steps, n_ahead=n_ahead, backend=backend)
+        return cls(settings, folder=folder, n_steps=n_steps, backend=backend)
 
     @property
     def nbytes_reserved(self) -> int:
@@ -136,24 +127,6 @@ class TieredRecallCache(RecallCache):
     def _step_backend(self, keys: Tensor, values: Tensor) -> str:
         """The one for the fast tier: `keys` and `values` have come to the host already."""
         return self._backend_of_steps
-
-    def attend(self, query: Tensor, *, scale: float | None = None) -> Tensor:
-        output = super().attend(query, scale=scale)
-        self.read_ahead(query)
-        return output
-
-    def read_ahead(self, query: Tensor) -> None:
-        """Have read from the file, by a thread of its own, the clusters that a query like this one would recall next.
-
-        It has no influence on any result, and does nothing without `n_ahead`, a body and a fast tier.
-        """
-        if self.n_ahead == 0 or self.n_clustered == 0 or self._near is None:
-            return
-        read_ahead = cell("read_ahead", self._near.backend)
-        probe = make_probe(self._flat(query.detach()), self.settings.spread)
-        clusters = self.body.scored, self.body.counts, self.body.first_member, self._near.first_row
-        n_tokens = self.settings.budget + self.n_ahead
-        soon(functools.partial(read_ahead, probe, *clusters, self._held, self.settings.n_sink, n_tokens))
 
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:

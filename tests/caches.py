@@ -15,9 +15,8 @@ def make_cache(package, *, budget=None, n_shared=None, **rules):
     return package.ClusteredCache(method=method, **rules)
 
 
-def make_tiered(*, folder=None, n_steps=1, n_ahead=0, backend="auto", **settings):
-    tiers = {"folder": folder, "n_steps": n_steps, "n_ahead": n_ahead}
-    return TieredRecallCache(RecallSettings(**settings), **tiers, backend=backend)
+def make_tiered(*, folder=None, n_steps=1, backend="auto", **settings):
+    return TieredRecallCache(RecallSettings(**settings), folder=folder, n_steps=n_steps, backend=backend)
 
 
 def of_reference(*, budget=None, method=None, **rules):

@@ -32,7 +32,7 @@ MODEL, LONG = "gemma3-270m", 32_000
 BUDGETS = (1_024, 2_048)
 SHAPE = (1, 4, 256)  # KV heads, queries of each, features
 MOST_STEP, MOST_INDEX, MOST_WARM = 1 / 6, 0.04, 1.3
-DROPPED = "two tiers, no page of the file stays in memory", "... and the next clusters are read ahead"
+DROPPED = "two tiers, no page of the file stays in memory"
 LIBC, PAGE_OUT = ctypes.CDLL(None), 21  # MADV_PAGEOUT of Linux
 Bar = Callable[[str, int], Callable[[], object]]  # a progress bar from its name and steps
 
@@ -68,8 +68,7 @@ def time_model(model: Any, full: Any, last: int, n_new: int, bar: Bar) -> Sectio
     options: dict[str, dict[str, Any]] = {
         "in memory": {},
         "two tiers, the file in memory": {"offloading": True},
-        DROPPED[0]: {"offloading": True},
-        DROPPED[1]: {"offloading": True, "n_ahead": budget},
+        DROPPED: {"offloading": True},
     }
     caches = {name: fill(RecallCache.for_model(model, budget=budget, **of), full) for name, of in options.items()}
     caches = {"full cache": copy.deepcopy(full), **caches}
@@ -79,7 +78,7 @@ def time_model(model: Any, full: Any, last: int, n_new: int, bar: Bar) -> Sectio
 
     def step(name: str) -> Callable[[], None]:
         def run() -> None:
-            with dropping(clock) if name in DROPPED else nullcontext():
+            with dropping(clock) if name == DROPPED else nullcontext():
                 logits = model(next_tokens[name], past_key_values=caches[name]).logits
             next_tokens[name] = logits[:, -1:].argmax(dim=-1)
 
@@ -102,7 +101,7 @@ def time_model(model: Any, full: Any, last: int, n_new: int, bar: Bar) -> Sectio
         ("keys and values", "clusters there already", "time / in memory"),
         lines,
         "The whole model's step: three of its 18 layers attend to everything. After each layer's step all pages of its "
-        "file are dropped, where it says so, which is not counted; what is read ahead is read after that.",
+        "file are dropped, where it says so, which is not counted.",
         {"seconds": seconds},
     )
 
@@ -119,19 +118,20 @@ class Clock:
 
 @contextmanager
 def dropping(clock: Clock) -> Iterator[None]:
-    """After each layer's step its file has no page in memory but what is read ahead then."""
-    right = TieredRecallCache.read_ahead
+    """After each layer's step its file has no page in memory."""
+    right = TieredRecallCache.attend
 
-    def drop_and_read_ahead(cache: TieredRecallCache, query: Tensor) -> None:
+    def attend_and_drop(cache: TieredRecallCache, query: Tensor, *, scale: float | None = None) -> Tensor:
+        output = right(cache, query, scale=scale)
         begun = time.perf_counter()
         for tensor in cache.stored:
             storage = tensor.untyped_storage()
             LIBC.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), PAGE_OUT)
         clock.outside += time.perf_counter() - begun
-        right(cache, query)
+        return output
 
-    TieredRecallCache.read_ahead = drop_and_read_ahead
+    TieredRecallCache.attend = attend_and_drop
     try:
         yield
     finally:
-        TieredRecallCache.read_ahead = right
+        TieredRecallCache.attend = right

@@ -1,15 +1,12 @@
 """The fast tier of a recall cache in C++."""
 
-import mmap
-
 import torch
 from torch import Tensor
 
-from ..exact.scores import ScoredClusters
 from ..exact.tiers import Exact, Replaced
 from .compiling import call
 
-__all__ = ["bring", "read_ahead", "replace_clusters"]
+__all__ = ["bring", "replace_clusters"]
 
 
 def replace_clusters(
@@ -40,28 +37,3 @@ def bring(
     shape = (*sizes.shape, source[0].shape[-2], held[0].shape[1], *bytes_of_row, *exact, torch.get_num_threads())
     call("tiers", "bring", shape, *source, *held, first_member, sizes, first_row, end)
     return first_row, end
-
-
-def read_ahead(
-    probe: Tensor,
-    clusters: ScoredClusters,
-    counts: Tensor,
-    first_member: Tensor,
-    first_row: Tensor,
-    source: tuple[Tensor, ...],
-    n_sink: int,
-    n_tokens: int,
-) -> None:
-    """Tell the system that clusters of `n_tokens` tokens in all, the best by `probe`, will be read from a mapped file.
-
-    Parameters
-    ----------
-    probe, clusters, counts : as in `kvcluster.fast.cpu.recall.take`.
-    first_member, source, n_sink : as in `bring`.
-    first_row : (problems, clusters), int64: at least 0 for clusters that need not be read.
-    """
-    problems, group, dims = probe.shape
-    bytes_of_row = [array.shape[-1] * array.itemsize for array in source]
-    shape = (problems, group, dims // 2, counts.shape[1], n_tokens, source[0].shape[-2], n_sink, mmap.PAGESIZE)
-    arrays = probe, clusters.features, clusters.mean, counts, first_member, first_row, *source
-    call("read_ahead", "read_ahead", (*shape, *bytes_of_row), *arrays)

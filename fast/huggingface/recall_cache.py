@@ -57,7 +57,6 @@ class RecallCache(ModelCache):
         offloading: bool = False,
         folder: str | Path | None = None,
         n_steps: int = 1,
-        n_ahead: int = 0,
     ) -> "RecallCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
 
@@ -70,8 +69,8 @@ class RecallCache(ModelCache):
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
         init_seed : layer i of n draws with the seed `(init_seed * n + i) % 2**32`; None: nothing is drawn.
         offloading : keep keys and values in slow memory, except those of the clusters that were recalled in the last
-            `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder` and `n_ahead`. Dense
-            layers, whose steps read all of them, stay in fast memory. The tokens generated are the same.
+            `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder`. Dense layers, whose steps
+            read all of them, stay in fast memory. The tokens generated are the same.
 
         Raises
         ------
@@ -101,11 +100,9 @@ class RecallCache(ModelCache):
             is_per_query_head=is_per_query_head,
             is_exact_counted=is_exact_counted,
         )
-        tiers = {"folder": folder, "n_steps": n_steps, "n_ahead": n_ahead} if offloading else {}
-        if not offloading and (folder is not None or n_steps != 1 or n_ahead != 0):
-            raise ValueError(
-                f"offloading must be True for a folder, n_steps or n_ahead, got {folder!r}, {n_steps} and {n_ahead}"
-            )
+        tiers = {"folder": folder, "n_steps": n_steps} if offloading else {}
+        if not offloading and (folder is not None or n_steps != 1):
+            raise ValueError(f"offloading must be True for a folder or n_steps, got {folder!r} and {n_steps}")
 
         def layer(index: int) -> RecallLayer:
             is_dense, of_layer = index < n_dense_layers, settings
@@ -128,7 +125,6 @@ class RecallCache(ModelCache):
         offloading: bool = False,
         folder: str | Path | None = None,
         n_steps: int = 1,
-        n_ahead: int = 0,
     ) -> "RecallCache":
         """An empty cache with the settings of the paper (arXiv:2412.03213, DAC 2025), two dense layers included.
 
@@ -137,7 +133,7 @@ class RecallCache(ModelCache):
         model : as in `for_model`, of two layers or more.
         budget, seed : as in `kvcluster.reference.RecallCache.as_published`; `budget` tokens are recalled beside sinks
             and tokens that wait for a cluster.
-        offloading, folder, n_steps, n_ahead : as in `for_model`; the paper offloads, and its R, our `n_steps`, is 1.
+        offloading, folder, n_steps : as in `for_model`; the paper offloads, and its R, our `n_steps`, is 1.
 
         Raises
         ------
@@ -145,8 +141,7 @@ class RecallCache(ModelCache):
         """
         settings = asdict(RecallSettings.as_published(budget=budget, seed=seed))
         del settings["is_centred"]
-        tiers: dict[str, Any] = {"offloading": offloading, "folder": folder, "n_steps": n_steps, "n_ahead": n_ahead}
-        return cls.for_model(model, n_dense_layers=2, **tiers, **settings)
+        return cls.for_model(model, n_dense_layers=2, offloading=offloading, folder=folder, n_steps=n_steps, **settings)
 
     @classmethod
     def load(
@@ -157,11 +152,9 @@ class RecallCache(ModelCache):
         offloading: bool = False,
         folder: str | Path | None = None,
         n_steps: int = 1,
-        n_ahead: int = 0,
     ) -> Self:
-        """As `ModelCache.load`; `offloading` and what belongs to it as in `for_model`, however it was saved."""
-        tiers = {"offloading": offloading, "folder": folder, "n_steps": n_steps, "n_ahead": n_ahead}
-        return load_cache(cls, path, model, tiers)
+        """As `ModelCache.load`; `offloading`, `folder` and `n_steps` as in `for_model`, however it was saved."""
+        return load_cache(cls, path, model, {"offloading": offloading, "folder": folder, "n_steps": n_steps})
 
     @property
     def statistics(self) -> TierStatistics | None:

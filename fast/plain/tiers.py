@@ -9,7 +9,7 @@ from torch import Tensor
 from ..exact.entries import recalled_places
 from ..exact.tiers import Exact, Replaced
 
-__all__ = ["bring", "read_nothing_ahead", "replace_clusters"]
+__all__ = ["bring", "replace_clusters"]
 
 
 def replace_clusters(
@@ -64,10 +64,6 @@ def bring(
     copy(source, held, slow_rows.expand(problems, -1), rows.expand(problems, -1), side)
     copy(source, held, recalled_places(exact.n_sink + first_member, sizes), recalled_places(begins, sizes), side)
     return torch.where(sizes > 0, begins, first_row), end + sizes.sum(dim=1)
-
-
-def read_nothing_ahead(*arguments: object) -> None:
-    """Torch has no word for it: see `kvcluster.fast.cpu.tiers.read_ahead`."""
 
 
 def copy(

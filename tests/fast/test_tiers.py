@@ -54,14 +54,12 @@ def filled(tmp_path, **parameters):
     pieces=st.lists(st.sampled_from([1, 1, 1, 2, 19, 64, 130]), min_size=2, max_size=14),
     n_steps=st.integers(1, 4),
     backend=st.sampled_from(["torch", "cpp"]),
-    n_ahead=st.sampled_from([0, 40]),
     option=st.sampled_from([{}, {"centroids_for_rest": True}, {"prompt_segment_size": 0}]),
     dtype=st.sampled_from(list(DTYPES)),
 )
-def test_two_tiers_give_the_outputs_of_memory_bit_for_bit(first, pieces, n_steps, backend, n_ahead, option, dtype):
+def test_two_tiers_give_the_outputs_of_memory_bit_for_bit(first, pieces, n_steps, backend, option, dtype):
     parameters = {**PARAMETERS, **option, "backend": backend}
-    cache = make_tiered(**parameters, n_steps=n_steps, n_ahead=n_ahead)
-    expected = fast.RecallCache(**parameters)
+    cache, expected = make_tiered(**parameters, n_steps=n_steps), fast.RecallCache(**parameters)
     for seed, n_tokens in enumerate([first, 70, *pieces]):
         keys, values = tokens_of(7 * seed, n_tokens, dtype)
         query = query_of(seed)
@@ -236,8 +234,6 @@ def test_a_killed_process_leaves_no_file(tmp_path):
     ("parameters", "error", "message"),
     [
         ({"n_steps": 0}, ValueError, "n_steps must be at least 1, got 0"),
-        ({"n_ahead": -1}, ValueError, "n_ahead must be at least 0, got -1"),
-        ({"n_ahead": 1.5}, TypeError, "n_ahead must be an integer, got 1.5"),
         ({"n_steps": 1.5}, TypeError, "n_steps must be an integer, got 1.5"),
         ({"folder": "/no/such"}, ValueError, "folder must be an existing folder, got '/no/such'"),
         ({"budget": 3}, ValueError, "budget must be at least"),

@@ -87,8 +87,8 @@ def test_a_cache_filled_in_inference_mode_goes_on_without_it(options):
 
 def test_offloading_options_are_refused_where_they_would_mean_nothing(tmp_path):
     model = tiny_llama()
-    for options in ({"folder": tmp_path}, {"n_steps": 2}, {"n_ahead": 8}):
-        with pytest.raises(ValueError, match="offloading must be True for a folder, n_steps or n_ahead, got "):
+    for options in ({"folder": tmp_path}, {"n_steps": 2}):
+        with pytest.raises(ValueError, match="offloading must be True for a folder or n_steps, got "):
             RecallCache.for_model(model, **SMALL, **options)
     with pytest.raises(ValueError, match="folder must be an existing folder, got "):
         RecallCache.for_model(model, **SMALL, offloading=True, folder=tmp_path / "none")

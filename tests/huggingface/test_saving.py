@@ -143,7 +143,7 @@ def test_a_cache_moves_between_memory_and_tiers(saved, options, tmp_path):
     assert tiered == [False, bool(options), bool(options)]
     assert torch.equal(continued(model, loaded), continued(model, cache))
     assert os.listdir(tmp_path) == ["cache"]
-    with pytest.raises(ValueError, match="offloading must be True for a folder, n_steps or n_ahead"):
+    with pytest.raises(ValueError, match="offloading must be True for a folder or n_steps"):
         RecallCache.load(tmp_path / "cache", model, n_steps=2)
 
 
