@@ -124,7 +124,7 @@ def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs, part: str) 
         work.append((each, cases, LEAST_OF_TASKS))
     with Progress() as progress:
         for each, cases, least in work:
-            pairs = [pair for pair in pairs_of(each, least) if not least or pair[0] not in VARIANTS]
+            pairs = pairs_of(each, least)
             what = f"{each.n_tokens:,} tokens, {'tasks' if least else 'needles'}"
             bar = progress.add_task(what, total=len(cases) * len(pairs))
             run_all(
@@ -139,13 +139,13 @@ def measure(model: Any, tokenizer: Any, sets: list[Set], runs: Runs, part: str) 
 
 
 def pairs_of(each: Set, least: int) -> list[tuple[str, float]]:
-    """Methods and what they keep, at least so many entries."""
+    """Methods and what they keep, at least so many entries; variants of needles alone, for which that is 0."""
     pairs = [("full", 1.0)]
     for name in TITLES_OF_METHODS:
         if name in OF_BUDGETS:
             pairs += [(name, budget / each.n_tokens) for budget in each.budgets]
         elif name in VARIANTS:
-            pairs.append((name, SHARES[0]))
+            pairs += [] if least else [(name, SHARES[0])]
         elif name != "full":
             pairs += [(name, share) for share in each.shares if share * each.n_tokens >= least]
     return pairs

@@ -1,15 +1,21 @@
 """Parts of the cache of a profile alone: its window, its shares, its chunks; and recall by each query head."""
 
-import math
 from typing import Any
 
-from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, body_entries, body_ratio, shipped
+from kvcluster.evaluation.quality.methods import (
+    DISTINCTIVE,
+    Method,
+    body_entries,
+    body_ratio,
+    shipped,
+    with_growing_window,
+)
 from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 
 __all__ = ["RECALL", "VARIANTS"]
 
-LARGEST_CHUNK = 1024
+LARGEST_CHUNK, FIFTH = 1024, 0.2
 ALIKE: dict[str, Any] = {"method": Distinctive(n_shared=4), "profile": None}
 
 
@@ -19,21 +25,14 @@ def with_fixed_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
 
 
 def with_twice_the_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-    ratio, sizes = fifth_recent(keep, n_tokens)
+    ratio, sizes = with_growing_window(keep, n_tokens, FIFTH)
     return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **sizes)
 
 
 def with_window_alone(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-    ratio, sizes = fifth_recent(keep, n_tokens)
+    ratio, sizes = with_growing_window(keep, n_tokens, FIFTH)
     size = sizes["chunk_size"]
     return ClusteredCache.for_model(model, keep_ratio=int(ratio * size) / size, **ALIKE, **sizes)
-
-
-def fifth_recent(keep: float, n_tokens: int) -> tuple[float, dict[str, Any]]:
-    """Ratio and sizes with a fifth of what is kept as recent tokens."""
-    share = keep / 5
-    ratio = body_ratio(keep, n_tokens, n_recent=max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens)))
-    return ratio, DISTINCTIVE | {"recent_share": share}
 
 
 def with_large_chunks(model: Any, keep: float, n_tokens: int) -> ClusteredCache:

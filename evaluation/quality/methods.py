@@ -90,6 +90,13 @@ def body_ratio(keep: float, n_tokens: int, n_recent: int = DISTINCTIVE["n_recent
     return min(1.0, ratio)
 
 
+def with_growing_window(keep: float, n_tokens: int, part: float) -> tuple[float, dict[str, Any]]:
+    """As `body_ratio`, with at least `part` of what is kept as recent tokens; and the sizes of such a cache."""
+    share = part * keep
+    n_recent = max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens))
+    return body_ratio(keep, n_tokens, n_recent=n_recent), DISTINCTIVE | {"recent_share": share}
+
+
 def alike(method: ClusteringMethod) -> Callable[[Any, float, int], ClusteredCache]:
     """Caches by `method` with the sizes of distinctive matching, all layers alike."""
 
@@ -121,10 +128,8 @@ def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, fl
     """
 
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-        share = OF_KEPT_RECENT * keep
-        ratio = body_ratio(keep, n_tokens, n_recent=max(DISTINCTIVE["n_recent"], math.floor(share * n_tokens)))
-        sizes = DISTINCTIVE | {"recent_share": share, "profile": profile_of(model)}
-        return ClusteredCache.for_model(model, keep_ratio=ratio, **sizes)
+        ratio, sizes = with_growing_window(keep, n_tokens, OF_KEPT_RECENT)
+        return ClusteredCache.for_model(model, keep_ratio=ratio, profile=profile_of(model), **sizes)
 
     return make
 

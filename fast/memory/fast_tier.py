@@ -67,8 +67,10 @@ class FastTier:
         self, taken: list[Tensor], counts: Tensor, n_steps: int, statistics: TierStatistics
     ) -> Int64[Tensor, "problems clusters"]:
         """Drop what was not selected in the last `n_steps`, this one included; sizes of what has to be copied."""
-        absent = torch.full_like(counts[:, self.first_row.shape[1] :], -1)
-        held = longer(self.first_row, absent), longer(self.last_step, absent)
+        held = self.first_row, self.last_step
+        if self.first_row.shape[1] < counts.shape[1]:
+            absent = torch.full_like(counts[:, self.first_row.shape[1] :], -1)
+            held = longer(self.first_row, absent), longer(self.last_step, absent)
         self.counts = counts
         self.step += 1
         replaced = cell("replace_clusters", self.backend)(taken, counts, *held, self.step, n_steps)
