@@ -14,6 +14,7 @@ from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
+from .quantization import Quantized, dequantize, quantize
 from .ragged_cache import RaggedCache
 from .recall import recall_attention
 from .recall_cache import RecallCache
@@ -30,6 +31,7 @@ __all__ = [
     "Clustering",
     "Clusters",
     "Distinctive",
+    "Quantized",
     "RaggedCache",
     "RecallCache",
     "Selection",
@@ -38,9 +40,11 @@ __all__ = [
     "attention",
     "chunked_soft_matching",
     "clustered_attention",
+    "dequantize",
     "distinctive_matching",
     "kmeans",
     "merge",
+    "quantize",
     "recall_attention",
     "select_clusters",
     "similarity",

@@ -88,12 +88,12 @@ def dtype_name(array: torch.Tensor) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def check_half_range(keys: torch.Tensor) -> None:
-    """Refuse keys that less their mean might overflow float32."""
+def check_half_range(name: str, array: torch.Tensor, why: str) -> None:
+    """Refuse numbers that might overflow float32 when another one is subtracted, or when they are rounded up."""
     half = torch.finfo(torch.float32).max / 2
-    largest = float(keys.abs().max()) if keys.numel() else 0.0
+    largest = float(array.abs().max()) if array.numel() else 0.0
     if largest > half:
-        raise ValueError(f"keys must be at most {half:.3g} in size with is_centred, got {largest:.3g}")
+        raise ValueError(f"{name} must be at most {half:.3g} in size {why}, got {largest:.3g}")
 
 
 def check_integer(name: str, value: int, least: int) -> None:

@@ -9,19 +9,20 @@ from torch import Tensor
 
 from .arguments import check_integer, check_keep_ratio, check_method, entries_of_chunk
 from .backends import AnyBackend
-from .entry_cache import UNDO_TOKENS, EntryCache
+from .entry_cache import UNDO_TOKENS
 from .memory.ordinary import on_ordinary_tensors
-from .memory.overwritten import Overwritten, keep
+from .memory.overwritten import BeforeQuantizing, Overwritten, before_quantizing, keep
 from .memory.room import move_to_room
 from .memory.span_merging import merge_spans
 from .memory.spans import SpanPlan, SpanRules
 from .methods import Method
+from .quantized_body import CacheWithBits
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache"]
 
 
-class ClusteredCache(EntryCache):
+class ClusteredCache(CacheWithBits):
     """A key-value cache in which centroids stand for old tokens: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
@@ -46,18 +47,20 @@ class ClusteredCache(EntryCache):
         n_recent: int = 64,
         recent_share: float = 0.0,
         whole_heads: Sequence[int] = (),
+        bits: int | tuple[int, int] = 16,
         backend: AnyBackend = "auto",
     ) -> None:
-        super().__init__(whole_heads, least_room=min(chunk_size, 64))
+        super().__init__(whole_heads, bits, chunk_size, n_sink)
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
         entries = entries_of_chunk(keep_ratio, chunk_size)
-        self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, recent_share=recent_share)
+        shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
+        self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, **shared)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
         self.n_sink, self.n_recent, self.recent_share, self.backend = n_sink, n_recent, recent_share, backend
         self.spans: tuple[int, ...] = ()
-        self._overwritten: Overwritten | None = None  # by the last clustering
+        self._overwritten: Overwritten | BeforeQuantizing | None = None  # by the last clustering
 
     @property
     def n_clustered(self) -> int:
@@ -92,9 +95,9 @@ class ClusteredCache(EntryCache):
         leaving = self._leaving
         # stored entries:  sinks | body | leaving | recent
         #                              start     stop
-        start = self.n_sink + self.n_body
+        start = self.n_sink + self.n_body - self.n_quantized
         stop = start + leaving
-        n_recent = self.n_stored - stop
+        n_recent = self._n_stored - stop
         plan = self._rules.plan(self.spans, leaving // self.chunk_size, n_recent)
         if leaving < UNDO_TOKENS + self.chunk_size:
             self._overwritten = self._what_is_overwritten(plan, start, stop)
@@ -103,14 +106,16 @@ class ClusteredCache(EntryCache):
         if plan.rounds:
             self.work.add(*merge_spans(self._held, plan, self.n_sink, self._rules.entries), 0.0)
         self.spans = plan.spans
-        end = self.n_sink + self.n_body
+        end = self.n_sink + self.n_body - self.n_quantized
         if end < stop:
             for held in self._held:
                 held[..., end : end + n_recent, :] = held[..., stop : stop + n_recent, :].clone()
         self._n_stored = end + n_recent
+        if self.bits is not None:
+            self._quantize(end - self.n_sink)
         self.work.seconds += time.perf_counter() - begun
-        if self._held[0].shape[-2] > self._with_room(self.n_stored + self.chunk_size):
-            self._move_to_room_for(self.n_stored)
+        if self._held[0].shape[-2] > self._with_room(self._n_stored + self.chunk_size):
+            self._move_to_room_for(self._n_stored)
 
     def crop(self, n_tokens: int) -> None:
         """Remove the last `n_tokens` tokens: the cache is then, bit for bit, as if they had never come.
@@ -181,8 +186,10 @@ class ClusteredCache(EntryCache):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
         self.work.add(compressed.n_rows, compressed.n_scored_rows, 0.0)
 
-    def _what_is_overwritten(self, plan: SpanPlan, start: int, stop: int) -> Overwritten | None:
+    def _what_is_overwritten(self, plan: SpanPlan, start: int, stop: int) -> Overwritten | BeforeQuantizing | None:
         """Copies of the spans that will be merged, and of chunks from `start` to `stop` that will be clustered."""
+        if self.bits is not None:
+            return before_quantizing(self._held, self._n_stored, self.n_quantized, self.spans)
         size, n_old = self._rules.entries, len(self.spans)
         extents = [range(first, first + size) for first in range(self.n_sink, start, size)]
         extents += [range(first, first + self.chunk_size) for first in range(start, stop, self.chunk_size)]
@@ -194,8 +201,14 @@ class ClusteredCache(EntryCache):
         replacing = [self.n_sink + place * size + entry for place in places for entry in range(size)]
         return keep(self._held, self.spans, lost, replacing)
 
-    def _undo(self, overwritten: Overwritten) -> None:
+    def _undo(self, overwritten: Overwritten | BeforeQuantizing) -> None:
         """Make the entries what they were before the last clustering."""
+        if isinstance(overwritten, BeforeQuantizing):
+            self._held, self._n_stored, self.spans = overwritten.held, overwritten.n_held, overwritten.spans
+            if self._packed is not None:
+                self._packed.truncate(overwritten.n_quantized)
+            self._overwritten = None
+            return
         n_before = overwritten.n_before(self.n_stored)
         if n_before > self._held[0].shape[-2]:
             self._move_to_room_for(n_before)
@@ -204,4 +217,4 @@ class ClusteredCache(EntryCache):
 
     def _move_to_room_for(self, entries: int) -> None:
         """Move what is stored to memory with room for `entries` and some more."""
-        self._held = move_to_room(self._held, self.n_stored, self._held, self._with_room(entries))
+        self._held = move_to_room(self._held, self._n_stored, self._held, self._with_room(entries))

@@ -43,7 +43,7 @@ class EntryCache:
         self.whole_heads = check_whole_heads(whole_heads)
         self.n_seen = 0
         self._least_room = least_room
-        self._n_stored = 0
+        self._n_stored = 0  # rows of `_held` that are entries
         self._held: tuple[Tensor, ...] | None = None  # keys, values, counts with room to grow
         self._whole: tuple[Tensor, ...] | None = None  # keys and values of whole heads, with room to grow
         self.work = ClusteringWork()
@@ -51,6 +51,11 @@ class EntryCache:
     @property
     def n_stored(self) -> int:
         return self._n_stored
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any entry is quantized."""
+        return False
 
     @property
     def width(self) -> int:
@@ -67,15 +72,15 @@ class EntryCache:
 
     @property
     def keys(self) -> Float[Tensor, "*lead entries dim"] | None:
-        return None if self._held is None else self._held[0][..., : self.n_stored, :]
+        return None if self._held is None else self._held[0][..., : self._n_stored, :]
 
     @property
     def values(self) -> Float[Tensor, "*lead entries dim_value"] | None:
-        return None if self._held is None else self._held[1][..., : self.n_stored, :]
+        return None if self._held is None else self._held[1][..., : self._n_stored, :]
 
     @property
     def counts(self) -> Int32[Tensor, "*lead entries"] | None:
-        return None if self._held is None else self._held[2][..., : self.n_stored, 0]
+        return None if self._held is None else self._held[2][..., : self._n_stored, 0]
 
     @property
     def whole_keys(self) -> Float[Tensor, "*lead tokens dim"] | None:
@@ -127,13 +132,13 @@ class EntryCache:
         like = keys, values, keys[..., :1].to(torch.int32)
         # all memory there is to get before anything is written
         held, whole = (
-            self._with_rows(self._held, self.n_stored, self.n_stored + n_new, like),
+            self._with_rows(self._held, self._n_stored, self._n_stored + n_new, like),
             self._with_rows(self._whole, self.n_seen, self.n_seen + n_new, of_whole) if self.whole_heads else None,
         )
-        stop = self.n_stored + n_new
+        stop = self._n_stored + n_new
         for room, new in zip(held[:2], (keys, values), strict=True):
-            room[..., self.n_stored : stop, :] = new
-        held[2][..., self.n_stored : stop, :] = 1
+            room[..., self._n_stored : stop, :] = new
+        held[2][..., self._n_stored : stop, :] = 1
         for room, new in zip(whole or (), of_whole, strict=True):
             room[..., self.n_seen : self.n_seen + n_new, :] = new
         self._held, self._whole, self._n_stored = held, whole, stop
@@ -222,7 +227,7 @@ class EntryCache:
         check_append(tensors["keys"], tensors["values"], None)
         stored = tensors["keys"], tensors["values"], tensors["counts"].unsqueeze(-1)
         self._n_stored, self.n_seen = stored[0].shape[-2], numbers["n_seen"]
-        self._held = self._with_rows(stored, self.n_stored, self.n_stored, stored, is_moved=True)
+        self._held = self._with_rows(stored, self._n_stored, self._n_stored, stored, is_moved=True)
         if self.whole_heads:
             check_append(tensors["whole_keys"], tensors["whole_values"], None)
             whole = tensors["whole_keys"], tensors["whole_values"]

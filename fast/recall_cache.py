@@ -143,7 +143,7 @@ class RecallCache:
         """The first half of `append`: take the next tokens, exact as yet."""
         check_append(keys, values, None if self._held is None else self.stored)
         if self.settings.is_centred:
-            check_half_range(keys)
+            check_half_range("keys", keys, "with is_centred")
         if keys.shape[-2] == 0 and self._held is not None:
             return
         n_seen = self.n_seen + keys.shape[-2]

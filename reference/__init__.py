@@ -27,18 +27,19 @@ The cache as the paper has it, as far as that is known:
 14. `pooled_matching`                 all chunks of a head compete for the merges
 15. `chelsea_cache`                   compressed to a budget of prompt and generation, when that is exceeded
 
-KV heads with shares of their own, for a model whose heads differ:
+KV heads with shares of their own, for a model whose heads differ, and entries in few bits:
 
 16. `ragged_cache`                    each head as in a cache with its own keep_ratio
+17. `quantization`, `quantized_body`  32 numbers with a scale of their own (of caches 9 and 16)
 
 And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213):
 
-17. `kmeans`              clusters of keys that point in similar directions
-18. `cluster_scores`      how near a cluster lies to a query
-19. `selection`           a budget of tokens, spent on the nearest clusters
-20. `recall`              attention to the tokens of these clusters
-21. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
-22. `recall_cache`        all of it online
+18. `kmeans`              clusters of keys that point in similar directions
+19. `cluster_scores`      how near a cluster lies to a query
+20. `selection`           a budget of tokens, spent on the nearest clusters
+21. `recall`              attention to the tokens of these clusters
+22. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
+23. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held
 to. SPECIFICATION.md states all this in words, and `kvcluster.conformance` checks other implementations against it.
@@ -72,6 +73,7 @@ from .distinctive_matching import Distinctive, distinctive_matching
 from .kmeans import Clusters, kmeans
 from .merging import Clustering, merge
 from .partition import alternating_partition
+from .quantization import Quantized, dequantize, quantize
 from .ragged_cache import RaggedCache
 from .recall import recall_attention
 from .recall_cache import RecallCache
@@ -86,6 +88,7 @@ __all__ = [
     "Clustering",
     "Clusters",
     "Distinctive",
+    "Quantized",
     "RaggedCache",
     "RecallCache",
     "Selection",
@@ -94,9 +97,11 @@ __all__ = [
     "attention",
     "chunked_soft_matching",
     "clustered_attention",
+    "dequantize",
     "distinctive_matching",
     "kmeans",
     "merge",
+    "quantize",
     "recall_attention",
     "select_clusters",
     "similarity",

@@ -261,9 +261,9 @@ def check_scored(query: np.ndarray, centroids: np.ndarray, counts: np.ndarray, d
         raise ValueError(f"counts must be at least 0, got {counts.min()}")
 
 
-def check_half_range(keys: np.ndarray) -> None:
-    """Refuse keys that might overflow float32 when their mean is subtracted."""
+def check_half_range(name: str, array: np.ndarray, why: str) -> None:
+    """Refuse numbers that might overflow float32 when another one is subtracted, or when they are rounded up."""
     half = float(np.finfo(np.float32).max) / 2
-    largest = float(np.abs(keys.astype(np.float64)).max(initial=0))
+    largest = float(np.abs(array.astype(np.float64)).max(initial=0))
     if largest > half:
-        raise ValueError(f"keys must be at most {half:.3g} in size with is_centred, got {largest:.3g}")
+        raise ValueError(f"{name} must be at most {half:.3g} in size {why}, got {largest:.3g}")

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from .arguments import check_integer, check_keep_ratio, check_method, check_recent_share
-from .entry_cache import EntryCache
 from .merging import Clustering, merge
+from .quantized_body import CacheWithBits
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache", "Method"]
@@ -21,7 +21,7 @@ class Method(Protocol):
     def cluster(self, keys: np.ndarray, values: np.ndarray, *, keep_ratio: float, chunk_size: int) -> Clustering: ...
 
 
-class ClusteredCache(EntryCache):
+class ClusteredCache(CacheWithBits):
     """A key-value cache in which centroids stand for the old tokens.
 
     The stored entries are, in this order: the first `n_sink` tokens (sinks), the centroids of the clustered
@@ -37,10 +37,11 @@ class ClusteredCache(EntryCache):
         number `n_recent <= recent < n_recent + chunk_size` as soon as that many have been seen.
     recent_share : at least `floor(recent_share * n_seen)` of the last tokens are exact too, in [0, 0.5].
     whole_heads : KV heads that keep every token, as in `EntryCache`; the method sees the others alone.
+    bits : of the numbers of the body, in place of those of its dtype, see `CacheWithBits`; 16 leaves them as they are.
 
     Attributes
     ----------
-    n_clustered : tokens of clustered chunks, from position `n_sink` on. The others are those of `EntryCache`.
+    n_clustered : tokens of clustered chunks, from position `n_sink` on. The others are those of `CacheWithBits`.
 
     Notes
     -----
@@ -71,8 +72,9 @@ class ClusteredCache(EntryCache):
         n_recent: int = 64,
         recent_share: float = 0.0,
         whole_heads: Sequence[int] = (),
+        bits: int | tuple[int, int] = 16,
     ) -> None:
-        super().__init__(whole_heads)
+        super().__init__(whole_heads, bits, chunk_size)
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
@@ -82,7 +84,7 @@ class ClusteredCache(EntryCache):
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
         self.n_sink, self.n_recent, self.recent_share = n_sink, n_recent, recent_share
         self.n_clustered = 0
-        self._n_body = 0  # entries of the body
+        self._n_body = 0  # entries of the body, but for quantized ones
 
     def _cluster_what_is_due(self) -> None:
         n_recent = max(self.n_recent, math.floor(float(self.recent_share) * self.n_seen))
@@ -99,3 +101,4 @@ class ClusteredCache(EntryCache):
         self._replace(start, stop, merge(keys, clustering), merge(values, clustering), clustering.counts)
         self.n_clustered += leaving
         self._n_body += clustering.counts.shape[-1]
+        self._n_body -= self._quantize_whole_groups(self.n_sink, self._n_body)

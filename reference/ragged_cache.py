@@ -25,7 +25,7 @@ class RaggedCache:
     Parameters
     ----------
     keep_ratios : entries kept / tokens, one for each KV head, the last of the leading axes; 1 for a whole head.
-    method, chunk_size, n_sink, n_recent, recent_share : as in `ClusteredCache`, for all heads.
+    method, chunk_size, n_sink, n_recent, recent_share, bits : as in `ClusteredCache`, for all heads.
 
     Attributes
     ----------
@@ -63,10 +63,11 @@ class RaggedCache:
         n_sink: int = 16,
         n_recent: int = 64,
         recent_share: float = 0.0,
+        bits: int | tuple[int, int] = 16,
     ) -> None:
         self.keep_ratios = check_keep_ratios(keep_ratios)
         rules: dict[str, Any] = {"method": method, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
-        rules["recent_share"] = recent_share
+        rules |= {"recent_share": recent_share, "bits": bits}
         self.caches = {ratio: ClusteredCache(keep_ratio=ratio, **rules) for ratio in self.keep_ratios}
 
     @property
@@ -79,7 +80,7 @@ class RaggedCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for head in self._heads() or () for array in head)
+        return sum(self.caches[ratio].nbytes for ratio in self.keep_ratios) // len(self.keep_ratios)
 
     def append(
         self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]

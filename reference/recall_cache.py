@@ -165,7 +165,7 @@ class RecallCache:
         """
         check_append(keys, values, (self.keys, self.values))
         if self.is_centred:
-            check_half_range(keys)
+            check_half_range("keys", keys, "with is_centred")
         is_first = self.n_seen == 0
         if self.keys is None:
             self.keys, self.values = keys.copy(), values.copy()

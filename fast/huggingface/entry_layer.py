@@ -27,7 +27,8 @@ class ClusteredLayer(EntryLayer):
     def has_plain_mask(self) -> bool:
         """Whether new tokens may attend to what is stored by transformers' mask as it is."""
         has_whole_heads = bool(self.cache.caches[0].whole_heads) if self.cache.caches else False
-        return self.are_alike and not self.has_centroids and not self.cache.is_padded and not has_whole_heads
+        is_exact = not self.has_centroids and not any(cache.is_quantized for cache in self.cache.caches)
+        return self.are_alike and is_exact and not self.cache.is_padded and not has_whole_heads
 
     @property
     def has_centroids(self) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .ordinary import on_ordinary_tensors
 
-__all__ = ["Overwritten", "keep"]
+__all__ = ["BeforeQuantizing", "Overwritten", "before_quantizing", "keep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,43 @@ class Overwritten:
     def select(self, indices: Tensor) -> "Overwritten":
         """The same of the rows `indices` of the first axis."""
         return replace(self, entries=tuple(tensor.index_select(0, indices) for tensor in self.entries))
+
+
+@dataclass(frozen=True, eq=False)
+class BeforeQuantizing:
+    """All entries that were not quantized before a clustering: few, where all others are quantized.
+
+    Attributes
+    ----------
+    held : copies of keys, values and counts, (..., n_held, dim).
+    n_quantized : entries of a head that were quantized.
+    spans : chunks of each span.
+    """
+
+    held: tuple[Tensor, ...]
+    n_quantized: int
+    spans: tuple[int, ...]
+
+    @property
+    def n_held(self) -> int:
+        return self.held[0].shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.held)
+
+    @on_ordinary_tensors
+    def select(self, indices: Tensor) -> "BeforeQuantizing":
+        """The same of the rows `indices` of the first axis."""
+        return replace(self, held=tuple(tensor.index_select(0, indices) for tensor in self.held))
+
+
+@on_ordinary_tensors
+def before_quantizing(
+    held: tuple[Tensor, ...], n_held: int, n_quantized: int, spans: tuple[int, ...]
+) -> BeforeQuantizing:
+    """Copies of the first `n_held` entries of `held`."""
+    return BeforeQuantizing(tuple(tensor[..., :n_held, :].clone() for tensor in held), n_quantized, spans)
 
 
 @on_ordinary_tensors

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from ..exact.blocks import put_in
 from .ordinary import on_ordinary_tensors
 
 __all__ = ["RaggedRows", "empty_rows"]
@@ -85,12 +86,22 @@ class RaggedRows(NamedTuple):
         return keys, values, counts.squeeze(-1)
 
     @on_ordinary_tensors
-    def rectangle(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies (..., heads, longest, .) of the first `lengths` rows of each head, behind zeros of count 0."""
-        longest = max(lengths)
+    def rectangle(
+        self, lengths: Sequence[int], more: Sequence[tuple[Tensor, Tensor, Tensor]] = (), place: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies (..., heads, longest, .) of the first `lengths` rows of each head, behind zeros of count 0.
+
+        `more` are keys, values and counts of each head that come behind its first `place` rows, in a wider dtype.
+        """
         joined = []
-        for rows in self.held:
+        for part, rows in enumerate(self.held):
             heads = [rows[..., first : first + n, :] for first, n in zip(self.firsts, lengths, strict=True)]
+            if more:
+                read = [of_head[part] if part < 2 else of_head[part].unsqueeze(-1) for of_head in more]
+                heads = [put_in(head, place, x, -2) for head, x in zip(heads, read, strict=True)]
+                dtype = max((head.dtype for head in heads), key=lambda dtype: dtype.itemsize)
+                heads = [head.to(dtype) for head in heads]
+            longest = max(head.shape[-2] for head in heads)
             padded = [torch.nn.functional.pad(head, (0, 0, longest - head.shape[-2], 0)) for head in heads]
             joined.append(torch.stack(padded, dim=-3))
         return joined[0], joined[1], joined[2].squeeze(-1)

@@ -58,6 +58,7 @@ class SpanRules:
     n_recent: int
     budget: int | None = None
     recent_share: float = 0.0
+    is_quantized: bool = False  # whether a chunk is more than its tokens even if it has as many entries
 
     def __post_init__(self) -> None:
         check_integer("n_sink", self.n_sink, least=0)
@@ -102,7 +103,8 @@ class SpanRules:
 
     def n_steps(self, chunks: int, spans: int) -> int:
         """What cannot be undone in `spans` spans made of `chunks` chunks: merges, and clusterings that merge tokens."""
-        return chunks - spans + (chunks if self.entries < self.chunk_size else 0)
+        is_final = self.entries < self.chunk_size or self.is_quantized
+        return chunks - spans + (chunks if is_final else 0)
 
     def least_seen(self, spans: tuple[int, ...], n_seen: int) -> int:
         """The fewest of the `n_seen` tokens after which nothing of these spans would have to be undone."""

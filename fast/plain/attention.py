@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from ..exact.blocks import Packed
 from ..exact.entries import Reached, Rest, attend_copies, log_counts, places_of
 
-__all__ = ["attend", "attend_places", "attend_ragged", "attend_recalled"]
+__all__ = ["attend", "attend_packed", "attend_places", "attend_ragged", "attend_recalled"]
 
 WORKING_BYTES = 64 * 2**20  # of logits that are held at once
 
@@ -48,6 +49,27 @@ def attend_ragged(
     outputs = []
     for head, (n, first) in enumerate(zip(lengths, firsts, strict=True)):
         key, value, count = (x[:, None, first : first + n] for x in (keys, values, counts))
+        outputs.append(attend(query[:, head : head + 1], key, value, count, queries, scale))
+    return torch.cat(outputs, dim=1)
+
+
+def attend_packed(
+    query: Float[Tensor, "batch heads rows dim"],
+    keys: Float[Tensor, "batch places dim"],
+    values: Float[Tensor, "batch places dim_value"],
+    counts: Int32[Tensor, "batch places"],
+    lengths: tuple[int, ...],
+    firsts: tuple[int, ...],
+    packed: Packed,
+    queries: int,
+    scale: float,
+) -> Float[Tensor, "batch heads rows dim_value"]:
+    """As `attend_ragged`, and to the entries of the blocks `packed`, which are read back for it."""
+    outputs = []
+    for head, (n, first) in enumerate(zip(lengths, firsts, strict=True)):
+        exact = (x[:, first : first + n] for x in (keys, values, counts))
+        pairs = zip(packed.of_head(head), exact, strict=True)  # the new tokens are the last
+        key, value, count = (torch.cat([read, other.to(read.dtype)], dim=1)[:, None] for read, other in pairs)
         outputs.append(attend(query[:, head : head + 1], key, value, count, queries, scale))
     return torch.cat(outputs, dim=1)
 
