@@ -59,6 +59,7 @@ def condense(run: Run, n_depths: int = N_DEPTHS) -> Run:
         return run
     condensed: Run = {name: run[name] for name in ("key", "task", "n_tokens", "n_prompt") if name in run}
     condensed |= {"stored": stored_sums(run["n_stored"]), "nbytes": run["nbytes"]}
+    condensed |= {name: run[name] for name in ("nbytes_bfloat16",) if name in run}
     if "needles" in run:
         needles = run["needles"]
         condensed["needles"] = {

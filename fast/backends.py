@@ -51,14 +51,14 @@ TABLE = {
     "attend_ragged": Row(
         "plain.attention:attend_ragged", "kernels.attention:attend_ragged", "cpu.attention:attend_ragged"
     ),
-    "attend_packed": Row("plain.attention:attend_packed"),
+    "attend_packed": Row("plain.attention:attend_packed", cpp="cpu.packed:attend_packed"),
     "attend_places": Row(
         "plain.attention:attend_places", "kernels.attention:attend_places", "cpu.attention:attend_places"
     ),
     "attend_recalled": Row(
         "plain.attention:attend_recalled", "kernels.attention:attend_recalled", "cpu.recall:attend_recalled"
     ),
-    "pack_blocks": Row("exact.blocks:pack"),
+    "pack_blocks": Row("exact.blocks:pack", cpp="cpu.packed:pack_blocks"),
     "kmeans": Row("plain.kmeans:fit", "kernels.kmeans:fit"),
     "cluster_means": Row("exact.mean:cluster_means", "kernels.kmeans:cluster_means"),
     "select_clusters": Row("plain.selection:take", "kernels.select:take"),

@@ -101,6 +101,12 @@ class EntryCache:
         return sum(view.nbytes for view in views if view is not None)
 
     @property
+    def n_numbers(self) -> int:
+        """Numbers of keys and values that are held in the dtype of the cache, as all are that are not quantized."""
+        views = (self.keys, self.values, self.whole_keys, self.whole_values)
+        return sum(view.numel() for view in views if view is not None)
+
+    @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, with room to grow."""
         return sum(tensor.untyped_storage().nbytes() for tensor in (*(self._held or ()), *(self._whole or ())))

@@ -146,6 +146,14 @@ class RaggedCache:
         return 0 if self._rows is None else self._rows.nbytes_of(sum(self._held_now)) + packed
 
     @property
+    def n_numbers(self) -> int:
+        """Numbers of keys and values that are held in the dtype of the cache, as all are that are not quantized."""
+        if self._rows is None:
+            return 0
+        keys, values, _ = self._rows.held
+        return keys.shape[:-2].numel() * sum(self._held_now) * (keys.shape[-1] + values.shape[-1])
+
+    @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, with room to grow and with what `crop` may need."""
         lost = sum(tensor.nbytes for tensor in self._lost or ()) + (self._before[0].nbytes if self._before else 0)

@@ -25,6 +25,7 @@ def measure(
     begun = time.perf_counter()
     held = stored(cache, method, keep, len(case.tokens))
     measured: dict[str, Any] = {"n_stored": held.n_stored, "nbytes": held.nbytes}
+    measured |= {"nbytes_bfloat16": nbytes_in_bfloat16(cache)}
     if case.needles:
         scores = score_needles(model, cache, case.needles, nbytes=held.nbytes, is_stepwise=is_stepwise)
         measured["needles"] = [of_needle(*pair) for pair in zip(case.needles, scores, strict=True)]
@@ -101,6 +102,23 @@ def stored(cache: Any, method: Method, keep: float, n_tokens: int) -> Stored:
     if not method.stores_all and sum(n_stored) > n_most:
         raise RuntimeError(f"a cache must store at most {n_most:,.0f} entries in all layers, got {sum(n_stored):,}")
     return Stored(n_tokens, n_stored, sum(layer.nbytes for layer in layers), sum(layer.seconds for layer in layers))
+
+
+def nbytes_in_bfloat16(cache: Any) -> int:
+    """Bytes of the layers that attend to all tokens if numbers that are not quantized had two bytes, counts included.
+
+    So caches are compared whatever the dtype of the model that was at hand.
+    """
+    total = 0
+    for layer in cache.layers:
+        if layer.is_sliding:
+            continue
+        if not hasattr(layer, "cache"):
+            total += 2 * (layer.keys.numel() + layer.values.numel())
+        else:
+            numbers = sum(each.n_numbers for each in layer.cache.caches)
+            total += layer.cache.nbytes - (layer.dtype.itemsize - 2) * numbers
+    return total
 
 
 def of_needle(needle: Needle, score: NeedleScore) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def summary_of(group: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> 
         "n_contexts": len(group),
         "entries": sum(run["stored"]["entries"] for run in group) / n_tokens,
         "bytes": sum(run["nbytes"] for run in group) / sum(p["nbytes"] for p in peers) if peers else None,
+        "of_bfloat16": of_bfloat16(group, peers),
         "seconds": {
             part: float(np.median([run["seconds"][part] for run in group])) for part in ("clustering", "asking")
         },
@@ -62,6 +63,14 @@ def summary_of(group: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> 
             for task in dict.fromkeys(run["task"] for run in with_prompts)
         }
     return summary
+
+
+def of_bfloat16(group: list[dict[str, Any]], peers: list[dict[str, Any]]) -> float | None:
+    """Bytes over those of a full cache in bfloat16; None where they were not measured, in older runs."""
+    if not peers or any("nbytes_bfloat16" not in run for run in (*group, *peers)):
+        return None
+    share: float = sum(run["nbytes_bfloat16"] for run in group) / sum(run["nbytes_bfloat16"] for run in peers)
+    return share
 
 
 Pairs = list[tuple[dict[str, Any], dict[str, Any] | None]]  # a result and that of the full cache

@@ -1,4 +1,4 @@
-// A linear layer of few rows: every weight is read once for four of them.
+// A linear layer of few rows: every weight is read once for several of them.
 
 #include <algorithm>
 
@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int TILE = 4;  // rows, and as many outputs, that are worked on at once
+constexpr int TILE = 4;             // outputs that are worked on at once
+constexpr int ROWS = LANES / 4;     // and rows: their sums fill the registers
 
 template <int N>
 void multiply(const float* weights, int64_t inputs, const float* rows, int64_t outputs, float* to) {
@@ -39,12 +40,14 @@ extern "C" void kvcluster_linear(const float* weights, const float* rows, float*
                                  int64_t outputs, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t output = 0; output < outputs; output += TILE)
-        for (int64_t row = 0; row < n; row += TILE) {
+        for (int64_t row = 0; row < n; row += ROWS) {
             const float *w = weights + output * inputs, *x = rows + row * inputs;
             float* out = to + row * outputs + output;
-            const int64_t tile = std::min<int64_t>(TILE, n - row);
-            if (tile == 4) multiply<4>(w, inputs, x, outputs, out);
-            if (tile == 3) multiply<3>(w, inputs, x, outputs, out);
+            const int64_t tile = std::min<int64_t>(ROWS, n - row);
+            if constexpr (ROWS == 4) {
+                if (tile == 4) multiply<4>(w, inputs, x, outputs, out);
+                if (tile == 3) multiply<3>(w, inputs, x, outputs, out);
+            }
             if (tile == 2) multiply<2>(w, inputs, x, outputs, out);
             if (tile == 1) multiply<1>(w, inputs, x, outputs, out);
         }

@@ -1,6 +1,6 @@
 // One step of pooled matching on a processor: the decisions and the entries of kvcluster.reference.pooled_matching.
 //
-// Every similarity is the canonical one, for eight destinations at once, one in each lane. Products of two floats are
+// Every similarity is the canonical one, for several destinations at once, one in each lane. Products of two floats are
 // exact in float64, so that a fused multiply-add gives the same bits.
 
 #include <algorithm>
@@ -10,7 +10,11 @@
 
 namespace {
 
-constexpr int WIDTH = 8;    // destinations that are scored together
+#ifdef __AVX512F__
+constexpr int WIDTH = 8;  // destinations that are scored together: as many as a register has lanes
+#else
+constexpr int WIDTH = 4;
+#endif
 constexpr int LEAVES = 16;  // terms of a halving sum that are added in registers
 
 typedef double Doubles __attribute__((vector_size(8 * WIDTH)));

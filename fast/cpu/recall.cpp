@@ -26,7 +26,7 @@ void score_tile(const float* probe, const Brain* features, const float* mean, in
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             x[c] = load(features + c * dims + d);
-            if (d % (2 * LANES) == 0) __builtin_prefetch(features + (c + 2 * C) * dims + d);
+            if (d % 32 == 0) __builtin_prefetch(features + (c + 2 * C) * dims + d);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < N; r++) {

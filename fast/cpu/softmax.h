@@ -58,8 +58,7 @@ void weigh(float (*weights)[BLOCK], const float* bias, int n, int first, const i
             store(w + j, logits);
             top = top > logits ? top : logits;
         }
-        float highest = top[0];
-        for (int lane = 1; lane < LANES; lane++) highest = std::max(highest, top[lane]);
+        const float highest = largest(top);
         if (highest == -INFINITY) {  // nothing seen yet
             std::fill(w, w + BLOCK, 0.0f);
             continue;
@@ -86,7 +85,7 @@ template <class Element, int N>
 void add_values(const float (*weights)[BLOCK], const Element* values, int64_t value_stride, const Element* next_keys,
                 int64_t key_stride, int n, int dim, float* output) {
     constexpr int LINE = 64 / sizeof(Element);  // elements of a cache line
-    constexpr int STEP = 4 * LANES;
+    constexpr int STEP = 4 * LANES;  // features whose sums fill the registers, with as many rows as a tile has
     int d = 0;
     for (; d + STEP <= dim; d += STEP) {
         Floats out[N][4] = {};

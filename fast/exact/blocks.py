@@ -17,9 +17,9 @@ __all__ = ["BlockLayout", "Packed", "pack", "put_in", "unpack"]
 class BlockLayout:
     """Where the parts of a block lie in its bytes, one behind the other.
 
-    They are the codes of the keys (dim, 4 * bits) and of the values (32, groups, 4 * bits), scales and zeros of the
-    keys (dim), scales and zeros of the values (32, groups), and the counts (32), int16. Keys share a scale channel by
-    channel, values entry by entry, over 32 features.
+    They are the codes of the keys (dim, 4 * bits) and of the values (groups, 32, 4 * bits), scales and zeros of the
+    keys (dim), scales and zeros of the values (groups, 32), and the counts (32), int16. Keys share a scale channel by
+    channel, values entry by entry, over a group of 32 features.
 
     Attributes
     ----------
@@ -37,18 +37,23 @@ class BlockLayout:
         groups = -(-self.dim_value // GROUP)
         return {
             "key_codes": (torch.uint8, (self.dim, 4 * self.bits[0])),
-            "value_codes": (torch.uint8, (GROUP, groups, 4 * self.bits[1])),
+            "value_codes": (torch.uint8, (groups, GROUP, 4 * self.bits[1])),
             "key_scales": (torch.bfloat16, (self.dim,)),
             "key_zeros": (torch.int16, (self.dim,)),
-            "value_scales": (torch.bfloat16, (GROUP, groups)),
-            "value_zeros": (torch.int16, (GROUP, groups)),
+            "value_scales": (torch.bfloat16, (groups, GROUP)),
+            "value_zeros": (torch.int16, (groups, GROUP)),
             "counts": (torch.int16, (GROUP,)),
         }
 
     @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each part."""
+        return tuple(dtype.itemsize * math.prod(shape) for dtype, shape in self.shapes.values())
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of a block."""
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.shapes.values())
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,7 @@ def pack(
     in_blocks = [x.unflatten(-2, (-1, GROUP)) for x in (keys, values)]  # (..., blocks, 32, dim)
     of_channels = codes_of(in_blocks[0].mT, layout.bits[0], GROUP)
     of_entries = codes_of(padded_to_groups(in_blocks[1]), layout.bits[1], layout.dim_value)
+    of_entries = of_entries[0].transpose(-2, -3), *(x.mT for x in of_entries[1:])  # (..., groups, 32, .)
     parts = [of_channels[0], of_entries[0], *of_channels[1:], *of_entries[1:]]
     parts.append(counts.unflatten(-1, (-1, GROUP)).to(torch.int16))
     lead = parts[-1].shape[:-1]
@@ -95,13 +101,13 @@ def unpack(
 ]:
     """Keys, values and counts as they are read back."""
     parts, first = {}, 0
-    for name, (dtype, shape) in layout.shapes.items():
-        size = dtype.itemsize * math.prod(shape)
+    for (name, (dtype, shape)), size in zip(layout.shapes.items(), layout.sizes, strict=True):
         part = blocks[..., first : first + size].contiguous().view(dtype)
         parts[name] = part.view(*blocks.shape[:-1], *shape)
         first += size
     keys = numbers_of(parts["key_codes"], parts["key_scales"], parts["key_zeros"]).mT
-    values = numbers_of(parts["value_codes"], parts["value_scales"], parts["value_zeros"]).flatten(-2)
+    of_groups = numbers_of(parts["value_codes"], parts["value_scales"], parts["value_zeros"])  # (..., groups, 32, 32)
+    values = of_groups.transpose(-2, -3).flatten(-2)
     return keys.flatten(-3, -2), values[..., : layout.dim_value].flatten(-3, -2), parts["counts"].int().flatten(-2)
 
 

@@ -56,6 +56,7 @@ class ClusteredCache(ModelCache):
         n_recent: int | None = None,
         recent_share: float | Sequence[float] | None = None,
         whole_heads: HeadPairs = (),
+        bits: int | tuple[int, int] = 16,
         profile: Profile | str | Path | None = "known",
     ) -> "ClusteredCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
@@ -80,6 +81,9 @@ class ClusteredCache(ModelCache):
             Else it is 0.
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.
+        bits : of each number of clustered entries, 8, 4, 3 or 2, or a pair of these for keys and for values; 16 leaves
+            them as they are. Sinks and recent tokens always are. With `keep_ratio=1` nothing but that is done: a
+            quantized cache of all tokens. Not with a budget. See docs/bits.md.
         profile : shares out `keep_ratio`, then the mean of all KV heads, among them: a file that `kvcluster tune`
             wrote, or what `Profile.read` made of it. "known": the one that ships for this model, where `keep_ratio` is
             a single number below 1, the method is `Distinctive` and nothing else tells layers or heads apart; for a
@@ -106,6 +110,7 @@ class ClusteredCache(ModelCache):
         check_method(method)
         given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}
         given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
+        given["bits"] = bits
         chosen = choose_layers(model, **given, whole_heads=whole_heads, profile=profile)
         n_recent = N_RECENT if n_recent is None else n_recent
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
@@ -113,10 +118,11 @@ class ClusteredCache(ModelCache):
         def make(index: int) -> EntryCache | RaggedCache:
             ratio, most, whole, recent = chosen.of_layer[index]
             if isinstance(ratio, tuple):
-                return RaggedCache(keep_ratios=ratio, method=method, recent_share=recent, **shared)
+                return RaggedCache(keep_ratios=ratio, method=method, recent_share=recent, bits=bits, **shared)
             if most is not None:
                 return BoundedCache(budget=most, keep_ratio=ratio, **shared)
-            return LayerCache(keep_ratio=ratio, method=method, whole_heads=whole, recent_share=recent, **shared)
+            of_layer: dict[str, Any] = {"whole_heads": whole, "recent_share": recent, "bits": bits}
+            return LayerCache(keep_ratio=ratio, method=method, **of_layer, **shared)
 
         are_alike = len(set(chosen.of_layer)) == 1
         layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
@@ -127,6 +133,7 @@ class ClusteredCache(ModelCache):
             "method": method,
             "recent_share": chosen.recent_share,
             "whole_heads": [list(pair) for pair in whole_heads],
+            "bits": list(bits) if isinstance(bits, tuple) else bits,
             "profile": None,  # what it says is in keep_ratio
         }
         return cls(layers, ModelHooks.of(model), parameters | shared)

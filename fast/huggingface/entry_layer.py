@@ -45,7 +45,8 @@ class ClusteredLayer(EntryLayer):
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values that new tokens attend to, themselves last, of all heads."""
-        return entries_of(self.cache.caches[0], "keys"), entries_of(self.cache.caches[0], "values")
+        keys, values = (entries_of(self.cache.caches[0], name) for name in ("keys", "values"))
+        return keys.to(self.dtype), values.to(self.dtype)  # of quantized entries float32
 
     def attends(self, queries: int) -> bool:
         """A first call, and all calls without centroids, are left to transformers, so that their bits are stock's."""

@@ -43,6 +43,7 @@ def choose_layers(
     n_recent: int | None,
     recent_share: Any,
     whole_heads: HeadPairs,
+    bits: int | tuple[int, int],
     profile: Profile | str | Path | None,
 ) -> LayerChoices:
     """The choices for every layer of `model`; arguments and errors are those of `ClusteredCache.for_model`."""
@@ -71,12 +72,25 @@ def choose_layers(
         raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
     if budget is not None and len(whole_heads):
         raise ValueError(f"whole_heads must be empty with a budget, got {list(whole_heads)}")
+    if budget is not None and bits != 16:
+        raise ValueError(f"bits must be 16 with a budget, which merges entries again, got {bits}")
     if budget is not None and any(recent_shares):
         raise ValueError(f"recent_share must be 0 with a budget, got {recent_share}")
+    if bits != 16 and len(whole_heads):
+        kv_heads = model.config.num_key_value_heads
+        pairs = [with_whole_heads(*pair, kv_heads) for pair in zip(ratios, heads, strict=True)]
+        ratios, heads = [ratio for ratio, _ in pairs], [rest for _, rest in pairs]
     of_layer = list(zip(ratios, budgets, heads, recent_shares, strict=True))
     of_layer[:n_dense_layers] = [(1.0, None, (), 0.0)] * n_dense_layers
     check_head_ratios(model, of_layer)
     return LayerChoices(of_layer, keep_ratio, recent_share)
+
+
+def with_whole_heads(ratio: Any, heads: tuple[int, ...], kv_heads: int) -> tuple[Any, tuple[int, ...]]:
+    """The ratio of a layer as those of its KV heads, 1 for whole ones, which are quantized too then; no heads left."""
+    if not heads or isinstance(ratio, tuple):
+        return ratio, heads
+    return tuple(1.0 if head in heads else ratio for head in range(kv_heads)), ()
 
 
 def takes_what_ships(model: Any, keep_ratio: Any, method: Method, is_simple: bool) -> bool:

@@ -1,0 +1,39 @@
+"""Caches with entries in few bits, by the number of entries that they keep."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, shipped
+from kvcluster.fast.huggingface import ClusteredCache
+
+__all__ = ["VARIANTS", "with_bits"]
+
+Bits = int | tuple[int, int]
+SHORT: dict[str, Any] = {"chunk_size": 64, "n_sink": 4, "n_recent": 60}  # few exact tokens, for few bytes
+
+
+def with_bits(bits: Bits, sizes: dict[str, Any]) -> Callable[[Any, float, int], ClusteredCache]:
+    """Distinctive matching whose KV heads have the shares of the model's profile, or with 1 all tokens, in `bits`."""
+
+    def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+        if keep == 1.0:
+            return ClusteredCache.for_model(model, keep_ratio=1.0, bits=bits, **sizes)
+        n_chunks = max(0, n_tokens - sizes["n_sink"] - sizes["n_recent"]) // sizes["chunk_size"]
+        exact = n_tokens - n_chunks * sizes["chunk_size"]
+        ratio = (keep * n_tokens - exact) / (n_chunks * sizes["chunk_size"])
+        return ClusteredCache.for_model(model, keep_ratio=ratio, bits=bits, profile=shipped(model), **sizes)
+
+    return make
+
+
+def named(bits: Bits) -> str:
+    return "-".join(map(str, bits)) if isinstance(bits, tuple) else str(bits)
+
+
+VARIANTS = {
+    f"bits-{named(bits)}{end}": Method(
+        with_bits(bits, sizes), f"{named(bits)} bits, the model's profile", is_blind=True, profile=shipped
+    )
+    for bits in (16, 8, 4, 3, 2, (4, 3), (4, 2), (3, 2), (2, 3), (2, 4))
+    for end, sizes in (("", DISTINCTIVE), ("-short", SHORT))
+}
