@@ -98,7 +98,7 @@ class RaggedCache:
         """Quantized entries of each head when so many chunks are clustered: whole groups of 32."""
         return tuple(0 if self.bits is None else n_chunks * target // GROUP * GROUP for target in self._targets)
 
-    def _held(self, n_seen: int, n_chunks: int) -> tuple[int, ...]:
+    def _lengths_of_rows(self, n_seen: int, n_chunks: int) -> tuple[int, ...]:
         """Rows of each head: entries that are not quantized."""
         pairs = zip(self._lengths(n_seen, n_chunks), self._quantized(n_chunks), strict=True)
         return tuple(n - n_quantized for n, n_quantized in pairs)
@@ -143,7 +143,7 @@ class RaggedCache:
     @property
     def nbytes(self) -> int:
         packed = 0 if self._packed is None else self._packed.nbytes
-        return 0 if self._rows is None else self._rows.nbytes_of(sum(self._held_now)) + packed
+        return 0 if self._rows is None else self._rows.nbytes_of(sum(self._exact_lengths)) + packed
 
     @property
     def n_numbers(self) -> int:
@@ -151,7 +151,7 @@ class RaggedCache:
         if self._rows is None:
             return 0
         keys, values, _ = self._rows.held
-        return keys.shape[:-2].numel() * sum(self._held_now) * (keys.shape[-1] + values.shape[-1])
+        return keys.shape[:-2].numel() * sum(self._exact_lengths) * (keys.shape[-1] + values.shape[-1])
 
     @property
     def nbytes_reserved(self) -> int:
@@ -186,7 +186,7 @@ class RaggedCache:
             check_half_range("keys", keys, "to be quantized")
             check_half_range("values", values, "to be quantized")
         n_new = keys.shape[-2]
-        before, after = self._held_now, self._held(self.n_seen + n_new, self._n_chunks)
+        before, after = self._exact_lengths, self._lengths_of_rows(self.n_seen + n_new, self._n_chunks)
         rows = self._rows
         if rows is None or not rows.has_room(after):
             new = empty_rows(keys, values, self._with_room(after))
@@ -205,7 +205,7 @@ class RaggedCache:
         if not self.is_due:
             return
         begun = time.perf_counter()
-        rows, lengths = self._filled_rows(), self._held_now
+        rows, lengths = self._filled_rows(), self._exact_lengths
         n_chunks = self._rules.n_chunks(self.n_seen)
         n_leaving = (n_chunks - self._n_chunks) * self.chunk_size
         n_tail = self.n_seen - self.n_sink - n_chunks * self.chunk_size  # recent tokens that stay
@@ -316,7 +316,7 @@ class RaggedCache:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._packed is not None:
             attend = implementation("attend_packed", "auto", query, keys, values)
-            others = keys, values, counts, self._held_now, rows.firsts
+            others = keys, values, counts, self._exact_lengths, rows.firsts
             attended: Tensor = attend(query, *others, self._packed.packed(), queries, scale)
             return attended
         attend = implementation("attend_ragged", "auto", query, keys, values)
@@ -330,7 +330,7 @@ class RaggedCache:
         if self._packed is None:
             return self._rows.rectangle(self.lengths)
         read = [self._packed.of_head(head) for head in range(len(self._targets))]
-        return self._rows.rectangle(self._held_now, read, self.n_sink)
+        return self._rows.rectangle(self._exact_lengths, read, self.n_sink)
 
     @property
     def like(self) -> tuple[Tensor, ...] | None:
@@ -361,7 +361,7 @@ class RaggedCache:
         """
         if self._rows is None:
             return {}, {}
-        keys, values, counts = self._rows.without_room(self._held_now)
+        keys, values, counts = self._rows.without_room(self._exact_lengths)
         numbers = {"n_seen": self.n_seen, "n_clustered": self.n_clustered}
         tensors = {"keys": keys, "values": values, "counts": counts.squeeze(-1)}
         return tensors if self._packed is None else {**tensors, "blocks": self._packed.without_room()}, numbers
@@ -372,7 +372,7 @@ class RaggedCache:
             return
         check_append(tensors["keys"], tensors["values"], None)
         self._n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
-        keys, values, lengths = tensors["keys"], tensors["values"], self._held_now
+        keys, values, lengths = tensors["keys"], tensors["values"], self._exact_lengths
         stored = RaggedRows((keys, values, tensors["counts"].unsqueeze(-1)), lengths)
         new = empty_rows(keys, values, self._with_room(lengths), has_heads=False)
         self._rows = new.filled(stored, [(0, n, 0) for n in lengths])
@@ -383,8 +383,8 @@ class RaggedCache:
             self._packed.restore(tensors["blocks"], n_blocks)
 
     @property
-    def _held_now(self) -> tuple[int, ...]:
-        return self._held(self.n_seen, self._n_chunks)
+    def _exact_lengths(self) -> tuple[int, ...]:
+        return self._lengths_of_rows(self.n_seen, self._n_chunks)
 
     def _filled_rows(self) -> RaggedRows:
         """Memory after the first append."""

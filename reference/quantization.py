@@ -84,7 +84,9 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
     groups = groups.reshape(*lead, n_groups, GROUP)
     low, high = np.nanmin(groups, axis=-1), np.nanmax(groups, axis=-1)  # (..., groups)
     top = 2**bits - 1
-    scales = up_to_bfloat16(np.maximum((high - low) / top, np.maximum(-low, high) / LARGEST_ZERO).astype(np.float32))
+    scales = up_to_bfloat16(
+        np.maximum((high - low) / top, np.maximum(np.abs(low), np.abs(high)) / LARGEST_ZERO).astype(np.float32)
+    )
     steps = np.where(scales > 0, scales, np.inf).astype(np.float64)  # divided by infinity all is 0
     zeros = -np.rint(low / steps)
     codes = np.minimum(np.rint(groups / steps[..., None]) + zeros[..., None], top)

@@ -318,8 +318,8 @@ void quantize(const float* numbers, int n, int bits, uint8_t* codes, uint8_t* sc
         low = std::min(low, numbers[i]);
         high = std::max(high, numbers[i]);
     }
-    const double range = (static_cast<double>(high) - low) / top;
-    const float wanted = static_cast<float>(std::max(range, std::max(-static_cast<double>(low), static_cast<double>(high)) / 32767));
+    const double range = (static_cast<double>(high) - low) / top, largest = std::max(std::fabs(low), std::fabs(high));
+    const float wanted = static_cast<float>(std::max(range, largest / 32767));
     const uint16_t rounded = static_cast<uint16_t>((same_bits<uint32_t>(wanted) + 0xffff) >> 16);  // up to bfloat16
     const double step = same_bits<float>(static_cast<uint32_t>(rounded) << 16);
     const double begin = step > 0 ? std::nearbyint(low / step) : 0;

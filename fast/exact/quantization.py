@@ -34,7 +34,9 @@ def codes_of(
     """Packed codes, scales and zeros of groups, of which only the first `n_numbers` of all numbers are there."""
     low, high = groups.amin(dim=-1).double(), groups.amax(dim=-1).double()
     top = 2**bits - 1
-    scales = up_to_bfloat16(torch.maximum((high - low) / top, torch.maximum(-low, high) / LARGEST_ZERO).float())
+    scales = up_to_bfloat16(
+        torch.maximum((high - low) / top, torch.maximum(low.abs(), high.abs()) / LARGEST_ZERO).float()
+    )
     steps = scales.double()
     steps = torch.where(steps > 0, steps, torch.inf)  # divided by infinity all is 0
     zeros = -(low / steps).round()

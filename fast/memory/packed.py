@@ -35,7 +35,7 @@ class PackedBlocks:
         self._axes = lead[:-1]  # all but that of the heads
         self.lengths = (0,) * (lead[-1] if lead else 1)
         self._rooms = self.lengths
-        self._held = torch.empty(*self._axes, 0, layout.nbytes, dtype=torch.uint8, device=device)
+        self._memory = torch.empty(*self._axes, 0, layout.nbytes, dtype=torch.uint8, device=device)
 
     @property
     def n_entries(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class PackedBlocks:
     @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, with room to grow."""
-        return self._held.untyped_storage().nbytes()
+        return self._memory.untyped_storage().nbytes()
 
     @property
     def _axes_size(self) -> int:
@@ -67,7 +67,7 @@ class PackedBlocks:
         if lengths[head] > self._rooms[head]:
             self._move(lengths)
         first = self._firsts[head] + self.lengths[head]
-        self._held[..., first : first + blocks.shape[-2], :] = blocks
+        self._memory[..., first : first + blocks.shape[-2], :] = blocks
         self.lengths = lengths
 
     @on_ordinary_tensors
@@ -75,11 +75,11 @@ class PackedBlocks:
         """To memory with room for so many blocks of each head, and more for those that need it."""
         pairs = zip(lengths, self._rooms, strict=True)
         rooms = tuple(with_room(n, LEAST_ROOM) if n > room else room for n, room in pairs)
-        moved = self._held.new_empty(*self._axes, sum(rooms), self.layout.nbytes)
+        moved = self._memory.new_empty(*self._axes, sum(rooms), self.layout.nbytes)
         to = itertools.accumulate((0, *rooms[:-1]))
         for start, first, n in zip(to, self._firsts, self.lengths, strict=True):
-            moved[..., start : start + n, :] = self._held[..., first : first + n, :]
-        self._held, self._rooms = moved, rooms
+            moved[..., start : start + n, :] = self._memory[..., first : first + n, :]
+        self._memory, self._rooms = moved, rooms
 
     def truncate(self, *n_entries: int) -> None:
         """Keep only so many entries of each head, or of all heads alike."""
@@ -89,7 +89,7 @@ class PackedBlocks:
 
     def packed(self) -> Packed:
         """For attention."""
-        blocks = self._held.reshape(self._axes_size, *self._held.shape[-2:])
+        blocks = self._memory.reshape(self._axes_size, *self._memory.shape[-2:])
         return Packed(self.layout, blocks, self.lengths, self._firsts)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,18 +103,18 @@ class PackedBlocks:
 
     def _blocks_of(self, head: int) -> UInt8[Tensor, "*axes blocks nbytes"]:
         first = self._firsts[head]
-        return self._held[..., first : first + self.lengths[head], :]
+        return self._memory[..., first : first + self.lengths[head], :]
 
     @on_ordinary_tensors
     def select(self, indices: Tensor) -> None:
         """Keep the rows `indices` of the first axis, which is that of the heads if there is no other."""
         if not self._axes:
             heads = indices.tolist()
-            self._held = torch.cat([self._blocks_of(head) for head in heads])
+            self._memory = torch.cat([self._blocks_of(head) for head in heads])
             self.lengths = self._rooms = tuple(self.lengths[head] for head in heads)
             return
-        self._held = self._held.index_select(0, indices)
-        self._axes = tuple(self._held.shape[:-2])
+        self._memory = self._memory.index_select(0, indices)
+        self._axes = tuple(self._memory.shape[:-2])
 
     def without_room(self) -> UInt8[Tensor, "*axes blocks nbytes"]:
         """A copy of all blocks, head after head."""
@@ -123,4 +123,4 @@ class PackedBlocks:
     @on_ordinary_tensors
     def restore(self, blocks: UInt8[Tensor, "*axes blocks nbytes"], lengths: tuple[int, ...]) -> None:
         """Hold a copy of what `without_room` gave."""
-        self._held, self._rooms, self.lengths = blocks.clone(), lengths, lengths
+        self._memory, self._rooms, self.lengths = blocks.clone(), lengths, lengths

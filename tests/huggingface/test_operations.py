@@ -36,6 +36,9 @@ KINDS = {
         ClusteredCache,
         CLUSTERED | {"keep_ratio": [[0.4, 1.0]] * LAYERS, "method": Distinctive(n_shared=2), "recent_share": 0.2},
     ),
+    "bits": (ClusteredCache, CLUSTERED | {"keep_ratio": 0.7, "bits": 4}),
+    "whole-bits": (ClusteredCache, CLUSTERED | {"keep_ratio": 1, "bits": (8, 3)}),
+    "ragged-bits": (ClusteredCache, CLUSTERED | {"keep_ratio": [[0.7, 1.0]] * LAYERS, "bits": 2}),
     "recall": (RecallCache, RECALL),
     "offloaded": (RecallCache, RECALL | {"offloading": True}),
 }
@@ -103,11 +106,11 @@ def check(cache, known, kind):
             else:
                 expected.append(keys, values)
                 names = ["keys", "values", "counts"]
-            arrays = [getattr(expected, name, None) for name in names]
-            if isinstance(expected, reference.RaggedCache):
-                arrays = expected.entries()
-            for name, array in zip(names, arrays, strict=True):
-                assert_same_bits(getattr(entries, name)[place], array)
+            ours, arrays = ([getattr(x, name) for name in names] for x in (entries, expected))
+            if made is not RecallCache:
+                ours, arrays = entries.entries(), expected.entries()
+            for held, array in zip(ours, arrays, strict=True):
+                assert_same_bits(held[place], np.ascontiguousarray(array))
 
 
 def run(data, kind, model, monkeypatch):

@@ -26,6 +26,8 @@ MAKERS = {
     "clustered-budget": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"budget": 50}),
     "clustered-heads": lambda model: ClusteredCache.for_model(model, **CLUSTERED, whole_heads=HEADS),
     "clustered-ragged": lambda model: ClusteredCache.for_model(model, **CLUSTERED | RAGGED),
+    "clustered-bits": lambda model: ClusteredCache.for_model(model, **CLUSTERED | {"keep_ratio": 0.5, "bits": 4}),
+    "ragged-bits": lambda model: ClusteredCache.for_model(model, **CLUSTERED | RAGGED, bits=(4, 2)),
     "chelsea": lambda model: ChelseaCache.for_model(model, **CHELSEA, whole_heads=()),
     "chelsea-heads": lambda model: ChelseaCache.for_model(model, **CHELSEA, whole_heads=HEADS),
     "recall": lambda model: RecallCache.for_model(model, **RECALL),
@@ -83,7 +85,7 @@ def test_a_padded_row_generates_the_tokens_it_generates_alone(name, chunk):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["clustered", "clustered-heads", "chelsea-heads"])
+@pytest.mark.parametrize("name", ["clustered", "clustered-heads", "clustered-bits", "chelsea-heads"])
 def test_eager_attention_masks_what_other_rows_hold(name, attention):
     model = tiny_llama(attention=attention)
     tokens, mask = padded_batch()

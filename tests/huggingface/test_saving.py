@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from kvcluster import fast
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache, saving
+from kvcluster.fast.memory.packed import PackedBlocks
 from kvcluster.fast.tiers import TieredRecallCache
 
 SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
@@ -29,6 +30,11 @@ CACHES = {
     "ragged": (
         ClusteredCache,
         {"keep_ratio": [[0.5, 0.2], 0.25, [1.0, 0.4]], "chunk_size": 16, "n_sink": 2, "n_recent": 8},
+    ),
+    "bits": (ClusteredCache, {"keep_ratio": 0.5, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "bits": (4, 3)}),
+    "ragged-bits": (
+        ClusteredCache,
+        {**{"keep_ratio": [[0.5, 0.2], 0.25, [1.0, 0.4]], "chunk_size": 16, "n_sink": 2, "n_recent": 8}, "bits": 4},
     ),
     "chelsea": (
         ChelseaCache,
@@ -54,6 +60,8 @@ NOT_SAVED = (
     "_n_last",
     "_rows",
     "_lost",
+    "_memory",
+    "_rooms",
 )  # memory, of which what is in use is; cost; what crop would undo
 
 
@@ -81,7 +89,9 @@ def told(thing):
         return thing.dtype, thing.shape, thing.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     if not hasattr(thing, "__dict__"):
         return thing
-    used = [told(array[..., : thing.n_stored, :]) for array in getattr(thing, "_held", None) or ()]
+    n_rows = getattr(thing, "_n_stored", getattr(thing, "n_stored", 0))
+    used = [told(array[..., :n_rows, :]) for array in getattr(thing, "_held", None) or ()]
+    used += [told(thing.without_room())] if isinstance(thing, PackedBlocks) else []
     used += [told(array[..., : thing.n_seen, :]) for array in getattr(thing, "_whole", None) or ()]
     return {name: told(value) for name, value in vars(thing).items() if name not in NOT_SAVED} | {"used": used}
 
