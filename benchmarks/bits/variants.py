@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, shipped
+from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache
 
 __all__ = ["VARIANTS", "with_bits"]
 
 Bits = int | tuple[int, int]
-SHORT: dict[str, Any] = {"chunk_size": 64, "n_sink": 4, "n_recent": 60}  # few exact tokens, for few bytes
+# Fewer exact tokens, for fewer bytes; a chunk has one shared entry for 64 tokens as ever.
+MIDDLE: dict[str, Any] = {"chunk_size": 128, "n_sink": 4, "n_recent": 124, "method": Distinctive(n_shared=2)}
+SHORT: dict[str, Any] = {"chunk_size": 64, "n_sink": 4, "n_recent": 60, "method": Distinctive(n_shared=1)}
 
 
 def with_bits(bits: Bits, sizes: dict[str, Any]) -> Callable[[Any, float, int], ClusteredCache]:
@@ -35,5 +38,5 @@ VARIANTS = {
         with_bits(bits, sizes), f"{named(bits)} bits, the model's profile", is_blind=True, profile=shipped
     )
     for bits in (16, 8, 4, 3, 2, (4, 3), (4, 2), (3, 2), (2, 3), (2, 4))
-    for end, sizes in (("", DISTINCTIVE), ("-short", SHORT))
+    for end, sizes in (("", DISTINCTIVE), ("-middle", MIDDLE), ("-short1", SHORT))
 }

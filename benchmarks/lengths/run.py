@@ -99,7 +99,7 @@ def main() -> None:
             sets = [each for each in SETS[name] if each.n_tokens <= arguments.longest]
             runs = Runs(results(name, arguments.part), without_texts)
             measure(model, tokenizer, sets, runs, arguments.part)
-    tables = make_tables({name: Runs(results(name, arguments.part)).all for name in arguments.models})
+    tables = make_tables({name: Runs(results(name, arguments.part)).all for name in SETS})
     if arguments.part == PARTS[0]:
         PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()

@@ -42,8 +42,8 @@ SMALL = {
     "chelsea": lambda model: ChelseaCache.for_model(model, ratio=0.25, max_new_tokens=20, n_prompt=90, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, budget=40, **RECALLED),
     "ragged": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.2, 0.3], 0.25], **CLUSTERED),
-    "bits": lambda model: ClusteredCache.for_model(model, keep_ratio=0.5, bits=4, **CLUSTERED),
-    "ragged-bits": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.6, 0.3], 1.0], bits=(4, 2), **CLUSTERED),
+    "bits": lambda model: ClusteredCache.for_model(model, keep_ratio=0.35, bits=4, **CLUSTERED),
+    "ragged-bits": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.35, 0.2], 0.35], bits=(4, 2), **CLUSTERED),
 }
 CACHES = pytest.mark.parametrize("name", WHOLE)
 SMALL_CACHES = pytest.mark.parametrize("name", SMALL)
