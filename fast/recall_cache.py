@@ -130,11 +130,6 @@ class RecallCache:
         return self.body.nbytes + (0 if self._held is None else sum(view.nbytes for view in self.stored))
 
     @property
-    def n_numbers(self) -> int:
-        """Numbers of keys and values."""
-        return 0 if self._held is None else sum(view.numel() for view in self.stored)
-
-    @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, room to grow included."""
         return self.body.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in self._held or ())

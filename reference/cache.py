@@ -36,8 +36,7 @@ class ClusteredCache(CacheWithBits):
     n_recent : last tokens that are always exact, at least 0. Tokens leave in whole chunks, so the recent tokens
         number `n_recent <= recent < n_recent + chunk_size` as soon as that many have been seen.
     recent_share : at least `floor(recent_share * n_seen)` of the last tokens are exact too, in [0, 0.5].
-    whole_heads : KV heads that keep every token, as in `EntryCache`; the method sees the others alone.
-    bits : of the numbers of the body, in place of those of its dtype, see `CacheWithBits`; 16 leaves them as they are.
+    whole_heads, bits : heads that keep every token, numbers of the body in few bits, as in `CacheWithBits`.
 
     Attributes
     ----------
@@ -88,8 +87,7 @@ class ClusteredCache(CacheWithBits):
 
     def _cluster_what_is_due(self) -> None:
         n_recent = max(self.n_recent, math.floor(float(self.recent_share) * self.n_seen))
-        recent = max(0, self.n_seen - self.n_sink - self.n_clustered)
-        leaving = max(0, recent - n_recent) // self.chunk_size * self.chunk_size
+        leaving = max(0, self.n_seen - self.n_sink - self.n_clustered - n_recent) // self.chunk_size * self.chunk_size
         if leaving == 0:
             return
         # stored entries:  sinks | body | leaving | recent
@@ -100,5 +98,4 @@ class ClusteredCache(CacheWithBits):
         clustering = self.method.cluster(keys, values, keep_ratio=self.keep_ratio, chunk_size=self.chunk_size)
         self._replace(start, stop, merge(keys, clustering), merge(values, clustering), clustering.counts)
         self.n_clustered += leaving
-        self._n_body += clustering.counts.shape[-1]
-        self._n_body -= self._quantize_whole_groups(self.n_sink, self._n_body)
+        self._n_body = self._quantize_whole_groups(self.n_sink, self._n_body + clustering.counts.shape[-1])

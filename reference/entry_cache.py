@@ -69,7 +69,7 @@ class EntryCache:
         ------
         ValueError : wrong dtype or shape, NaN or infinity. The cache is then as it was.
         """
-        check_append(keys, values, self.exact_entries()[:2])
+        check_append(keys, values, EntryCache.entries(self)[:2])
         check_heads(self.whole_heads, keys.shape)
         if self.keys is None:
             self.keys, self.values = keys[..., :0, :], values[..., :0, :]
@@ -102,10 +102,6 @@ class EntryCache:
         return clustered_attention(query, *self.entries(), scale=scale)
 
     def entries(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """Keys, values and counts of all that is attended to; None before the first."""
-        return self.exact_entries()
-
-    def exact_entries(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """Keys, values, counts of all heads in their order, see `whole_heads.together`; None before the first."""
         if self.whole_keys is None:
             return self.keys, self.values, self.counts

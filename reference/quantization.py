@@ -26,6 +26,12 @@ class Quantized:
     codes : (..., groups, 4 * bits), uint8: 32 codes of `bits` bits, see `pack`; 0 where there is no number.
     scales : (..., groups), float32, bfloat16 numbers, which is what they count as in `nbytes`.
     zeros : (..., groups), int16.
+
+    Examples
+    --------
+    >>> quantized = quantize(np.ones((2, 40), dtype=np.float16), bits=4)
+    >>> quantized.bits, quantized.codes.shape, quantized.nbytes  # two groups in each of two rows
+    (4, (2, 2, 16), 80)
     """
 
     codes: UInt8[np.ndarray, "*lead groups bytes"]
@@ -94,7 +100,13 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
 
 
 def dequantize(quantized: Quantized, n_numbers: int) -> Float32[np.ndarray, "*lead rows numbers"]:
-    """The first `n_numbers` numbers along the last axis, as they are read back: float32, without any rounding."""
+    """The first `n_numbers` numbers along the last axis, as they are read back: float32, without any rounding.
+
+    Examples
+    --------
+    >>> dequantize(quantize(np.array([[1.0, 2.0, 2.9]], dtype=np.float32), bits=8), 3)
+    array([[1.0018921, 1.9963074, 2.901001 ]], dtype=float32)
+    """
     whole = unpack(quantized.codes, quantized.bits).astype(np.float32) - quantized.zeros[..., None].astype(np.float32)
     numbers = quantized.scales[..., None] * whole  # (..., groups, 32)
     return numbers.reshape(*numbers.shape[:-2], -1)[..., :n_numbers]

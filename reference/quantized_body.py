@@ -60,10 +60,10 @@ class CacheWithBits(EntryCache):
         return keys, values, counts
 
     def _quantize_whole_groups(self, start: int, n: int) -> int:
-        """Quantize the entries from `start` on, as many of `n` as are whole groups of 32; how many these are."""
+        """Quantize the entries from `start` on, as many of `n` as are whole groups of 32; how many are left."""
         n_due = 0 if self.bits is None else n // GROUP * GROUP
         if self.bits is None or n_due == 0:
-            return 0
+            return n
         due = slice(start, start + n_due)
         keys, values, nbytes = read_back(self.keys[..., due, :], self.values[..., due, :], self.bits)
         new = keys, values, self.counts[..., due]
@@ -74,7 +74,7 @@ class CacheWithBits(EntryCache):
             new = keys, values, counts
         self.quantized, self._place = new, start
         self._replace(due.start, due.stop, keys[..., :0, :], values[..., :0, :], new[2][..., :0])
-        return n_due
+        return n - n_due
 
 
 def put_in(array: np.ndarray, place: int, part: np.ndarray, axis: int) -> np.ndarray:

@@ -17,6 +17,7 @@ FILES = (
     "merge",
     "attention",
     "clustered_attention",
+    "quantize",
     "clustered_cache",
     "chelsea_cache",
     "ragged_cache",

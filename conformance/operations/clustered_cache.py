@@ -10,6 +10,7 @@ from kvcluster import reference
 from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering, merge
 
+from ..bits import all_entries, bits_cases, mistakes_of_bits, refused_bits
 from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given, without
@@ -23,6 +24,7 @@ from ..whole_heads import WHOLE_HEADS, OfAllHeads, refused_heads, returned_count
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING
 from .distinctive_matching import DISTINCTIVE, IGNORED, Distinctive, given_to
+from .quantize import QUANTIZING
 
 __all__ = ["OPERATION"]
 
@@ -61,6 +63,9 @@ def cases(base: int) -> Iterator[Case]:
     yield from recent_share_cases("ClusteredCache", plan, (2,), base + 280)
     for name, more in (("shared", {"method": Distinctive(n_shared=2)}), ("whole", {"whole_heads": (1,)})):
         yield Case("ClusteredCache", f"recent-and-{name}", layer, {**plan, "recent_share": 0.4, **more})
+    yield from bits_cases("ClusteredCache", lambda share: {"keep_ratio": share}, (2,), base + 370)
+    shared = {**plan, "keep_ratio": 0.7, "method": Distinctive(n_shared=2), "bits": (4, 2)}
+    yield Case("ClusteredCache", "bits-and-shared", layer, shared)
 
 
 def distinctive_cases(base: int) -> Iterator[Case]:
@@ -102,7 +107,11 @@ def refused() -> Iterator[Case]:
     for name, limits in wrong.items():
         yield Case("ClusteredCache", f"refused-{name}", good_tokens(), {**rule, **limits}, is_refused=True)
     yield from refused_heads("ClusteredCache", {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2})
-    yield from refused_shares("ClusteredCache", {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2})
+    rule = {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2}
+    yield from refused_shares("ClusteredCache", rule)
+    yield from refused_bits("ClusteredCache", rule)
+    whole = {**rule, "whole_heads": (0,), "bits": 8, "pieces": (8,)}
+    yield Case("ClusteredCache", "refused-bits-whole", good_tokens(), whole, is_refused=True)
 
 
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -150,6 +159,8 @@ def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     if "whole_heads" in case.parameters:  # then they are those of one rectangle
         results |= returned_counts(port, returned)
     results |= held_by(port, cache, ("keys", "values", "counts", "whole_keys", "whole_values"))
+    if "bits" in case.parameters:  # these are then the entries that are not quantized
+        results |= all_entries(port, cache)
     return results | attended(port, cache, case)
 
 
@@ -229,10 +240,11 @@ OF_OTHERS = (
 )
 BEFORE_OPTIONS = (*MATCHING, *WEIGHTS, *HEADS, *mistakes_of_chunks(replaced_caches))
 SHARES = mistakes_of_shares(replaced_caches)
+BITS = (*mistakes_of_bits(replaced_caches), *QUANTIZING)
 OPERATION = Operation(
     name="ClusteredCache",
     section=9,
-    options=("budget", "method", "whole_heads", "recent_share"),
+    options=("budget", "method", "whole_heads", "recent_share", "bits"),
     cases=cases,
     refused=refused,
     small=small,
@@ -240,10 +252,10 @@ OPERATION = Operation(
     call=call,
     oracle=oracle,
     pattern=pattern,
-    mistakes=(*BEFORE_OPTIONS, *DISTINCTIVE, *IGNORED, *OPTIONS, *WHOLE_HEADS, *OF_OTHERS, *SHARES),
+    mistakes=(*BEFORE_OPTIONS, *DISTINCTIVE, *IGNORED, *OPTIONS, *WHOLE_HEADS, *OF_OTHERS, *SHARES, *BITS),
     scaffold="""
 # append(keys, values), attend(query), n_seen, n_stored; keep what you have of the last two
-# ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, recent_share, method
+# ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, recent_share, method, bits
 # Distinctive = my_package.Distinctive  # n_shared
 # BoundedCache = my_package.BoundedCache  # budget, keep_ratio, chunk_size, n_sink, n_recent
 """,

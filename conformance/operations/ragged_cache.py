@@ -11,6 +11,7 @@ from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering
 from kvcluster.reference.ragged_cache import rectangle as right_rectangle
 
+from ..bits import bits_cases, mistakes_of_bits, refused_bits
 from ..caches import attended, cache_spelling, fill, good_tokens, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given
@@ -24,6 +25,7 @@ from ..whole_heads import mistakes_of_places, returned_counts
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING, joined
 from .distinctive_matching import DISTINCTIVE, IGNORED, Distinctive, given_to
+from .quantize import QUANTIZING
 
 __all__ = ["OPERATION"]
 
@@ -74,12 +76,14 @@ def cases(base: int) -> Iterator[Case]:
     long = attention_arrays("normal", (2,), 2, 700, 8, "f32", base + 343)
     yield Case("RaggedCache", "defaults", long, {"keep_ratios": (0.25, 0.5), "pieces": (690, 10)})
     yield from recent_share_cases("RaggedCache", {**PLAN, "n_recent": 6, "keep_ratios": (0.4, 1.0)}, (2, 2), base + 350)
+    yield from bits_cases("RaggedCache", lambda share: {"keep_ratios": (share, 1.0, share / 3)}, (3,), base + 385)
 
 
 def refused() -> Iterator[Case]:
     rule = {"keep_ratios": (0.5,), "chunk_size": 2, "n_sink": 1, "n_recent": 2}
     yield from refused_tokens("RaggedCache", rule, {**rule, "keep_ratios": (2.0,)})
     yield from refused_shares("RaggedCache", rule)
+    yield from refused_bits("RaggedCache", rule)
     for name, ratios in (("none", ()), ("number", 0.5), ("bool", (True,)), ("zero", (0.0,)), ("two", (0.5, 0.5))):
         parameters = {**rule, "keep_ratios": ratios, "pieces": (8,)}
         yield Case("RaggedCache", f"refused-{name}", good_tokens(), parameters, is_refused=True)
@@ -272,11 +276,12 @@ LENGTHS = (
     ),
 )
 PLACES = mistakes_of_places("ragged_cache", "rectangle", right_rectangle, "18.3")
+SHARES, BITS = mistakes_of_shares(replaced), (*mistakes_of_bits(replaced), *QUANTIZING)
 OF_CLUSTERED = (*MATCHING, *WEIGHTS, *HEADS, *mistakes_of_chunks(replaced), *DISTINCTIVE, *IGNORED)
 OPERATION = Operation(
     name="RaggedCache",
     section=18,
-    options=("method", "recent_share"),
+    options=("method", "recent_share", "bits"),
     cases=cases,
     refused=refused,
     small=small,
@@ -285,9 +290,9 @@ OPERATION = Operation(
     oracle=oracle,
     decisions=decisions,
     pattern=pattern,
-    mistakes=(*OF_CLUSTERED, *RATIOS, *OF_OTHERS, *LENGTHS, *PLACES, *mistakes_of_shares(replaced)),
+    mistakes=(*OF_CLUSTERED, *RATIOS, *OF_OTHERS, *LENGTHS, *PLACES, *SHARES, *BITS),
     scaffold="""
 # append(keys, values), attend(query), n_seen, lengths, and entries() if you have it
-# RaggedCache = my_package.RaggedCache  # keep_ratios, chunk_size, n_sink, n_recent, recent_share, method
+# RaggedCache = my_package.RaggedCache  # keep_ratios, chunk_size, n_sink, n_recent, recent_share, method, bits
 """,
 )

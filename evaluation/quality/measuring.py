@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from kvcluster.fast import RecallCache
 from kvcluster.fast.huggingface.report import report_cache
 
 from .attention_error import attention_errors
@@ -116,9 +117,17 @@ def nbytes_in_bfloat16(cache: Any) -> int:
         if not hasattr(layer, "cache"):
             total += 2 * (layer.keys.numel() + layer.values.numel())
         else:
-            numbers = sum(each.n_numbers for each in layer.cache.caches)
+            numbers = sum(n_numbers(each) for each in layer.cache.caches)
             total += layer.cache.nbytes - (layer.dtype.itemsize - 2) * numbers
     return total
+
+
+def n_numbers(cache: Any) -> int:
+    """Numbers of keys and values that a layer's cache holds in its dtype: all of a recall cache."""
+    if isinstance(cache, RecallCache):
+        return sum(array.numel() for array in cache.like or ())
+    held: int = cache.n_numbers
+    return held
 
 
 def of_needle(needle: Needle, score: NeedleScore) -> dict[str, Any]:

@@ -37,11 +37,11 @@ class ClusteredLayer(EntryLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        return self.side_by_side(self.cache.width, "keys") if self.cache.n_seen else self.cache.keys
+        return self.side_by_side(self.cache.width, "keys").to(self.dtype) if self.cache.n_seen else self.cache.keys
 
     @property
     def values(self) -> Tensor | None:
-        return self.side_by_side(self.cache.width, "values") if self.cache.n_seen else self.cache.values
+        return self.side_by_side(self.cache.width, "values").to(self.dtype) if self.cache.n_seen else self.cache.values
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values that new tokens attend to, themselves last, of all heads."""

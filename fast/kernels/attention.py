@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..exact.entries import Reached, Rest, attend_copies, places_of
-from .combine import combine_kernel
+from .combine import N_WARPS, Partials, combined, empty_partials
 
 __all__ = [
     "N_STAGES",
@@ -23,16 +23,23 @@ __all__ = [
     "attend_recalled",
     "entries_of_step",
     "split_kernel",
+    "splits_of",
+    "write_splits",
 ]
 
 ROWS = 16  # query rows of a program; tensor cores take no fewer
 SPLIT = 256  # entries of a program
-N_WARPS, N_STAGES = 4, 2
+N_STAGES = 2
 
 
 def entries_of_step(is_float32: bool) -> int:
     """Entries that a program works on at once: exact products in float32 need registers, which more would exceed."""
     return 16 if is_float32 else 64
+
+
+def splits_of(entries: int) -> int:
+    """How many splits so many entries are."""
+    return triton.cdiv(entries, SPLIT)
 
 
 def attend_places(
@@ -105,7 +112,26 @@ def attend_heads(
     places: Tensor | None = None,
     ragged: Tensor | None = None,
 ) -> Tensor:
-    """The launches of `attend` and of `attend_ragged`.
+    """The launches of `attend` and of `attend_ragged`, whose `write_splits` says what the arguments are."""
+    partials = empty_partials(splits_of(entries), query, values.shape[3])
+    write_splits(partials, query, keys, values, counts, entries, queries, scale, places=places, ragged=ragged)
+    return combined(partials).to(query.dtype)
+
+
+def write_splits(
+    partials: Partials,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    entries: int,
+    queries: int,
+    scale: float,
+    *,
+    places: Tensor | None = None,
+    ragged: Tensor | None = None,
+) -> None:
+    """Write what each split of the entries has seen, into the first of the `partials`.
 
     Parameters
     ----------
@@ -115,26 +141,18 @@ def attend_heads(
     """
     batch, heads, rows, dim = query.shape
     dim_value = values.shape[3]
-    splits = triton.cdiv(entries, SPLIT)
-    problems = batch * heads
-    outputs = torch.empty(problems, splits, rows, dim_value, dtype=torch.float32, device=query.device)
-    sums = torch.empty(problems, splits, rows, dtype=torch.float32, device=query.device)
-    highest = torch.empty_like(sums)
-    output = torch.empty(batch, heads, rows, dim_value, dtype=torch.float32, device=query.device)
     dtypes = {query.dtype, keys.dtype, values.dtype}
     # Triton's interpreter multiplies bfloat16 wrongly; several dtypes meet in float32.
     widen = len(dtypes) > 1 or (triton.knobs.runtime.interpret and torch.bfloat16 in dtypes)
     block_dim = max(16, triton.next_power_of_2(dim))
-    split_kernel[(splits, triton.cdiv(rows, ROWS), problems)](
+    split_kernel[(splits_of(entries), triton.cdiv(rows, ROWS), batch * heads)](
         query.contiguous(),
         keys,
         values,
         keys if counts is None else counts,
         keys if places is None else places,
         keys if ragged is None else ragged,
-        outputs,
-        sums,
-        highest,
+        *partials,
         heads,
         rows,
         queries,
@@ -158,18 +176,6 @@ def attend_heads(
         num_warps=N_WARPS,
         num_stages=N_STAGES,
     )
-    combine_kernel[(problems * rows,)](
-        outputs,
-        sums,
-        highest,
-        output,
-        rows,
-        splits,
-        DIM_VALUE=dim_value,
-        BLOCK_VALUE=triton.next_power_of_2(dim_value),
-        num_warps=N_WARPS,
-    )
-    return output.to(query.dtype)
 
 
 @triton.jit
@@ -276,7 +282,7 @@ def split_kernel(
         output = output * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         highest = raised
 
-    at = (problem * tl.num_programs(0) + split) * rows + row
+    at = (split * tl.num_programs(2) + problem) * rows + row
     tl.store(sums + at, total, mask=is_row)
     tl.store(highest_out + at, highest, mask=is_row)
     tl.store(

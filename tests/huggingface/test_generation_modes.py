@@ -42,11 +42,8 @@ SMALL = {
     "chelsea": lambda model: ChelseaCache.for_model(model, ratio=0.25, max_new_tokens=20, n_prompt=90, **CHELSEA),
     "recall": lambda model: RecallCache.for_model(model, budget=40, **RECALLED),
     "ragged": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.2, 0.3], 0.25], **CLUSTERED),
-    "bits": lambda model: ClusteredCache.for_model(model, keep_ratio=0.35, bits=4, **CLUSTERED),
-    "ragged-bits": lambda model: ClusteredCache.for_model(model, keep_ratio=[[0.35, 0.2], 0.35], bits=(4, 2), **CLUSTERED),
 }
 CACHES = pytest.mark.parametrize("name", WHOLE)
-SMALL_CACHES = pytest.mark.parametrize("name", SMALL)
 N_PROMPT, N_NEW = 90, 20
 
 MODES = {
@@ -90,7 +87,7 @@ def test_a_cache_that_keeps_everything_generates_as_stock(mode, name):
 
 
 @pytest.mark.slow
-@SMALL_CACHES
+@CACHES
 @pytest.mark.parametrize("mode", MODES)
 def test_a_small_cache_runs_to_the_end(mode, name):
     model, tokens = tiny_llama(layers=2), prompt_of(mode)
@@ -205,14 +202,14 @@ def test_attention_weights_of_eager_are_over_what_is_stored():
     assert equal_in_float32(weights.sum(-1).numpy(), np.ones((2, 4, 1), dtype=np.float32))
 
 
-@SMALL_CACHES
+@CACHES
 def test_without_eager_there_are_no_attention_weights_as_in_stock(name):
     model = tiny_llama(layers=2)
     assert attentions(model, None) == attentions(model, SMALL[name](model))
     assert not any(attentions(model, None))
 
 
-@SMALL_CACHES
+@CACHES
 def test_use_cache_false_is_refused(name):
     """Every step would feed all tokens again, after those that the cache holds: with a stock cache too it is wrong."""
     model = tiny_llama(layers=2)
@@ -224,7 +221,7 @@ def test_use_cache_false_is_refused(name):
     assert not torch.equal(generate(model, DynamicCache(), use_cache=False), generate(model, None))
 
 
-@SMALL_CACHES
+@CACHES
 def test_a_cache_implementation_beside_our_cache_is_refused(name):
     model = tiny_llama(layers=2)
     cache = SMALL[name](model)
