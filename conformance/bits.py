@@ -173,7 +173,7 @@ def with_any_group(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
 def mistakes_of_bits(replaced: Replace) -> tuple[Mistake, ...]:
     """Which entries are quantized, when, and with what they share a scale."""
     of_rules = {
-        "entries are quantized chunk by chunk: in blocks of 32 entries of the body, whatever chunks they are of": ByChunk,
+        "entries are quantized chunk by chunk: in blocks of 32 entries of the body, of any chunks": ByChunk,
         "all that is clustered after an append is quantized: whole blocks of 32, so that no split matters": ByAppend,
         "entries are quantized 64 at a time: 32": In64,
         "recent tokens are quantized too: entries of the body alone": RecentToo,

@@ -51,7 +51,7 @@ TABLE = {
     "attend_ragged": Row(
         "plain.attention:attend_ragged", "kernels.attention:attend_ragged", "cpu.attention:attend_ragged"
     ),
-    "attend_packed": Row("plain.attention:attend_packed", cpp="cpu.packed:attend_packed"),
+    "attend_packed": Row("plain.attention:attend_packed", "kernels.packed:attend_packed", "cpu.packed:attend_packed"),
     "attend_places": Row(
         "plain.attention:attend_places", "kernels.attention:attend_places", "cpu.attention:attend_places"
     ),

@@ -14,6 +14,7 @@ from ..distinctive_matching import Distinctive
 from ..entry_cache import EntryCache
 from ..methods import Method
 from ..ragged_cache import RaggedCache
+from .bytes_ratio import chosen_for_bytes
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs
 from .hooks import ModelHooks, check_model
@@ -48,6 +49,7 @@ class ClusteredCache(ModelCache):
         model: nn.Module,
         *,
         keep_ratio: float | Sequence[float | Sequence[float]] | None = None,
+        bytes_ratio: float | None = None,
         budget: int | Sequence[int] | None = None,
         n_dense_layers: int = 0,
         method: Method = Distinctive(),
@@ -66,6 +68,9 @@ class ClusteredCache(ModelCache):
         model : a transformers model of type `llama`, `mistral`, `qwen2`, `qwen3`, `smollm3` or `gemma3_text`, with
             `sdpa` or `eager` attention.
         keep_ratio : entries kept / tokens of what is clustered; 1 by default if there is a budget.
+        bytes_ratio : in place of `keep_ratio` and `bits`, the memory that clustered entries take over what their tokens
+            would take in the dtype of the model: `chosen_for_bytes` says which bits and how many entries that is, and
+            `report` what has been chosen.
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
             come, clusters are merged further. Without it entries grow with the tokens. Needs
             `method=SoftMatching()`.
@@ -93,10 +98,10 @@ class ClusteredCache(ModelCache):
         Raises
         ------
         ValueError : another type of model or of attention; a field of its config that is not served; a parameter out
-            of range; neither `keep_ratio` nor `budget`; a budget with another method, with whole heads or with ratios
-            for each head; a sequence of another length than the model's layers or KV heads; a profile of another model,
-            or one where something else tells layers or heads apart; heads that differ in a model that is sharded; else
-            as `heads_of_layers`.
+            of range; neither `keep_ratio` nor `bytes_ratio` nor `budget`; `bytes_ratio` with what follows from it; a
+            budget with another method, with bits, with whole heads or with ratios for each head; a sequence of another
+            length than the model's layers or KV heads; a profile of another model, or one where something else tells
+            layers or heads apart; heads that differ in a model that is sharded; else as `heads_of_layers`.
         FileNotFoundError : no such profile.
 
         Examples
@@ -108,6 +113,10 @@ class ClusteredCache(ModelCache):
         """
         config = check_model(model)
         check_method(method)
+        if bytes_ratio is not None:
+            if keep_ratio is not None or budget is not None or bits != 16:
+                raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
+            keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, model.dtype.itemsize)
         given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}
         given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
         given["bits"] = bits

@@ -48,7 +48,7 @@ def choose_layers(
 ) -> LayerChoices:
     """The choices for every layer of `model`; arguments and errors are those of `ClusteredCache.for_model`."""
     if keep_ratio is None and budget is None:
-        raise ValueError("keep_ratio or budget must be given, got neither")
+        raise ValueError("keep_ratio, bytes_ratio or budget must be given, got none of them")
     n_layers = model.config.num_hidden_layers
     check_dense_layers(n_dense_layers, n_layers)
     heads = heads_of_layers(model, whole_heads)

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..exact.blocks import BlockLayout
 from .assign import BLOCK_ROWS as assign_rows
 from .assign import BLOCK_SCORED as assign_scored
 from .assign import N_STAGES as assign_stages
@@ -27,6 +28,9 @@ from .match import N_STAGES as match_stages
 from .match import N_WARPS as match_warps
 from .merge import BLOCK_ENTRIES, merge_kernel
 from .merge import N_WARPS as merge_warps
+from .packed import FEATURES, SPLIT_BLOCKS, constants_of, packed_kernel, rows_of_program
+from .packed import N_STAGES as packed_stages
+from .packed import N_WARPS as packed_warps
 from .score import BLOCK_SOURCES, score_kernel
 from .score import N_WARPS as score_warps
 from .select import BLOCK_CLUSTERS, cluster_scores_kernel
@@ -43,17 +47,18 @@ TARGETS = {
 }
 KERNELS = (
     *("match", "score", "likeness", "merge", "merge_weighted"),
-    *("attend", "attend_ragged", "combine", "assign", "settle", "select", "recall"),
+    *("attend", "attend_ragged", "attend_packed", "combine", "assign", "settle", "select", "recall"),
 )
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The problem whose bytes are counted.
 # Strides that are multiples of 16 in a contiguous cache.
-STRIDES = {"stride_batch", "stride_head", "stride_problem", "stride_token"} | {
+STRIDES = {"stride_batch", "stride_head", "stride_problem", "stride_token", "block_batch"} | {
     f"{array}_{axis}" for array in ("key", "value") for axis in ("batch", "head", "entry")
 }
 HEADS, TOKENS, CHUNK_SIZE, GROUP = 8, 32_768, 64, 4
 TOKENS_PER_CLUSTER, RECALLED = 8, 1024  # of a recall cache
+BITS = 4, 4  # of keys and of values
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Compiled:
     registers, spills, shared : registers of a thread; bytes that did not fit them; bytes of shared memory of a block.
     tensor_core_products, wide_loads : such instructions in the code (16-byte loads).
     bytes_moved : what the kernel must read and write for one round on 8 heads x 32,768 tokens in chunks of 64; in
-        attention, for one new token and 4 query heads that share a KV head; in recall, 8 tokens a cluster and 1,024
-        recalled tokens.
+        attention, for one new token and 4 query heads that share a KV head; in blocks, codes of 4 bits; in recall, 8
+        tokens a cluster and 1,024 recalled tokens.
     predicted_seconds : `bytes_moved` over the published bandwidth of the target. A prediction, not a measurement.
     """
 
@@ -122,7 +127,8 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
         yield kernel, source(merge_kernel, types, constants), {"num_warps": merge_warps}
     yield "attend", *attention_source(dtype, dim)
     yield "attend_ragged", *attention_source(dtype, dim, is_ragged=True)
-    types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"rows": "i32", "splits": "i32"}
+    yield "attend_packed", *packed_source(dtype, backend, BlockLayout(dim, dim, BITS), GROUP)
+    types = dict.fromkeys(("outputs", "sums", "highest_in", "output_out"), "*fp32") | {"splits": "i32"}
     yield (
         "combine",
         source(combine_kernel, types, {"DIM_VALUE": dim, "BLOCK_VALUE": block_dim}),
@@ -170,6 +176,19 @@ def attention_source(
     return source(split_kernel, types, constants), {"num_warps": attention_warps, "num_stages": N_STAGES}
 
 
+def packed_source(
+    dtype: str, backend: str, layout: BlockLayout, rows: int
+) -> tuple[ASTSource, dict[str, int]]:
+    """Code and options of attention of so many query rows to blocks."""
+    types = {"query": TYPES[dtype], "blocks": "*u8", "shorts": "*i16", "ragged": "*i64", "scale": "fp32"}
+    types |= dict.fromkeys(("outputs", "sums", "highest_out"), "*fp32")
+    types |= dict.fromkeys(("heads", "rows", "block_batch"), "i32")
+    of_program = rows_of_program(rows, backend)
+    constants = {"ROWS": of_program, "FEATURES": FEATURES[of_program], "SPLIT": SPLIT_BLOCKS}
+    options = {"num_warps": packed_warps, "num_stages": packed_stages}
+    return source(packed_kernel, types, constants_of(layout) | constants), options
+
+
 def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
     """What the launcher's just-in-time compiler would see: pointers and strides are multiples of 16."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -208,8 +227,10 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     """
     if kernel in ("assign", "settle", "select", "recall"):
         return recall_bytes_moved(kernel, dtype, dim)
-    if kernel in ("attend", "attend_ragged", "combine"):
+    if kernel in ("attend", "attend_ragged", "attend_packed", "combine"):
         partial = HEADS * GROUP * TOKENS // SPLIT * (dim + 2) * 4
+        if kernel == "attend_packed":  # splits of blocks are as long as those of entries
+            return partial + HEADS * TOKENS // BLOCK * BlockLayout(dim, dim, BITS).nbytes
         return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel != "combine" else 0)
     keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
     if kernel == "likeness":

@@ -28,16 +28,16 @@ __all__ = [
     "rows_of_program",
 ]
 
-ROWS = {"cuda": (1, 8), "hip": (16, 16)}  # query rows of a program, fewest and most
+ROWS = {"cuda": (4, 8), "hip": (16, 16)}  # query rows of a program, fewest and most
+FEATURES = {4: 64, 8: 32, 16: 64}  # of keys that so many rows meet at once: with others, registers spill
 SPLIT_BLOCKS = 8  # blocks of a program, 256 entries
-FEATURES = 32  # of keys that a program works on at once: exact products need registers, which more would exceed
 N_WARPS, N_STAGES = 4, 2
 
 
 def rows_of_program(rows: int, backend: str) -> int:
-    """Query rows of a program: AMD's matrix instructions take 16 in float32; CUDA has none, and takes what there is."""
+    """Query rows of a program: AMD's matrix instructions take 16 in float32; CUDA has none, and each row costs."""
     fewest, most = ROWS[backend]
-    return max(fewest, min(most, triton.next_power_of_2(rows)))
+    return fewest if rows <= fewest else most
 
 
 def attend_packed(
@@ -72,8 +72,8 @@ def write_splits_of_blocks(partials: Partials, query: Tensor, packed: Packed, ra
     """
     batch, heads, rows, _ = query.shape
     blocks = packed.blocks if packed.blocks[0].is_contiguous() else packed.blocks.contiguous()
-    rows_together = rows_of_program(rows, "hip" if torch.version.hip else "cuda")
-    packed_kernel[(len(partials.outputs), triton.cdiv(rows, rows_together), batch * heads)](
+    of_program = rows_of_program(rows, "hip" if torch.version.hip else "cuda")
+    packed_kernel[(len(partials.outputs), triton.cdiv(rows, of_program), batch * heads)](
         query.contiguous(),
         blocks,
         blocks.view(torch.int16),
@@ -84,8 +84,8 @@ def write_splits_of_blocks(partials: Partials, query: Tensor, packed: Packed, ra
         blocks.stride(0),
         scale,
         **constants_of(packed.layout),
-        ROWS=rows_together,
-        FEATURES=FEATURES,
+        ROWS=of_program,
+        FEATURES=FEATURES[of_program],
         SPLIT=SPLIT_BLOCKS,
         num_warps=N_WARPS,
         num_stages=N_STAGES,

@@ -1,14 +1,20 @@
 """Caches of whole models with entries in few bits: what they hold and cost, how near they are to the full one."""
 
+import io
+import json
+
 import pytest
 import torch
+from agreement import at_most_in_float64
 from families import MODELS, tiny
 from models import greedy, random_tokens, tiny_llama
+from rich.console import Console
 from transformers import DynamicCache
 
 from kvcluster import fast
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.bytes_ratio import chosen_for_bytes, share_of_bytes
 
 SMALL = {"chunk_size": 16, "n_sink": 2, "n_recent": 8}
 KINDS = {
@@ -91,6 +97,37 @@ def test_bytes_are_those_of_the_bits():
         assert caches[bits].report().as_dict()["nbytes"] == caches[bits].nbytes
 
 
+@pytest.mark.parametrize(("bytes_ratio", "bits"), [(0.6, 8), (0.3, 4), (0.12, 4), (0.07, 3), (0.03, 3)])
+def test_a_share_of_the_bytes_is_kept_to(bytes_ratio, bits):
+    model = tiny_llama(head_dim=64, layers=2).to(torch.bfloat16)
+    cache = ClusteredCache.for_model(model, bytes_ratio=bytes_ratio, chunk_size=256, n_sink=0, n_recent=0)
+    with torch.no_grad():
+        model(random_tokens(1024), past_key_values=cache)
+    report = cache.report()
+    assert {tuple(layer.bits) for layer in report.layers} == {(bits, bits)}
+    held = cache.layers[0].cache.caches[0]
+    n_others = held.n_stored - held.n_quantized  # fewer than a group
+    assert n_others < 32
+    of_quantized = report.bytes_ratio - n_others * (2 * 64 * 2 + 4) / (1024 * 2 * 64 * 2)
+    assert bytes_ratio - 32 / 1024 < of_quantized <= bytes_ratio + 1 / 256
+    assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report)
+    assert f" {bits} " in console.export_text()
+
+
+def test_bits_of_a_share_of_the_bytes_keep_more_tokens_rather_than_exact_ones():
+    shares = [chosen_for_bytes(share / 1000, tiny_llama(head_dim=64).config, 2) for share in range(5, 1000)]
+    kept, bits = zip(*shares, strict=True)
+    assert list(bits) == sorted(bits)
+    for number in set(bits):
+        of_bits = [keep for keep, each in shares if each == number]
+        assert of_bits == sorted(of_bits)
+    assert kept[-1] == 1.0
+    for share, (keep, each) in zip(range(5, 1000), shares, strict=True):
+        assert at_most_in_float64(share_of_bytes(each, 64, 2) * keep, share / 1000)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_served(name):
     model, sliding = tiny(name)
@@ -125,6 +162,10 @@ def test_whole_heads_are_heads_of_ratio_one():
     ("parameters", "error", "message"),
     [
         ({"keep_ratio": 0.5, "bits": 6}, ValueError, "bits must be 16, or 8, 4, 3 or 2"),
+        ({"bytes_ratio": 1.0}, ValueError, r"bytes_ratio must be in \(0, 1\), got 1.0"),
+        ({"bytes_ratio": "0.1"}, TypeError, "bytes_ratio must be a number, got '0.1'"),
+        ({"bytes_ratio": 0.1, "bits": 4}, ValueError, "bytes_ratio must be given without keep_ratio, budget and bits"),
+        ({"bytes_ratio": 0.1, "keep_ratio": 0.5}, ValueError, "bytes_ratio must be given without keep_ratio"),
         ({"keep_ratio": 0.5, "bits": None}, TypeError, "bits must be an integer, or one for keys and one for values"),
         (
             {"budget": 60, "bits": 4, "method": SoftMatching()},

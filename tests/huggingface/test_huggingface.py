@@ -253,7 +253,7 @@ def test_bytes_are_those_of_the_tensors_held():
         ({"keep_ratio": 0.5, "chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"keep_ratio": 0.5, "n_sink": -1}, "n_sink must be at least 0, got -1"),
         ({"keep_ratio": 0.5, "n_recent": -1}, "n_recent must be at least 0, got -1"),
-        ({}, "keep_ratio or budget must be given, got neither"),
+        ({}, "keep_ratio, bytes_ratio or budget must be given, got none of them"),
         ({"keep_ratio": [0.5, 0.5]}, "keep_ratio must be one number or one for each of the 3 layers, got 2"),
         ({"budget": [300]}, "budget must be one number or one for each of the 3 layers, got 1"),
         (

@@ -1,0 +1,45 @@
+"""What a share of the memory buys: in how many bits entries are stored, and how many entries.
+
+More entries in few bits beat fewer exact ones ("More Tokens, Lower Precision", arXiv:2412.12706). How far each number
+of bits should go is our choice, from what two models keep at equal bytes: see docs/bits.md.
+"""
+
+from numbers import Real
+from typing import Any
+
+from ..exact.quantization import GROUP
+
+__all__ = ["chosen_for_bytes", "share_of_bytes"]
+
+COUNT_BITS = 16  # of an entry
+# Bits, and the smallest part of the tokens that they are used for; below it fewer bits keep more tokens instead.
+LEAST_KEPT = {8: 1.0, 4: 0.25, 3: 0.0}
+
+
+def share_of_bytes(bits: int, dim: int, itemsize: int) -> float:
+    """Bytes of an entry in `bits`, with its part of scales and zeros and with its count, over those of a token.
+
+    >>> share_of_bytes(4, dim=64, itemsize=2)
+    0.3203125
+    """
+    of_number = bits + 32 / GROUP  # a scale and a zero, of 16 bits each, for 32 numbers
+    return (2 * dim * of_number + COUNT_BITS) / (2 * dim * 8 * itemsize)
+
+
+def chosen_for_bytes(bytes_ratio: float, config: Any, itemsize: int) -> tuple[float, int]:
+    """`keep_ratio` and `bits` for clustered entries that take `bytes_ratio` of what all their tokens would take.
+
+    Raises
+    ------
+    TypeError, ValueError : not a number in (0, 1).
+    """
+    if isinstance(bytes_ratio, bool) or not isinstance(bytes_ratio, Real):
+        raise TypeError(f"bytes_ratio must be a number, got {bytes_ratio!r}")
+    if not 0 < bytes_ratio < 1:
+        raise ValueError(f"bytes_ratio must be in (0, 1), got {bytes_ratio}")
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for bits, least in LEAST_KEPT.items():
+        kept = float(bytes_ratio) / share_of_bytes(bits, dim, itemsize)
+        if kept >= least:
+            return min(1.0, kept), bits
+    raise AssertionError("the last number of bits takes everything")
