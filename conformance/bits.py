@@ -23,8 +23,8 @@ Replace = Callable[[type], tuple[Patch, ...]]  # how a wrong `ClusteredCache` ta
 PLAN: dict[str, Any] = {"chunk_size": 16, "n_sink": 3, "n_recent": 20}
 
 
-def bits_cases(operation: str, keep: Keep, lead: tuple[int, ...], seed: int) -> Iterator[Case]:
-    """Bodies of some blocks of 32 entries, with heads `lead`; thirteen seeds are used."""
+def bits_cases(operation: str, keep: Keep, lead: tuple[int, ...], method: Any, seed: int) -> Iterator[Case]:
+    """Bodies of some blocks of 32 entries, with heads `lead`; once by another method. Fourteen seeds are used."""
     of_both = (4, (8, 4), 2, 3, (2, 8), 8, (4, 3), (3, 2), (8, 8))
     splits = ((150,), (0, 1, 99, 30, 20), (90, *[1] * 60))
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
@@ -49,6 +49,13 @@ def bits_cases(operation: str, keep: Keep, lead: tuple[int, ...], seed: int) -> 
         yield Case(operation, f"bits-{name}", arrays, parameters)
     narrow = {**arrays, "values": arrays["values"][..., :5]}
     yield Case(operation, "bits-narrow-values", narrow, {**PLAN, **keep(0.6), "bits": (2, 4), "pieces": (150,)})
+    halves = np.add.outer(np.arange(150), np.arange(16)) % 16 + np.float32(0.5)  # steps of 1 in 4 bits
+    ties = {**arrays, "keys": np.broadcast_to(halves, arrays["keys"].shape)}
+    ties["values"] = ties["keys"]
+    yield Case(operation, "bits-ties", ties, {**PLAN, **keep(1.0), "bits": 4, "pieces": (150,)})
+    layer = attention_arrays("smooth", (2, *lead), 2, 150, 8, "f32", seed + 13)  # batch rows and heads
+    changed = {**keep(0.7), "method": method, "bits": (4, 2), "pieces": (149, 1)}
+    yield Case(operation, "bits-and-shared", layer, {**PLAN, **changed})
     for index, kind in enumerate(("zeros", "tiny")):
         arrays = attention_arrays(kind, lead, 2, 150, 8, "f32", seed + 10 + index)
         yield Case(operation, f"{kind}-bits", arrays, {**PLAN, **keep(0.6), "bits": 3, "pieces": (150,)})

@@ -63,9 +63,8 @@ def cases(base: int) -> Iterator[Case]:
     yield from recent_share_cases("ClusteredCache", plan, (2,), base + 280)
     for name, more in (("shared", {"method": Distinctive(n_shared=2)}), ("whole", {"whole_heads": (1,)})):
         yield Case("ClusteredCache", f"recent-and-{name}", layer, {**plan, "recent_share": 0.4, **more})
-    yield from bits_cases("ClusteredCache", lambda share: {"keep_ratio": share}, (2,), base + 370)
-    shared = {**plan, "keep_ratio": 0.7, "method": Distinctive(n_shared=2), "bits": (4, 2)}
-    yield Case("ClusteredCache", "bits-and-shared", layer, shared)
+    method = Distinctive(n_shared=2)
+    yield from bits_cases("ClusteredCache", lambda share: {"keep_ratio": share}, (2,), method, base + 370)
 
 
 def distinctive_cases(base: int) -> Iterator[Case]:

@@ -76,7 +76,8 @@ def cases(base: int) -> Iterator[Case]:
     long = attention_arrays("normal", (2,), 2, 700, 8, "f32", base + 343)
     yield Case("RaggedCache", "defaults", long, {"keep_ratios": (0.25, 0.5), "pieces": (690, 10)})
     yield from recent_share_cases("RaggedCache", {**PLAN, "n_recent": 6, "keep_ratios": (0.4, 1.0)}, (2, 2), base + 350)
-    yield from bits_cases("RaggedCache", lambda share: {"keep_ratios": (share, 1.0, share / 3)}, (3,), base + 385)
+    keep, method = lambda share: {"keep_ratios": (share, 1.0, share / 3)}, Distinctive(n_shared=2)
+    yield from bits_cases("RaggedCache", keep, (3,), method, base + 385)
 
 
 def refused() -> Iterator[Case]:

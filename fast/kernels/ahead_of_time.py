@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..exact.blocks import BlockLayout
+from ..exact.quantization import GROUP as BLOCK
 from .assign import BLOCK_ROWS as assign_rows
 from .assign import BLOCK_SCORED as assign_scored
 from .assign import N_STAGES as assign_stages
@@ -176,9 +177,7 @@ def attention_source(
     return source(split_kernel, types, constants), {"num_warps": attention_warps, "num_stages": N_STAGES}
 
 
-def packed_source(
-    dtype: str, backend: str, layout: BlockLayout, rows: int
-) -> tuple[ASTSource, dict[str, int]]:
+def packed_source(dtype: str, backend: str, layout: BlockLayout, rows: int) -> tuple[ASTSource, dict[str, int]]:
     """Code and options of attention of so many query rows to blocks."""
     types = {"query": TYPES[dtype], "blocks": "*u8", "shorts": "*i16", "ragged": "*i64", "scale": "fp32"}
     types |= dict.fromkeys(("outputs", "sums", "highest_out"), "*fp32")
@@ -221,16 +220,17 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token (12 with its weight), 16 an
     entry, and centroids; for likeness 8 a token, and the mean of each chunk.
 
-    In attention all keys, values and counts, and the partial results, which are what is combined. To assign, all keys,
-    the centroids of every segment, and 9 bytes a token; to select, all features and 8 bytes a cluster; to recall, the
-    recalled keys and values, 8 bytes for each, and the partial results.
+    In attention all keys, values and counts, or the blocks that hold them, and the partial results, which are what is
+    combined. To assign, all keys, the centroids of every segment, and 9 bytes a token; to select, all features and 8
+    bytes a cluster; to recall, the recalled keys and values, 8 bytes for each, and the partial results.
     """
     if kernel in ("assign", "settle", "select", "recall"):
         return recall_bytes_moved(kernel, dtype, dim)
-    if kernel in ("attend", "attend_ragged", "attend_packed", "combine"):
+    if kernel == "attend_packed":
+        blocks = HEADS * TOKENS // BLOCK
+        return blocks * BlockLayout(dim, dim, BITS).nbytes + GROUP * blocks // SPLIT_BLOCKS * (dim + 2) * 4
+    if kernel in ("attend", "attend_ragged", "combine"):
         partial = HEADS * GROUP * TOKENS // SPLIT * (dim + 2) * 4
-        if kernel == "attend_packed":  # splits of blocks are as long as those of entries
-            return partial + HEADS * TOKENS // BLOCK * BlockLayout(dim, dim, BITS).nbytes
         return partial + (HEADS * TOKENS * (2 * dim * ITEM_BYTES[dtype] + 4) if kernel != "combine" else 0)
     keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
     if kernel == "likeness":
@@ -264,7 +264,8 @@ def cuda_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:
     registers = int(found(r"Used (\d+) registers", report))
     spills = sum(int(number) for number in re.findall(r"(\d+) bytes spill", report))
     products = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
-    return registers, spills, products, len(re.findall(r"ld\.global[.\w]*\.v4\.b32", ptx))
+    wide_loads = re.findall(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg", ptx)  # to registers, to shared memory
+    return registers, spills, products, len(wide_loads)
 
 
 def amd_resources(code: dict[str, Any]) -> tuple[int, int, int, int]:

@@ -38,7 +38,7 @@ def test_kernels_compile_without_spilling(target, dim):
         most = ASKED_SHARED_MEMORY["cuda" if target.startswith("sm_") else "hip"]
     assert len(every) == 3 * len({made["kernel"] for made in every})
     names = {"match", "score", "likeness", "merge", "merge_weighted"}
-    names |= {"attend", "attend_ragged", "combine", "assign", "settle", "select", "recall"}
+    names |= {"attend", "attend_ragged", "attend_packed", "combine", "assign", "settle", "select", "recall"}
     assert names == {made["kernel"] for made in every}
     for made in every:
         assert made["spills"] == 0, made
