@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int16, UInt8
@@ -187,7 +188,7 @@ def check_bits_of_entries(
     """The bits of keys and of values, None for 16: they stay as they are. Refuse all else, and what excludes it."""
     if not isinstance(bits, bool) and isinstance(bits, Integral) and bits == 16:
         return None
-    pair = (bits, bits) if isinstance(bits, Integral) else bits
+    pair: Any = (bits, bits) if isinstance(bits, Integral) else bits
     is_pair = not isinstance(pair, str) and isinstance(pair, Sequence) and len(pair) == 2
     if not is_pair or any(isinstance(x, bool) or not isinstance(x, Integral) for x in pair):
         raise TypeError(f"bits must be an integer, or one for keys and one for values, got {bits!r}")

@@ -52,17 +52,17 @@ class CacheWithBits(EntryCache):
 
     def entries(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """Keys, values and counts of all entries in their order; keys and values float32 once some are quantized."""
-        exact = super().entries()
-        if self.quantized is None:
-            return exact
-        parts = zip(exact, self.quantized, (-2, -2, -1), strict=True)
+        keys, values, counts = super().entries()
+        if self.quantized is None or keys is None or values is None or counts is None:
+            return keys, values, counts
+        parts = zip((keys, values, counts), self.quantized, (-2, -2, -1), strict=True)
         keys, values, counts = (put_in(array, self._place, read, axis) for array, read, axis in parts)
         return keys, values, counts
 
     def _quantize_whole_groups(self, start: int, n: int) -> int:
         """Quantize the entries from `start` on, as many of `n` as are whole groups of 32; how many are left."""
         n_due = 0 if self.bits is None else n // GROUP * GROUP
-        if self.bits is None or n_due == 0:
+        if self.bits is None or n_due == 0 or self.keys is None or self.values is None or self.counts is None:
             return n
         due = slice(start, start + n_due)
         keys, values, nbytes = read_back(self.keys[..., due, :], self.values[..., due, :], self.bits)

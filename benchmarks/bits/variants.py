@@ -38,5 +38,5 @@ VARIANTS = {
         with_bits(bits, sizes), f"{named(bits)} bits, the model's profile", is_blind=True, profile=shipped
     )
     for bits in (16, 8, 4, 3, 2, (4, 3), (4, 2), (3, 2), (2, 3), (2, 4))
-    for end, sizes in (("", DISTINCTIVE), ("-middle", MIDDLE), ("-short1", SHORT))
+    for end, sizes in (("", DISTINCTIVE), ("-middle", MIDDLE), ("-short", SHORT))
 }

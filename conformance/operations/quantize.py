@@ -31,14 +31,14 @@ def cases(base: int) -> Iterator[Case]:
         for numbers in LENGTHS:
             yield quantizing(f"B{bits}-N{numbers}", make_array("normal", (2, numbers), "f32", base + 430), bits)
         for dtype in DTYPES:
-            yield quantizing(f"ties-B{bits}-{dtype}", ties(bits).astype(DTYPES[dtype]), bits)
-        far = make_array("normal", (3, 70), "f32", base + 431) * np.float32(0.01) + np.float32([[1], [-1e3], [1e6]])
-        yield quantizing(f"offset-B{bits}", far, bits)
-    ends = [[3, -3 * 2.0**-27, 1], [5.625, -0.9 * 2.0**-22, 1], [5, 0, 1]]  # just above 3, and 5.625, three bfloat16
+            yield quantizing(f"ties-B{bits}-{dtype}", ties(bits, dtype), bits)
+        near = make_array("normal", (3, 70), "f32", base + 431) * np.float32(0.01)
+        yield quantizing(f"offset-B{bits}", near + np.array([[1], [-1e3], [1e6]], np.float32), bits)
+    ends = [[3, -3 * 2.0**-27, 1], [5.625, -0.9 * 2.0**-22, 1], [5, 0, 1]]  # 3 steps of bfloat16, and hardly more
     yield quantizing("range-just-above", np.array(ends, np.float32), 2)
     for bits in (8, 2):
-        constants = np.float32([[0.1], [-7], [2.0**-140], [1e30], [LARGEST_ZERO], [-LARGEST_ZERO], [0], [-0.0]])
-        yield quantizing(f"constant-B{bits}", constants.repeat(40, axis=1), bits)
+        constants = np.array([0.1, -7, 2.0**-140, 1e30, LARGEST_ZERO, -LARGEST_ZERO, 0, -0.0], np.float32)
+        yield quantizing(f"constant-B{bits}", constants[:, None].repeat(40, axis=1), bits)
         smallest = np.float32(2.0**-149) * np.array([[0, 1, 1], [-200, 1, 55], [9000, 0, 1]], np.float32)
         yield quantizing(f"smallest-B{bits}", smallest, bits)
         large = make_array("normal", (2, 40), "f32", base + 432) * np.float32(2.0**124)
@@ -59,12 +59,13 @@ def quantizing(name: str, array: np.ndarray, bits: int) -> Case:
     return Case("quantize", name, {"array": array}, {"bits": bits})
 
 
-def ties(bits: int) -> np.ndarray:
+def ties(bits: int, dtype: str) -> np.ndarray:
     """Numbers in the middle between two steps of 1, 1, 1 and 3 / 256; in the first row one code is too large."""
+    number_type: Any = DTYPES[dtype]
     top = 2**bits - 1
     whole = np.arange(32) * top // 31
     inner = np.where(whole % top == 0, whole, whole + 0.5)
-    return np.stack([whole + 0.5, inner, -(whole + 0.5), 3 * (whole - 1.5) / 256])
+    return np.stack([whole + 0.5, inner, -(whole + 0.5), 3 * (whole - 1.5) / 256]).astype(number_type)
 
 
 def refused() -> Iterator[Case]:
@@ -86,7 +87,7 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     draw.dim = draw.one_of((1, 2, 3, 5, 33))
     array = draw.rows(draw.integer(1, 2))
     if draw.integer(0, 1):
-        array = np.float32(draw.integers(array.size, -3, 7)).reshape(array.shape) / 2
+        array = np.array(draw.integers(array.size, -3, 7), np.float32).reshape(array.shape) / 2
     return {"array": array}, {"bits": draw.one_of(BITS)}
 
 

@@ -12,9 +12,10 @@ from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.entry_layer import ClusteredLayer
 
-__all__ = ["CONTENDERS", "FullLayer", "filled", "stored_bytes"]
+__all__ = ["CONTENDERS", "IN_FEW_BITS", "FullLayer", "filled", "stored_bytes"]
 
 CHUNK_SIZE, N_SINK, N_RECENT = 64, 4, 64
+IN_FEW_BITS = "0.25 in 4 bits"
 
 
 class FullLayer(ClusteredLayer):
@@ -28,13 +29,14 @@ def default_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-def clustered_cache(keep_ratio: float) -> Callable[[Any], Any]:
+def clustered_cache(keep_ratio: float, bits: int = 16) -> Callable[[Any], Any]:
     def make(model: Any) -> Any:
         parameters: dict[str, Any] = {
             "keep_ratio": keep_ratio,
             "chunk_size": CHUNK_SIZE,
             "n_sink": N_SINK,
             "n_recent": N_RECENT,
+            "bits": bits,
         }
         cache = ClusteredCache.for_model(model, method=SoftMatching(), **parameters)
         if keep_ratio == 1:
@@ -49,6 +51,7 @@ CONTENDERS: dict[str, Callable[[Any], Any]] = {
     "full": clustered_cache(1.0),
     "clustered 0.25": clustered_cache(0.25),
     "clustered 0.2": clustered_cache(0.2),
+    IN_FEW_BITS: clustered_cache(0.25, bits=4),
 }
 
 

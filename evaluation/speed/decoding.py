@@ -12,7 +12,7 @@ from ..machine import read_all
 from ..report import Claim, Line, Section
 from ..statistics import Ratios, ratios
 from ..timing import seconds_in_turn
-from .contenders import CONTENDERS, filled, stored_bytes
+from .contenders import CONTENDERS, IN_FEW_BITS, filled, stored_bytes
 
 __all__ = ["decoding", "end_to_end", "step"]
 
@@ -20,6 +20,7 @@ __all__ = ["decoding", "end_to_end", "step"]
 # (arXiv:2506.11418v1), made on a GPU.
 LEAST_OVER_TRANSFORMERS, LEAST_OVER_FULL, LEAST_OF_LIMIT = 5.0, 3.19, 0.85
 BEST = "clustered 0.2"
+LEAST_IN_FEW_BITS = {"clustered 0.25": 1.6, "full": 5.0}  # over the same entries as they are, and over our full cache
 
 
 @torch.inference_mode()
@@ -76,6 +77,11 @@ def lines_of(
         if name == BEST and is_last:
             allowed = limits["full"] / limit
             lines += targets(over_default, over_full, allowed)
+        if name == IN_FEW_BITS and is_last:
+            for other, least in LEAST_IN_FEW_BITS.items():
+                measured = ratios(seconds[other], seconds[name]).median
+                claim = Claim(f"{name} over {other}", measured, least, is_least=True)
+                lines.append(Line((f"  over {other}", "", "", f"{measured:.2f}", ""), claim, "{:.2f}"))
     return lines
 
 

@@ -86,9 +86,9 @@ def pack(
     """Entries, a multiple of 32 of them, as blocks."""
     in_blocks = [x.unflatten(-2, (-1, GROUP)) for x in (keys, values)]  # (..., blocks, 32, dim)
     of_channels = codes_of(in_blocks[0].mT, layout.bits[0], GROUP)
-    of_entries = codes_of(padded_to_groups(in_blocks[1]), layout.bits[1], layout.dim_value)
-    of_entries = of_entries[0].transpose(-2, -3), *(x.mT for x in of_entries[1:])  # (..., groups, 32, .)
-    parts = [of_channels[0], of_entries[0], *of_channels[1:], *of_entries[1:]]
+    codes, scales, zeros = codes_of(padded_to_groups(in_blocks[1]), layout.bits[1], layout.dim_value)
+    of_values = codes.transpose(-2, -3), scales.mT, zeros.mT  # (..., groups, 32, .)
+    parts: list[Tensor] = [of_channels[0], of_values[0], *of_channels[1:], *of_values[1:]]
     parts.append(counts.unflatten(-1, (-1, GROUP)).to(torch.int16))
     lead = parts[-1].shape[:-1]
     return torch.cat([part.contiguous().view(torch.uint8).reshape(*lead, -1) for part in parts], dim=-1)

@@ -116,7 +116,8 @@ class ClusteredCache(ModelCache):
         if bytes_ratio is not None:
             if keep_ratio is not None or budget is not None or bits != 16:
                 raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
-            keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, model.dtype.itemsize)
+            dtype: Any = model.dtype
+            keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, dtype.itemsize)
         given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}
         given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
         given["bits"] = bits

@@ -282,7 +282,7 @@ def split_kernel(
         output = output * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         highest = raised
 
-    at = (split * tl.num_programs(2) + problem) * rows + row
+    at = split * tl.num_programs(2) * rows + problem * rows + row
     tl.store(sums + at, total, mask=is_row)
     tl.store(highest_out + at, highest, mask=is_row)
     tl.store(

@@ -209,7 +209,7 @@ def packed_kernel(
         output = output * shrink[:, None] + tl.dot(weights, value, input_precision="ieee")
         highest = raised
 
-    at = (split * tl.num_programs(2) + problem) * rows + row
+    at = split * tl.num_programs(2) * rows + problem * rows + row
     feature_value = tl.arange(0, GROUPS * GROUP)
     tl.store(sums + at, total, mask=is_row)
     tl.store(highest_out + at, highest, mask=is_row)

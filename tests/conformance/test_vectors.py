@@ -132,7 +132,7 @@ def test_every_operation_dtype_and_awkward_kind_is_there(written):
     assert compared == {"bits", "integers", "bound"}
     for operation in set(OPERATIONS) - {"alternating_partition"}:
         assert dtypes[operation] >= {"F16", "BF16", "F32"}, operation
-    for operation in ("similarity", "merge", "chunked_soft_matching", "kmeans", "select_clusters"):
+    for operation in ("similarity", "merge", "chunked_soft_matching", "kmeans", "select_clusters", "quantize"):
         assert {"signs", "near_ties", "duplicates", "zeros"} <= {name.split("-")[0] for name in names[operation]}
     assert {"normal-T65", "signs-heads-keep0.2"} <= names["chunked_soft_matching"]  # partial chunk, three rounds
     assert {"large-counts", "counts-of-zero"} <= names["clustered_attention"]

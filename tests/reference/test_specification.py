@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "reference" / "SPECIFICATION.md").read_text()
 NAMES = """Arrays and dtypes, Arithmetic, `alternating_partition`, `similarity`, `chunked_soft_matching`, `merge`,
 `attention`, `clustered_attention`, `ClusteredCache`, `kmeans`, `select_clusters`, `recall_attention`, `RecallCache`,
-Errors, Agreement of attention outputs, `distinctive_matching`, `ChelseaCache`, `RaggedCache`"""
+Errors, Agreement of attention outputs, `distinctive_matching`, `ChelseaCache`, `RaggedCache`, `quantize` and `bits`"""
 SECTIONS = [f"{number} {name}" for number, name in enumerate(re.split(r",\s", NAMES), 1)]
 KNOWN = {
     f"{path.relative_to(ROOT)}::{node.name}"
@@ -174,7 +174,7 @@ def test_a_recall_cache_depends_on_its_first_append_alone(package, convert, back
     assert held[0] == held[1] != held[2]
 
 
-@pytest.mark.parametrize("number", [5, 9, 10, 11, 13, 17, 18])
+@pytest.mark.parametrize("number", [5, 9, 10, 11, 13, 17, 18, 19])
 def test_defaults_are_those_of_the_specification(number):
     given = inspect.signature(getattr(reference, SECTIONS[number - 1].split("`")[1])).parameters.values()
     text = re.search(rf"(?m)^\*\*{number}\.1\*\* (.*)$", PAGE)[1]
