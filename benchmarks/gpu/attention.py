@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.keys import DTYPES, to_float32
@@ -12,7 +13,8 @@ from kvcluster.fast.attention import attend_entries
 from kvcluster.reference.agreement import EPS, baselines, error_bound, largest_difference
 from kvcluster.reference.clustered_attention import clustered_attention
 
-__all__ = ["compare_attention", "print_attention_timings", "time_attention"]
+__all__ = ["DIM", "GROUP", "HEADS", "SEEN"]
+__all__ += ["compare_attention", "print_attention_timings", "time_attention", "tokens_outside"]
 
 HEADS, GROUP, DIM = 8, 4, 128
 SEEN, STORED = 32_768, 8_288  # tokens, and entries of a clustered cache that keeps a quarter of them
@@ -41,16 +43,21 @@ def misses(dtype: torch.dtype, entries: int, queries: int, dim: int, most: int, 
     keys, values = (torch.randn(1, 2, entries, dim, generator=generator).to(dtype) for _ in range(2))
     counts = torch.randint(1, most + 1, (1, 2, entries), dtype=torch.int32, generator=generator)
     there = [x.to(device) for x in (query, keys, values, counts)]
-    output = to_float32(attend_entries(*there, queries=queries, backend="triton"))
-    wrong = 0
+    output = attend_entries(*there, queries=queries, backend="triton")
+    return tokens_outside(output, query, keys, values, counts, queries)
+
+
+def tokens_outside(output: Tensor, query: Tensor, keys: Tensor, values: Tensor, counts: Tensor, queries: int) -> int:
+    """How many of the new tokens, the last `queries` entries, have an output outside the bound of `query`'s dtype."""
+    entries, wrong = keys.shape[-2], 0
     for token in range(queries):
         seen = entries - queries + token + 1
         q = to_float32(query[..., token::queries, :])
         k, v, n = to_float32(keys[..., :seen, :]), to_float32(values[..., :seen, :]), counts[..., :seen].numpy()
         oracle = clustered_attention(q, k, v, n)
-        ours = output[..., token::queries, :]
+        ours = to_float32(output[..., token::queries, :])
         errors = [largest_difference(baseline, oracle) for baseline in baselines(q, k, v, n, None)]
-        bound = error_bound(errors, oracle, EPS[str(dtype).removeprefix("torch.")])
+        bound = error_bound(errors, oracle, EPS[str(query.dtype).removeprefix("torch.")])
         # Inputs are 16-bit numbers in float32 here: the baseline rounds less than it may, so the bound is stricter.
         wrong += not bool((largest_difference(ours, oracle) <= bound).all())
     return wrong

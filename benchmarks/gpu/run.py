@@ -81,6 +81,7 @@ def run(interpret: bool, file: Path) -> int:
     """Compare, time, print, write; the exit status."""
     from benchmarks.gpu.agreement import compare_all
     from benchmarks.gpu.attention import compare_attention, print_attention_timings, time_attention
+    from benchmarks.gpu.packed import compare_packed_attention, print_packed_timings, time_packed_attention
     from benchmarks.gpu.timings import (
         describe_device,
         print_distinctive_timings,
@@ -96,15 +97,18 @@ def run(interpret: bool, file: Path) -> int:
         make_the_interpreter_bearable()
         print("\n*** DRY RUN: Triton's interpreter on the CPU. NOTHING RAN ON A GPU. ***\n", flush=True)
     results["agreement"] = compare_all(interpret) + compare_attention(interpret)
+    results["agreement"] += compare_packed_attention(interpret)
     results["timings"] = [] if interpret else time_all()
     results["distinctive_timings"] = [] if interpret else time_distinctive()
     results["attention_timings"] = [] if interpret else time_attention()
+    results["packed_timings"] = [] if interpret else time_packed_attention()
     if interpret:
         print("\nTimings: none, for nothing ran on a GPU.")
     else:
         print_timings(results["timings"])
         print_distinctive_timings(results["distinctive_timings"])
         print_attention_timings(results["attention_timings"])
+        print_packed_timings(results["packed_timings"])
     results["seconds"] = round(time.perf_counter() - start, 1)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from kvcluster.cli import app
 from kvcluster.evaluation.speed.attention import attention_alone, n_stored
-from kvcluster.evaluation.speed.contenders import CONTENDERS, filled, stored_bytes
+from kvcluster.evaluation.speed.contenders import CONTENDERS, IN_FEW_BITS, filled, stored_bytes
 from kvcluster.evaluation.speed.decoding import decoding, end_to_end
 from kvcluster.evaluation.speed.figures import draw_decoding, draw_serving
 from kvcluster.evaluation.speed.linear import hasten_linear_layers
 from kvcluster.evaluation.speed.serving import serving
+from kvcluster.fast.exact.blocks import BlockLayout
 
 
 def nothing():
@@ -27,11 +28,14 @@ def test_caches_hold_what_they_are_said_to_hold(name):
     model = tiny_llama()
     cache = filled(CONTENDERS[name](model), 2, 1000, model)
     assert cache.get_seq_length() == 1000
-    keep_ratio = float(name.split()[1]) if "clustered" in name else 1.0
+    keep_ratio = next((float(word) for word in name.split() if word[:2] == "0."), 1.0)
     stored = n_stored(1000, keep_ratio)
     assert all(layer.keys.shape[2] == stored for layer in cache.layers)
     of_entry = 2 * 16 * 4 + (0 if isinstance(cache, DynamicCache) else 4)
-    assert stored_bytes(cache) == 3 * 2 * 2 * stored * of_entry
+    n_quantized = cache.layers[0].cache.caches[0].n_quantized if name == IN_FEW_BITS else 0
+    block = BlockLayout(16, 16, (4, 4)).nbytes  # of 32 entries
+    assert (n_quantized > 0) == (name == IN_FEW_BITS)
+    assert stored_bytes(cache) == 3 * 2 * 2 * ((stored - n_quantized) * of_entry + n_quantized // 32 * block)
 
 
 def test_the_full_cache_generates_stocks_tokens():
@@ -56,7 +60,7 @@ def test_every_section_measures_and_draws(tmp_path):
     attention = attention_alone(300, (1,), 1, nothing, {"kv_heads": 2, "group": 3, "dim": 64})
     assert [run["entries"]["full"] for run in attention.numbers["runs"]] == [300, 300]
     decoded = decoding(model, (200, 300), (1, 2), 1, nothing)
-    assert len(decoded.claims) == 3
+    assert len(decoded.claims) == 5
     assert len(end_to_end(model, random_tokens(150), 3, 1, nothing).claims) == 2
     served = serving(model, 200, (2**20, 2**21), 1, nothing)
     draw_decoding(tmp_path / "decoding.png", decoded.numbers["runs"])
