@@ -30,7 +30,7 @@ def bits_cases(operation: str, keep: Keep, lead: tuple[int, ...], method: Any, s
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "signs", "normal")):
         arrays = attention_arrays(kind, lead, 2, 150, (16, 32, 40)[(index + index // 3) % 3], dtype, seed + index)
         bits, pieces = of_both[index], splits[(index + index // 3) % 3]
-        name = f"{kind}-bits{bits}-{dtype}".replace("(", "").replace(", ", "-").replace(")", "")
+        name = f"{kind}-bits{'-'.join(map(str, np.ravel(bits)))}-{dtype}"
         yield Case(operation, name, arrays, {**PLAN, **keep(0.6), "bits": bits, "pieces": pieces})
     arrays = attention_arrays("normal", lead, 2, 150, 16, "f32", seed + 9)
     changes: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ def bits_by(change: Callable[[Any, Any], tuple[int, int]]) -> Callable[[Case], C
 
 
 class ByBlocks(reference.ClusteredCache):
-    """The right rule in pieces, in a reference in which a block may have any size; a mistake is a subclass."""
+    """The right rule in pieces, for `with_any_group`; a mistake is a subclass with another one."""
 
     def _quantize_whole_groups(self, start: int, n: int) -> int:
         return n if self.bits is None else self.left(start, n)
@@ -174,6 +174,7 @@ def both_by(of_both: Callable[[np.ndarray, int], np.ndarray]) -> tuple[Patch, ..
 
 
 def with_any_group(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """These, in a reference in which a block may have any size."""
     return (*patches, ("quantized_body", "GROUP", 1))
 
 
@@ -185,7 +186,6 @@ def mistakes_of_bits(replaced: Replace) -> tuple[Mistake, ...]:
         "entries are quantized 64 at a time: 32": In64,
         "recent tokens are quantized too: entries of the body alone": RecentToo,
         "sinks are quantized too: entries of the body alone": SinksToo,
-        "counts of quantized entries have 8 bits: 16": CountsInBytes,
     }
     return (
         Mistake("bits is ignored: the body is quantized", "19.6", change=without("bits")),
@@ -193,5 +193,6 @@ def mistakes_of_bits(replaced: Replace) -> tuple[Mistake, ...]:
         Mistake("values have the bits of the keys: their own", "19.6", change=bits_by(lambda k, v: (k, k))),
         Mistake("keys share scales entry by entry: channel by channel, over 32 entries", "19.6", both_by(by_entry)),
         Mistake("values share scales channel by channel: entry by entry", "19.6", both_by(by_channel)),
+        Mistake("counts of quantized entries have 8 bits: 16", "19.6", with_any_group(replaced(CountsInBytes))),
         *(Mistake(cause, "19.7", with_any_group(replaced(wrong))) for cause, wrong in of_rules.items()),
     )

@@ -16,6 +16,7 @@ GROUPS = {
     "clusters alone (ours)": ("^", ORANGE),
     "transformers' QuantizedCache": ("x", VERMILION),
 }
+PERPLEXITIES = 0.98, 1.36  # that are shown
 
 
 def draw(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -25,7 +26,7 @@ def draw(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
         draw_part(row[0], summaries, "needles", f"{name}: answers that survive")
         draw_part(row[1], summaries, "perplexity", f"{name}: how well the text goes on")
         row[0].set_ylabel("needle tokens right, over the full cache's")
-        row[1].set_ylabel("perplexity, over the full cache's (less is better)")
+        row[1].set_ylabel("perplexity over the full cache's; less is better")
     figure.savefig(path, dpi=150)
 
 
@@ -43,7 +44,7 @@ def draw_part(axes: Axes, summaries: list[dict[str, Any]], part: str, title: str
     axes.minorticks_off()
     axes.set_xlabel("bytes of the cache, over all tokens in bfloat16")
     if part == "perplexity":
-        axes.set_ylim(top=min(1.35, axes.get_ylim()[1]))
+        axes.set_ylim(*PERPLEXITIES)
     axes.set_title(title)
     axes.legend(fontsize=8)
 

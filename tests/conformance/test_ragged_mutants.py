@@ -81,7 +81,7 @@ def single_tokens_unclustered(right, held, keys, values):
 
 def attending_by(change) -> Patch:
     """`change` of the attention and of what it gets: all arguments, as `attend_ragged` has them."""
-    return put(lambda right, *of: lambda *arguments: change(right(*of), *arguments), "ragged_cache.implementation")
+    return put(lambda right, *of: lambda *arguments: change(right(*of), *arguments), "ragged_entries.implementation")
 
 
 def counts_by(change) -> Patch:

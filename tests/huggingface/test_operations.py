@@ -105,9 +105,9 @@ def check(cache, known, kind):
                     assert_same_bits(entries.clusters.centroids[place], expected.clusters.centroids)
             else:
                 expected.append(keys, values)
-                names = ["keys", "values", "counts"]
-            ours, arrays = ([getattr(x, name) for name in names] for x in (entries, expected))
-            if made is not RecallCache:
+            if made is RecallCache:
+                ours, arrays = ([getattr(x, name) for name in names] for x in (entries, expected))
+            else:
                 ours, arrays = entries.entries(), expected.entries()
             for held, array in zip(ours, arrays, strict=True):
                 assert_same_bits(held[place], np.ascontiguousarray(array))
