@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .arguments import check_half_range, check_query
+from .arguments import check_append, check_half_range, check_query
 from .backends import implementation
 from .entry_cache import EntryCache
 from .exact.blocks import BlockLayout, put_in
@@ -73,6 +73,7 @@ class CacheWithBits(EntryCache):
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         if self.bits is not None:
+            check_append(keys, values, self.like)  # what the size is asked of must be finite numbers
             check_half_range("keys", keys, "to be quantized")
             check_half_range("values", values, "to be quantized")
         super().extend(keys, values)

@@ -69,9 +69,9 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
     2. zero = `-rint(min / scale)`, ties to even;
     3. code = `rint(x / scale) + zero`, at most `top`.
 
-    A scale has 8 bits and `code - zero` has 16, so what is read back is exact in float32, and at most half a scale from
-    what it was: the same bits everywhere. Groups along the channel for keys, along the token for values, both of 32,
-    are those of KIVI (arXiv:2402.02750); a grid through 0, so that a zero is a whole number of steps, is our choice.
+    A scale has 8 bits and `code - zero` has 16, so what is read back is exact in float32, the same bits everywhere, and
+    about half a scale at most from what it was. Groups along the channel for keys, along the token for values, both of
+    32, are those of KIVI (arXiv:2402.02750); a grid through 0, so that a zero is a whole number of steps, is ours.
 
     Examples
     --------

@@ -239,3 +239,19 @@ def test_numbers_that_cannot_be_quantized_lose_nothing(package, kind):
     assert cache.n_seen == 100
     for array, expected in zip(cache.entries(), before, strict=True):
         assert np.array_equal(array, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        (np.ones((2, 4, 5, 16), dtype=np.float32), TypeError, "keys must be a torch tensor, got ndarray"),
+        (torch.ones(2, 4, 5, 16, dtype=torch.bool), ValueError, "keys must be float16, bfloat16 or float32, got bool"),
+        (torch.full((2, 4, 5, 16), torch.inf), ValueError, "keys must be finite"),
+        (torch.full((2, 4, 5, 16), 1e300, dtype=torch.float64), ValueError, "keys must be float16, .* got float64"),
+    ],
+)
+def test_what_is_no_key_is_refused_as_without_bits(kind, keys, error, message):
+    for bits in (16, 4):
+        with pytest.raises(error, match=message):
+            make(fast, kind, bits=bits).append(keys, torch.ones(2, 4, 5, 16))
