@@ -43,6 +43,6 @@ def kernels() -> None:
     console.print(table)
     console.print(
         "Predicted: bytes that 8 heads x 32,768 tokens x 128 dims in chunks of 64 must move in one round (attend and "
-        "combine: for one new token of 4 query heads a KV head), over the published bandwidth of A100 80 GB, H100 SXM, "
-        "B200 and MI300X. Not measured."
+        "combine: for one new token of 4 query heads a KV head; attend_packed: in 4 bits), over the published "
+        "bandwidth of A100 80 GB, H100 SXM, B200 and MI300X. Not measured."
     )

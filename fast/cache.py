@@ -206,7 +206,7 @@ class ClusteredCache(CacheWithBits):
         if isinstance(overwritten, BeforeQuantizing):
             self._held, self._n_stored, self.spans = overwritten.held, overwritten.n_held, overwritten.spans
             if self._packed is not None:
-                self._packed.truncate(overwritten.n_quantized)
+                self._packed.truncate((overwritten.n_quantized,) * len(self._packed.lengths))
             self._overwritten = None
             return
         n_before = overwritten.n_before(self.n_stored)

@@ -127,8 +127,7 @@ class EntryCache:
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        check_append(keys, values, self.like)
-        check_heads(self.whole_heads, tuple(keys.shape))
+        self._check_new(keys, values)
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
         n_new = keys.shape[-2]
         of_whole: tuple[Tensor, ...] = ()
@@ -149,6 +148,11 @@ class EntryCache:
             room[..., self.n_seen : self.n_seen + n_new, :] = new
         self._held, self._whole, self._n_stored = held, whole, stop
         self.n_seen += n_new
+
+    def _check_new(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse tokens that cannot be appended."""
+        check_append(keys, values, self.like)
+        check_heads(self.whole_heads, tuple(keys.shape))
 
     @property
     def is_due(self) -> bool:

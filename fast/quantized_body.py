@@ -6,10 +6,10 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_half_range, check_query
+from .arguments import check_half_range, check_query
 from .backends import implementation
 from .entry_cache import EntryCache
-from .exact.blocks import BlockLayout, put_in
+from .exact.blocks import put_in
 from .exact.quantization import GROUP, check_bits_of_entries
 from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
@@ -70,13 +70,12 @@ class CacheWithBits(EntryCache):
         """Bytes of memory held, with room to grow."""
         return super().nbytes_reserved + (0 if self._packed is None else self._packed.nbytes_reserved)
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """The first half of `append`: take the next tokens, exact as yet."""
+    def _check_new(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse tokens that cannot be appended, and with `bits` numbers too large to be quantized."""
+        super()._check_new(keys, values)
         if self.bits is not None:
-            check_append(keys, values, self.like)  # what the size is asked of must be finite numbers
             check_half_range("keys", keys, "to be quantized")
             check_half_range("values", values, "to be quantized")
-        super().extend(keys, values)
 
     def attend(
         self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
@@ -136,8 +135,7 @@ class CacheWithBits(EntryCache):
         assert self._held is not None
         assert self.bits is not None
         keys, values, _ = self._held
-        layout = BlockLayout(keys.shape[-1], values.shape[-1], self.bits)
-        return PackedBlocks(layout, tuple(keys.shape[:-2]), keys.device)
+        return PackedBlocks.like(keys, values, self.bits, lead=tuple(keys.shape[:-2]))
 
     def _quantize(self, n: int) -> None:
         """Quantize the entries behind the sinks, as many of `n` as are whole groups of 32."""

@@ -198,7 +198,7 @@ class RaggedCache(RaggedEntries):
                 self._rows, self._n_chunks = self._before
                 self._before = None
                 if self._packed is not None:
-                    self._packed.truncate(*self._quantized(self._n_chunks))
+                    self._packed.truncate(self._quantized(self._n_chunks))
         self.n_seen -= n_tokens
         self._n_chunks = min(self._n_chunks, self._rules.n_chunks(self.n_seen))  # whole chunks are tokens again
         self.cluster()

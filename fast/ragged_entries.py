@@ -8,7 +8,6 @@ from torch import Tensor
 from .arguments import check_append, check_query
 from .backends import implementation
 from .entry_cache import with_batch
-from .exact.blocks import BlockLayout
 from .exact.quantization import GROUP
 from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
@@ -177,8 +176,7 @@ class RaggedEntries:
         """Memory for quantized entries like those of `rows`."""
         assert self.bits is not None
         keys, values, _ = rows.held
-        layout = BlockLayout(keys.shape[-1], values.shape[-1], self.bits)
-        return PackedBlocks(layout, (*keys.shape[:-2], len(rows.rooms)), keys.device)
+        return PackedBlocks.like(keys, values, self.bits, lead=(*keys.shape[:-2], len(rows.rooms)))
 
     def _with_quantized(self, rows: RaggedRows, n_due: list[int], after: tuple[int, ...]) -> RaggedRows:
         """What is left of `rows`, `after` of each head, when the first `n_due` behind the sinks have become blocks."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, shipped
+from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, body_ratio, shipped
 from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache
 
@@ -11,20 +11,19 @@ __all__ = ["VARIANTS", "with_bits"]
 
 Bits = int | tuple[int, int]
 # Fewer exact tokens, for fewer bytes; a chunk has one shared entry for 64 tokens as ever.
-MIDDLE: dict[str, Any] = {"chunk_size": 128, "n_sink": 4, "n_recent": 124, "method": Distinctive(n_shared=2)}
-SHORT: dict[str, Any] = {"chunk_size": 64, "n_sink": 4, "n_recent": 60, "method": Distinctive(n_shared=1)}
+MIDDLE: dict[str, Any] = {"chunk_size": 128, "n_sink": 4, "n_recent": 124}
+SHORT: dict[str, Any] = {"chunk_size": 64, "n_sink": 4, "n_recent": 60}
 
 
 def with_bits(bits: Bits, sizes: dict[str, Any]) -> Callable[[Any, float, int], ClusteredCache]:
     """Distinctive matching whose KV heads have the shares of the model's profile, or with 1 all tokens, in `bits`."""
 
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+        how: dict[str, Any] = {"method": Distinctive(n_shared=sizes["chunk_size"] // 64), "bits": bits, **sizes}
         if keep == 1.0:
-            return ClusteredCache.for_model(model, keep_ratio=1.0, bits=bits, **sizes)
-        n_chunks = max(0, n_tokens - sizes["n_sink"] - sizes["n_recent"]) // sizes["chunk_size"]
-        exact = n_tokens - n_chunks * sizes["chunk_size"]
-        ratio = (keep * n_tokens - exact) / (n_chunks * sizes["chunk_size"])
-        return ClusteredCache.for_model(model, keep_ratio=ratio, bits=bits, profile=shipped(model), **sizes)
+            return ClusteredCache.for_model(model, keep_ratio=1.0, **how)
+        ratio = body_ratio(keep, n_tokens, **sizes)
+        return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **how)
 
     return make
 
@@ -37,6 +36,6 @@ VARIANTS = {
     f"bits-{named(bits)}{end}": Method(
         with_bits(bits, sizes), f"{named(bits)} bits, the model's profile", is_blind=True, profile=shipped
     )
-    for bits in (16, 8, 4, 3, 2, (4, 3), (4, 2), (3, 2), (2, 3), (2, 4))
+    for bits in (16, 8, 4, 3, 2, (3, 2))
     for end, sizes in (("", DISTINCTIVE), ("-middle", MIDDLE), ("-short", SHORT))
 }

@@ -76,13 +76,19 @@ def chunked(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     return ClusteredCache.for_model(model, keep_ratio=ratio, method=SoftMatching(), **CHUNKED)
 
 
-def body_ratio(keep: float, n_tokens: int, n_recent: int = DISTINCTIVE["n_recent"]) -> float:
+def body_ratio(
+    keep: float,
+    n_tokens: int,
+    *,
+    chunk_size: int = DISTINCTIVE["chunk_size"],
+    n_sink: int = DISTINCTIVE["n_sink"],
+    n_recent: int = DISTINCTIVE["n_recent"],
+) -> float:
     """Entries / tokens in the chunks of distinctive matching, so that all entries are `keep * n_tokens`."""
-    size = DISTINCTIVE["chunk_size"]
-    n_chunks = max(0, n_tokens - DISTINCTIVE["n_sink"] - n_recent) // size
-    exact = n_tokens - n_chunks * size
-    ratio = (keep * n_tokens - exact) / (n_chunks * size) if n_chunks else 0.0
-    if ratio * size < 1:
+    n_chunks = max(0, n_tokens - n_sink - n_recent) // chunk_size
+    exact = n_tokens - n_chunks * chunk_size
+    ratio = (keep * n_tokens - exact) / (n_chunks * chunk_size) if n_chunks else 0.0
+    if ratio * chunk_size < 1:
         raise ValueError(
             f"keep must leave an entry for each of {n_chunks} chunks beside {exact} exact tokens, got {keep:g} of "
             f"{n_tokens:,} tokens"

@@ -1,7 +1,7 @@
 // Vectors of floats, by the extensions of GCC and Clang, and how they are read from each dtype.
 //
-// They are as wide as the processor's registers: GCC keeps wider ones in memory, which made attention three times slower
-// on processors without AVX-512. Widths divide 16, of which every dim is a multiple.
+// They are as wide as the processor's registers: GCC keeps wider ones in memory, which made attention far slower on
+// processors without AVX-512. Widths divide 16, of which every dim is a multiple.
 
 #pragma once
 

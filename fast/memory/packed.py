@@ -37,6 +37,11 @@ class PackedBlocks:
         self._rooms = self.lengths
         self._memory = torch.empty(*self._axes, 0, layout.nbytes, dtype=torch.uint8, device=device)
 
+    @classmethod
+    def like(cls, keys: Tensor, values: Tensor, bits: tuple[int, int], *, lead: tuple[int, ...]) -> "PackedBlocks":
+        """Empty memory for entries with the features of `keys` and `values`, on their device."""
+        return cls(BlockLayout(keys.shape[-1], values.shape[-1], bits), lead, keys.device)
+
     @property
     def n_entries(self) -> tuple[int, ...]:
         """Entries of each head."""
@@ -81,10 +86,8 @@ class PackedBlocks:
             moved[..., start : start + n, :] = self._memory[..., first : first + n, :]
         self._memory, self._rooms = moved, rooms
 
-    def truncate(self, *n_entries: int) -> None:
-        """Keep only so many entries of each head, or of all heads alike."""
-        if len(n_entries) < len(self.lengths):
-            n_entries *= len(self.lengths)
+    def truncate(self, n_entries: tuple[int, ...]) -> None:
+        """Keep only so many entries of each head."""
         self.lengths = tuple(n // GROUP for n in n_entries)
 
     def packed(self) -> Packed:

@@ -46,9 +46,15 @@ def attend_ragged(
     scale: float,
 ) -> Float[Tensor, "batch heads rows dim_value"]:
     """Output of heads that have each their own number of entries, `lengths`, from their place `firsts` on."""
+    spans = [slice(first, first + n) for n, first in zip(lengths, firsts, strict=True)]
+    return attend_heads(query, [(keys[:, span], values[:, span], counts[:, span]) for span in spans], queries, scale)
+
+
+def attend_heads(query: Tensor, heads: list[tuple[Tensor, Tensor, Tensor]], queries: int, scale: float) -> Tensor:
+    """Output of each head of `query` to its own keys and values (batch, entries, .) and counts."""
     outputs = []
-    for head, (n, first) in enumerate(zip(lengths, firsts, strict=True)):
-        key, value, count = (x[:, None, first : first + n] for x in (keys, values, counts))
+    for head, entries in enumerate(heads):
+        key, value, count = (x[:, None] for x in entries)
         outputs.append(attend(query[:, head : head + 1], key, value, count, queries, scale))
     return torch.cat(outputs, dim=1)
 
@@ -65,13 +71,13 @@ def attend_packed(
     scale: float,
 ) -> Float[Tensor, "batch heads rows dim_value"]:
     """As `attend_ragged`, and to the entries of the blocks `packed`, which are read back for it."""
-    outputs = []
+    heads = []
     for head, (n, first) in enumerate(zip(lengths, firsts, strict=True)):
         exact = (x[:, first : first + n] for x in (keys, values, counts))
         pairs = zip(packed.of_head(head), exact, strict=True)  # the new tokens are the last
-        key, value, count = (torch.cat([read, other.to(read.dtype)], dim=1)[:, None] for read, other in pairs)
-        outputs.append(attend(query[:, head : head + 1], key, value, count, queries, scale))
-    return torch.cat(outputs, dim=1)
+        key, value, count = (torch.cat([read, other.to(read.dtype)], dim=1) for read, other in pairs)
+        heads.append((key, value, count))
+    return attend_heads(query, heads, queries, scale)
 
 
 def attend_places(

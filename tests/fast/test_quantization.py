@@ -69,6 +69,7 @@ def test_blocks_in_cpp_are_those_of_torch(layout, dtype, dim):
     layout = BlockLayout(dim, dim, layout)
     ours, plain = (cell("pack_blocks", backend)(keys, values, counts, layout) for backend in ("cpp", "torch"))
     assert torch.equal(ours, plain)
+    assert not torch.equal(cell("pack_blocks", "cpp")(keys.flip(-2), values, counts, layout), plain)  # the wrong twin
     of_heads = [x.transpose(0, 1) for x in (keys, values, counts)]  # not contiguous
     assert torch.equal(cell("pack_blocks", "cpp")(*of_heads, layout), plain.transpose(0, 1))
 

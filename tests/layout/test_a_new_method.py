@@ -12,9 +12,9 @@ from sources import ROOT, installed_files
 EXAMPLE = Path(__file__).with_name("new_method")
 MOST = 6
 SECTION = """
-## 19 `neighbour_merging`
+## 20 `neighbour_merging`
 
-**19.1** Token `t` of a chunk of `size` tokens goes to entry `floor(t * target / size)`.
+**20.1** Token `t` of a chunk of `size` tokens goes to entry `floor(t * target / size)`.
 """
 EDITS = {  # of existing files: what stands there, and what stands there afterwards
     "reference/SPECIFICATION.md": [("\n## 16 ", f"{SECTION}\n## 16 ")],
