@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcluster.reference.quantization import GROUP, LARGEST_ZERO, PLANES, Quantized, up_to_bfloat16
+from kvcluster.reference.quantization import GROUP, LARGEST_ZERO, PARTS, PLANES, Quantized, up_to_bfloat16
 from kvcluster.reference.quantization import pack as right_pack
 
 from .mistake import Mistake
@@ -52,19 +52,16 @@ class Quantizing:
         return up_to_bfloat16(least.astype(np.float32))
 
     def zeros(self, low: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        return -self.whole(low / steps)
+        return -self.whole(PARTS * low / steps)
 
     def stored(self, zeros: np.ndarray) -> np.ndarray:
         return zeros.astype(np.int64).astype(np.int16)
 
     def codes(self, groups: np.ndarray, low: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
-        return self.limited(self.whole(groups / steps) + zeros, top)
+        return self.whole(groups / steps + zeros / PARTS)
 
     def whole(self, numbers: np.ndarray) -> np.ndarray:
         return np.rint(numbers)
-
-    def limited(self, codes: np.ndarray, top: int) -> np.ndarray:
-        return np.minimum(codes, top)
 
 
 class HalfUp(Quantizing):
@@ -113,32 +110,34 @@ class Signed(Quantizing):
     def zeros(self, low: np.ndarray, steps: np.ndarray) -> np.ndarray:
         return np.zeros(low.shape)
 
-    def limited(self, codes: np.ndarray, top: int) -> np.ndarray:
-        return np.clip(codes, -(top // 2) - 1, top // 2) % (top + 1)
+    def codes(self, groups: np.ndarray, low: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
+        return np.clip(self.whole(groups / steps), -(top // 2) - 1, top // 2) % (top + 1)
 
 
 class NotRounded(Quantizing):
     def zeros(self, low: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        return -low / steps
+        return -PARTS * low / steps
 
     def stored(self, zeros: np.ndarray) -> np.ndarray:
         return zeros.astype(np.float32)
 
     def codes(self, groups: np.ndarray, low: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
-        return self.limited(self.whole((groups - low) / steps), top)
+        return self.whole((groups - low) / steps)
 
 
-class FromTheSmallest(NotRounded):
+class FromTheSmallest(Quantizing):
+    def codes(self, groups: np.ndarray, low: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
+        return self.whole((groups - low) / steps)
+
+
+class WholeSteps(Quantizing):
     def zeros(self, low: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        return -self.whole(low / steps)
-
-    def stored(self, zeros: np.ndarray) -> np.ndarray:
-        return zeros.astype(np.int16)
+        return -PARTS * self.whole(low / steps)
 
 
-class Wrapped(Quantizing):
-    def limited(self, codes: np.ndarray, top: int) -> np.ndarray:
-        return codes % (top + 1)
+class RoundedApart(Quantizing):
+    def codes(self, groups: np.ndarray, low: np.ndarray, steps: np.ndarray, zeros: np.ndarray, top: int) -> np.ndarray:
+        return np.clip(self.whole(groups / steps) + self.whole(zeros / PARTS), 0, top)
 
 
 class WithoutLimit(Quantizing):
@@ -203,13 +202,12 @@ OF_NUMBERS = (
     Wrong("the range of a group is widened to hold 0: it is from the smallest to the largest", "19.2", WithZero()),
     Wrong("the last group is filled with zeros, which take part in its range: they do not", "19.1", FilledWithZeros()),
     Wrong("codes are signed, without a zero: they count from the smallest number", "19.3", Signed()),
-    Wrong("the zero is not rounded: it is a whole number of steps", "19.3", NotRounded()),
+    Wrong("the zero is not rounded: it is a whole number of sixteenths of a step", "19.3", NotRounded()),
+    Wrong("the zero is a whole number of steps: of sixteenths of a step", "19.3", WholeSteps()),
     Wrong(
-        "codes are rounded distances from the smallest number: both quotients are rounded, then added",
-        "19.3",
-        FromTheSmallest(),
+        "codes are rounded distances from the smallest number: the zero that is rounded is added", "19.3", FromTheSmallest()
     ),
-    Wrong("codes above the largest one wrap around: they are the largest", "19.3", Wrapped()),
+    Wrong("quotient and zero are rounded, then added: their sum is rounded", "19.3", RoundedApart()),
     Wrong("scales have no limit below: a zero must fit 16 bits", "19.2", WithoutLimit()),
     Wrong("scales are rounded to the nearest bfloat16: up to the next", "19.2", ToNearest()),
     Wrong("scales are float32: they are rounded up to bfloat16", "19.2", InFull()),

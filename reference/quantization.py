@@ -13,14 +13,15 @@ from .arguments import check_array, check_half_range, check_integer
 __all__ = ["GROUP", "Quantized", "check_bits_of_entries", "dequantize", "quantize", "read_back"]
 
 GROUP = 32  # numbers that share a scale
-LARGEST_ZERO = 2**15 - 1
+LARGEST_ZERO = 2**11 - 1  # steps from the numbers of a group to 0
+PARTS = 16  # of a step, of which a zero is a whole number
 MOST_COUNTED = 2**15 - 1  # tokens of a quantized entry, whose count has 16 bits
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # bits of a code that are packed together, the lowest first
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """Numbers `scale * (code - zero)`, in groups of 32 along the last axis, the last of which may be shorter.
+    """Numbers `scale * (code - zero / 16)`, in groups of 32 along the last axis, the last of which may be shorter.
 
     Attributes
     ----------
@@ -64,14 +65,14 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
     -----
     In float64, with `top = 2**bits - 1`, of each group:
 
-    1. scale = the larger of `(max - min) / top` and `max(|min|, |max|) / 32767`, rounded to float32, then up to the
+    1. scale = the larger of `(max - min) / top` and `max(|min|, |max|) / 2047`, rounded to float32, then up to the
        next bfloat16; where that is 0, zero and codes are 0;
-    2. zero = `-rint(min / scale)`, ties to even;
-    3. code = `rint(x / scale) + zero`, at most `top`.
+    2. zero = `-rint(16 * min / scale)`, ties to even: 0 lies so many sixteenths of a step above the code 0;
+    3. code = `rint(x / scale + zero / 16)`, which is from 0 to `top`.
 
-    A scale has 8 bits and `code - zero` has 16, so what is read back is exact in float32, the same bits everywhere, and
-    about half a scale at most from what it was. Groups along the channel for keys, along the token for values, both of
-    32, are those of KIVI (arXiv:2402.02750); a grid through 0, so that a zero is a whole number of steps, is ours.
+    A scale has 8 bits and `16 * code - zero` has 16, so what is read back is exact in float32, the same bits
+    everywhere, and half a scale at most from what it was. Groups along the channel for keys, along the token for
+    values, both of 32, are those of KIVI (arXiv:2402.02750); a zero in sixteenths of a step is ours.
 
     Examples
     --------
@@ -95,8 +96,8 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
         np.maximum((high - low) / top, np.maximum(np.abs(low), np.abs(high)) / LARGEST_ZERO).astype(np.float32)
     )
     steps = np.where(scales > 0, scales, np.inf).astype(np.float64)  # divided by infinity all is 0
-    zeros = -np.rint(low / steps)
-    codes = np.minimum(np.rint(groups / steps[..., None]) + zeros[..., None], top)
+    zeros = -np.rint(PARTS * low / steps)
+    codes = np.rint(groups / steps[..., None] + zeros[..., None] / PARTS)
     return Quantized(pack(np.nan_to_num(codes).astype(np.uint8), bits), scales, zeros.astype(np.int16))
 
 
@@ -108,8 +109,8 @@ def dequantize(quantized: Quantized, n_numbers: int) -> Float32[np.ndarray, "*le
     >>> dequantize(quantize(np.array([[1.0, 2.0, 2.9]], dtype=np.float32), bits=8), 3)
     array([[1.0018921, 1.9963074, 2.901001 ]], dtype=float32)
     """
-    whole = unpack(quantized.codes, quantized.bits).astype(np.float32) - quantized.zeros[..., None].astype(np.float32)
-    numbers = quantized.scales[..., None] * whole  # (..., groups, 32)
+    steps = unpack(quantized.codes, quantized.bits) - quantized.zeros[..., None].astype(np.float32) / PARTS
+    numbers = quantized.scales[..., None] * steps  # (..., groups, 32)
     return numbers.reshape(*numbers.shape[:-2], -1)[..., :n_numbers]
 
 

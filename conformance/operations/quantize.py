@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcluster.reference.quantization import GROUP, LARGEST_ZERO, Quantized, up_to_bfloat16
+from kvcluster.reference.quantization import GROUP, LARGEST_ZERO, PARTS, Quantized, up_to_bfloat16
 
 from ..case import Case
 from ..drawing import Drawing
@@ -60,12 +60,12 @@ def quantizing(name: str, array: np.ndarray, bits: int) -> Case:
 
 
 def ties(bits: int, dtype: str) -> np.ndarray:
-    """Numbers in the middle between two steps of 1, 1, 1 and 3 / 256; in the first row one code is too large."""
+    """Numbers in the middle between two steps of 1, 1, 1 and 3 / 256, then between two sixteenths of a step."""
     number_type: Any = DTYPES[dtype]
     top = 2**bits - 1
     whole = np.arange(32) * top // 31
     inner = np.where(whole % top == 0, whole, whole + 0.5)
-    return np.stack([whole + 0.5, inner, -(whole + 0.5), 3 * (whole - 1.5) / 256]).astype(number_type)
+    return np.stack([inner, inner + 0.25, -inner, 3 * (inner - 1.5) / 256, whole - 1 / 32]).astype(number_type)
 
 
 def refused() -> Iterator[Case]:
@@ -110,13 +110,12 @@ def decisions(case: Case) -> Iterator[str]:
             low, high = of_group.min(), of_group.max()
             least = max((high - low) / top, max(abs(low), abs(high)) / LARGEST_ZERO)
             scale = float(up_to_bfloat16(np.array([least], np.float32))[0])
-            zero = 0 if scale == 0 else -round(low / scale)
+            zero = 0 if scale == 0 else -round(PARTS * low / scale)
             yield f"row {row}, group {group}, from {low:.9g} to {high:.9g}: scale {scale:.9g}, not below {least:.17g}"
             for number in of_group if scale else ():
-                steps, code = number / scale, round(number / scale) + zero
-                line = f"  {number:.9g} is {steps:.17g} scales: with the zero {zero} code {min(code, top)}"
-                line += "; halfway, to the even number" if abs(steps % 1) == 0.5 else ""
-                yield line + (f"; {code} is above {top}" if code > top else "")
+                steps = number / scale + zero / PARTS
+                line = f"  {number:.9g} is {steps:.17g} scales with the zero {zero} / {PARTS}: code {round(steps)}"
+                yield line + ("; halfway, to the even number" if abs(steps % 1) == 0.5 else "")
 
 
 def everywhere(function: Callable[..., Quantized]) -> tuple[Patch, ...]:

@@ -2,7 +2,7 @@
 //
 // A block is described by `kvcluster.fast.exact.blocks.BlockLayout`. Its codes come in groups of 32 with one scale and
 // one zero: entries of a channel of the keys, features of an entry of the values. So both halves of attention are one
-// loop: 32 sums, to which each group adds its numbers times a coefficient. Numbers are `code - zero`, whole and exact;
+// loop: 32 sums, to which each group adds its numbers times a coefficient. Numbers are `code - zero / 16`, exact;
 // the coefficient holds the scale. Codes go to registers and never to memory in another form.
 
 #include <algorithm>
@@ -20,6 +20,8 @@
 namespace {
 
 constexpr int GROUP = 32;         // numbers with one scale
+constexpr int PARTS = 16;         // of a step, of which a zero is a whole number
+constexpr int LARGEST_ZERO = 2047;  // steps
 constexpr int LANES_OF_HALF = GROUP / 2;
 constexpr int PACKED_TILE = 4;    // query rows that share one pass over a block
 constexpr int SPLIT_BLOCKS = 64;  // blocks of one program, 2048 entries
@@ -125,13 +127,13 @@ struct Layout {
     int64_t dim, nbytes, value_codes, key_scales, key_zeros, value_scales, value_zeros, counts;
 };
 
-// Of n groups the zeros, and for each of N rows its factors times the scales; n a multiple of LANES.
+// Of n groups the zeros in steps, and for each of N rows its factors times the scales; n a multiple of LANES.
 template <int N>
 inline void prepare(const uint8_t* scales, const uint8_t* zeros, int n, const float* factors, int64_t of_row,
                     float* to_zeros, float* coefficients) {
     for (int k = 0; k < n; k += LANES) {
         const Floats scale = load(reinterpret_cast<const Brain*>(scales) + k);
-        store(to_zeros + k, integers(zeros + 2 * k));
+        store(to_zeros + k, integers(zeros + 2 * k) * (1.0f / PARTS));
 #pragma GCC unroll 4
         for (int r = 0; r < N; r++) store(coefficients + r * n + k, load(factors + r * of_row + k) * scale);
     }
@@ -309,33 +311,65 @@ inline float number(Half x) {
     return same_bits<float>(same_bits<uint32_t>(size) | (x.bits & 0x8000u) << 16);
 }
 
-// Writes the codes of 32 numbers, of which `n` are there, their scale and their zero, as kvcluster.reference.quantize
-// defines them. Compiled without fused multiply-adds it would give the same bits: there is nothing to fuse.
-void quantize(const float* numbers, int n, int bits, uint8_t* codes, uint8_t* scale, uint8_t* zero) {
+// Rounded to an integer, ties to even; for numbers far below 2^51.
+inline double rounded(double x) { return (x + 0x1.8p52) - 0x1.8p52; }
+
+// Groups that are quantized together: number i of each, side by side, for vectors.
+typedef float Numbers[GROUP][GROUP];
+typedef uint8_t Codes[GROUP][GROUP];
+
+// Makes packed codes, scales and zeros of 32 groups of `n` numbers, as kvcluster.reference.quantize defines them. A fused
+// multiply-add gives the same bits: a zero over 16 is exact.
+void quantize(const Numbers& numbers, int n, int bits, Codes& packed, uint16_t* scales, int16_t* zeros) {
     const double top = (1 << bits) - 1;
-    float low = numbers[0], high = numbers[0];
-    for (int i = 1; i < n; i++) {
-        low = std::min(low, numbers[i]);
-        high = std::max(high, numbers[i]);
+    float low[GROUP], high[GROUP];
+    std::copy(numbers[0], numbers[0] + GROUP, low);
+    std::copy(numbers[0], numbers[0] + GROUP, high);
+    for (int i = 1; i < n; i++)
+        for (int g = 0; g < GROUP; g++) {
+            low[g] = std::min(low[g], numbers[i][g]);
+            high[g] = std::max(high[g], numbers[i][g]);
+        }
+    double steps[GROUP], offsets[GROUP];
+    for (int g = 0; g < GROUP; g++) {
+        const double range = (static_cast<double>(high[g]) - low[g]) / top;
+        const double largest = std::max(std::fabs(low[g]), std::fabs(high[g]));
+        const float wanted = static_cast<float>(std::max(range, largest / LARGEST_ZERO));
+        scales[g] = static_cast<uint16_t>((same_bits<uint32_t>(wanted) + 0xffff) >> 16);  // up to bfloat16
+        const float step = same_bits<float>(static_cast<uint32_t>(scales[g]) << 16);
+        steps[g] = step > 0 ? step : INFINITY;
+        const double begin = rounded(PARTS * static_cast<double>(low[g]) / steps[g]);
+        zeros[g] = static_cast<int16_t>(-begin);
+        offsets[g] = -begin / PARTS;
     }
-    const double range = (static_cast<double>(high) - low) / top, largest = std::max(std::fabs(low), std::fabs(high));
-    const float wanted = static_cast<float>(std::max(range, largest / 32767));
-    const uint16_t rounded = static_cast<uint16_t>((same_bits<uint32_t>(wanted) + 0xffff) >> 16);  // up to bfloat16
-    const double step = same_bits<float>(static_cast<uint32_t>(rounded) << 16);
-    const double begin = step > 0 ? std::nearbyint(low / step) : 0;
-    const int16_t of_zero = static_cast<int16_t>(-begin);
-    std::memcpy(scale, &rounded, sizeof rounded);
-    std::memcpy(zero, &of_zero, sizeof of_zero);
-    uint8_t of[GROUP] = {};
-    if (step > 0)
-        for (int i = 0; i < n; i++)
-            of[i] = static_cast<uint8_t>(std::min(std::nearbyint(numbers[i] / step) - begin, top));
-    std::memset(codes, 0, 4 * bits);
+    Codes codes = {};
+    for (int i = 0; i < n; i++)
+        for (int g = 0; g < GROUP; g++)
+            codes[i][g] = static_cast<uint8_t>(static_cast<int>(rounded(numbers[i][g] / steps[g] + offsets[g])));
     for (int done = 0, width; done < bits; done += width) {  // 3 bits are a plane of two and one of one
         width = bits == 3 ? 2 - done / 2 : bits;
-        for (int i = 0; i < GROUP; i++)
-            codes[4 * done + i % (4 * width)] |= (of[i] >> done & ((1 << width) - 1)) << i / (4 * width) * width;
+        const uint8_t mask = static_cast<uint8_t>((1 << width) - 1);
+        for (int i = 0; i < 4 * width; i++) {
+            uint8_t* bytes = packed[4 * done + i];
+            std::fill(bytes, bytes + GROUP, 0);
+            for (int k = 0; k < 8 / width; k++)
+                for (int g = 0; g < GROUP; g++)
+                    bytes[g] |= static_cast<uint8_t>((codes[i + 4 * width * k][g] >> done & mask) << k * width);
+        }
     }
+}
+
+// Writes the codes, scales and zeros of `groups` such groups one behind the other.
+void write_groups(const Numbers& numbers, int n, int bits, int groups, uint8_t* to_codes, uint8_t* to_scales,
+                  uint8_t* to_zeros) {
+    Codes packed;
+    uint16_t scales[GROUP];
+    int16_t zeros[GROUP];
+    quantize(numbers, n, bits, packed, scales, zeros);
+    for (int g = 0; g < groups; g++)
+        for (int i = 0; i < 4 * bits; i++) to_codes[g * 4 * bits + i] = packed[i][g];
+    std::memcpy(to_scales, scales, groups * sizeof scales[0]);
+    std::memcpy(to_zeros, zeros, groups * sizeof zeros[0]);
 }
 
 struct Rows {
@@ -354,20 +388,22 @@ void pack(const Rows& s, const Element* keys, const Element* values, const int32
         const Element* key = keys + problem * s.key_problem + first * s.key_entry;
         const Element* value = values + problem * s.value_problem + first * s.value_entry;
         const int32_t* count = counts + problem * s.count_problem + first * s.count_entry;
-        float numbers[GROUP];
-        for (int64_t d = 0; d < at.dim; d++) {
-            for (int j = 0; j < GROUP; j++) numbers[j] = number(key[j * s.key_entry + d]);
-            quantize(numbers, GROUP, static_cast<int>(s.key_bits), block + d * 4 * s.key_bits,
-                     block + at.key_scales + 2 * d, block + at.key_zeros + 2 * d);
+        Numbers numbers = {};
+        for (int64_t d = 0; d < at.dim; d += GROUP) {
+            const int groups = static_cast<int>(std::min<int64_t>(GROUP, at.dim - d));
+            for (int j = 0; j < GROUP; j++)
+                for (int g = 0; g < groups; g++) numbers[j][g] = number(key[j * s.key_entry + d + g]);
+            write_groups(numbers, GROUP, static_cast<int>(s.key_bits), groups, block + d * 4 * s.key_bits,
+                         block + at.key_scales + 2 * d, block + at.key_zeros + 2 * d);
         }
-        for (int64_t feature = 0; feature < s.dim; feature += GROUP)
-            for (int j = 0; j < GROUP; j++) {
-                const int n = static_cast<int>(std::min<int64_t>(GROUP, s.dim - feature));
-                for (int d = 0; d < n; d++) numbers[d] = number(value[j * s.value_entry + feature + d]);
-                const int64_t group = feature + j;
-                quantize(numbers, n, static_cast<int>(s.value_bits), block + at.value_codes + group * 4 * s.value_bits,
-                         block + at.value_scales + 2 * group, block + at.value_zeros + 2 * group);
-            }
+        for (int64_t feature = 0; feature < s.dim; feature += GROUP) {
+            const int n = static_cast<int>(std::min<int64_t>(GROUP, s.dim - feature));
+            for (int j = 0; j < GROUP; j++)
+                for (int d = 0; d < n; d++) numbers[d][j] = number(value[j * s.value_entry + feature + d]);
+            write_groups(numbers, n, static_cast<int>(s.value_bits), GROUP,
+                         block + at.value_codes + feature * 4 * s.value_bits, block + at.value_scales + 2 * feature,
+                         block + at.value_zeros + 2 * feature);
+        }
         for (int j = 0; j < GROUP; j++) {
             const int16_t tokens = static_cast<int16_t>(count[j * s.count_entry]);
             std::memcpy(block + at.counts + 2 * j, &tokens, sizeof tokens);

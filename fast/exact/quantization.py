@@ -16,7 +16,8 @@ from ..arguments import check_integer
 __all__ = ["GROUP", "check_bits", "check_bits_of_entries", "codes_of", "numbers_of", "padded_to_groups"]
 
 GROUP = 32  # numbers that share a scale
-LARGEST_ZERO = 2**15 - 1
+LARGEST_ZERO = 2**11 - 1  # steps from the numbers of a group to 0
+PARTS = 16  # of a step, of which a zero is a whole number
 MOST_COUNTED = 2**15 - 1  # tokens of a quantized entry, whose count has 16 bits
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # bits of a code that are packed together, the lowest first
 
@@ -40,9 +41,8 @@ def codes_of(
     )
     steps = scales.double()
     steps = torch.where(steps > 0, steps, torch.inf)  # divided by infinity all is 0
-    zeros = -(low / steps).round()
-    whole = (groups.double() / steps.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(max=top)
-    codes = whole.to(torch.uint8)
+    zeros = -(PARTS * low / steps).round()
+    codes = (groups.double() / steps.unsqueeze(-1)).add_(zeros.unsqueeze(-1) / PARTS).round_().to(torch.uint8)
     n_last = n_numbers % GROUP
     if n_last:
         codes[..., -1, n_last:] = 0
@@ -52,9 +52,8 @@ def codes_of(
 def numbers_of(
     codes: UInt8[Tensor, "*lead bytes"], scales: BFloat16[Tensor, "*lead"], zeros: Int16[Tensor, "*lead"]
 ) -> Float32[Tensor, "*lead 32"]:
-    """What is read back, `scale * (code - zero)`: exact in float32."""
-    whole = unpack(codes).short() - zeros.unsqueeze(-1).int()
-    return scales.float().unsqueeze(-1) * whole.float()
+    """What is read back, `scale * (code - zero / 16)`: exact in float32."""
+    return scales.float().unsqueeze(-1) * (unpack(codes) - zeros.float().unsqueeze(-1) / PARTS)
 
 
 def up_to_bfloat16(array: Float32[Tensor, "*shape"]) -> BFloat16[Tensor, "*shape"]:

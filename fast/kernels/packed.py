@@ -116,7 +116,7 @@ def codes_at(at, number, is_there, BITS: tl.constexpr, GROUP: tl.constexpr):
 def numbers_of(codes, scales, zeros):
     """What codes stand for, exact in float32; scales are bfloat16, the upper half of float32, read as int16."""
     steps = (scales.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return steps * (codes - zeros.to(tl.int32)).to(tl.float32)
+    return steps * (codes.to(tl.float32) - zeros.to(tl.float32) * 0.0625)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ CAUSES = {
     "scales to nearest": "scales are rounded to the nearest bfloat16",
     "zeros fill the last group": "the last group is filled with zeros",
     "codes where no number is": "places without a number have codes",
-    "codes wrap around": "codes above the largest one wrap around",
+    "zero of whole steps": "the zero is a whole number of steps",
     "no limit of the zero": "scales have no limit below",
     "neighbours share a byte": "codes that share a byte are neighbours",
     "bits ignored": "bits is ignored",
@@ -130,9 +130,9 @@ MUTANTS = (
     ),
     Mutant("codes where no number is", CODES, put(lambda right, groups, bits, n: right(groups, bits, 32), *CODED)),
     Mutant(
-        "codes wrap around",
+        "zero of whole steps",
         ALL,
-        together(IN_TORCH, instead_of("clamp_", lambda x, max: x.remainder_(max + 1))),
+        together(IN_TORCH, instead_of("round", lambda x: torch.round(x / 16) * 16)),
     ),
     Mutant("no limit of the zero", ALL, together(IN_TORCH, put_limit)),
     Mutant(

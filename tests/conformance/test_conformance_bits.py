@@ -60,16 +60,16 @@ def test_mistakes_have_causes_of_their_own():
     for operation in (QUANTIZE, *CACHES):
         causes = [mistake.cause for mistake in operation.mistakes]
         assert len(causes) == len(set(causes))
-    assert len(QUANTIZE.mistakes) == 20
+    assert len(QUANTIZE.mistakes) == 21
 
 
 def test_decisions_are_those_of_the_reference():
     cases = {case.name: case for case in cases_of("quantize", 0)}
     told = decisions(cases["ties-B4-f32"])
-    assert told[0] == "row 0, group 0, from 0.5 to 15.5: scale 1, not below 1"
-    assert told[1] == "  0.5 is 0.5 scales: with the zero 0 code 0; halfway, to the even number"
-    assert told[32] == "  15.5 is 15.5 scales: with the zero 0 code 15; halfway, to the even number; 16 is above 15"
-    assert len(told) == 4 * (1 + 32)
+    assert told[33] == "row 1, group 0, from 0.25 to 15.25: scale 1, not below 1"
+    assert told[34] == "  0.25 is 0 scales with the zero -4 / 16: code 0"
+    assert told[37] == "  1.75 is 1.5 scales with the zero -4 / 16: code 2; halfway, to the even number"
+    assert len(told) == 5 * (1 + 32)
     assert decisions(cases["constant-B8"])[-1] == "row 7, group 1, from -0 to -0: scale 0, not below 0"
 
 

@@ -94,19 +94,20 @@ def test_what_is_read_back_is_exact_and_near(bits):
     read = reference.dequantize(quantized, 64)
     scales, zeros = (np.repeat(x, 32, axis=-1).astype(np.float64) for x in (quantized.scales, quantized.zeros))
     codes = quantization.unpack(quantized.codes, bits).reshape(array.shape)
-    assert np.array_equal(read, scales * (codes - zeros))  # in float64, where nothing is rounded
+    assert np.array_equal(read, scales * (codes - zeros / 16))  # in float64, where nothing is rounded
     assert (np.abs(read - array.astype(np.float64)) <= scales / 2).all()
 
 
 def test_quantizing_by_hand():
     quantized = fast.quantize(torch.tensor([[-1.0, 0.0, 0.5, 1.5, 2.5, 14.0]]), bits=4)
     assert quantized.scales.tolist() == [[1.0]]
-    assert quantized.zeros.tolist() == [[1]]
+    assert quantized.zeros.tolist() == [[16]]
     codes = quantization.unpack(quantized.codes.numpy(), 4)[0, 0, :6]
-    assert codes.tolist() == [0, 1, 1, 3, 3, 15]  # 0.5 and 2.5 go to the even numbers
-    assert quantized.codes[0, 0, :6].tolist() == [0, 1, 1, 3, 3, 15]
-    one_code_too_many = fast.quantize(torch.tensor([[0.5, 15.5, 3.0]]), bits=4)
-    assert quantization.unpack(one_code_too_many.codes.numpy(), 4)[0, 0, :2].tolist() == [0, 15]
+    assert codes.tolist() == [0, 1, 2, 2, 4, 15]  # 1.5 and 2.5 steps go to the even numbers
+    assert quantized.codes[0, 0, :6].tolist() == [0, 1, 2, 2, 4, 15]
+    from_a_half = fast.quantize(torch.tensor([[0.5, 15.5, 3.0]]), bits=4)
+    assert from_a_half.zeros.tolist() == [[-8]]
+    assert fast.dequantize(from_a_half, 3).tolist() == [[0.5, 15.5, 2.5]]
 
 
 def test_three_bits_are_a_plane_of_two_and_one_of_one():

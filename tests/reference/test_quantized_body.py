@@ -18,15 +18,15 @@ def quantized(package, convert, rows, bits):
 
 @in_both
 def test_scales_and_zeros_by_hand(package, convert, back):
-    """A third of 3 and hardly more is rounded to float32, then up. No zero is beyond 32767; of zeros all is 0."""
-    rows = [[3, -3 * 2.0**-27], [5.625, -0.9 * 2.0**-22], [5, 0], [32767] * 2, [-32767] * 2, [0, -0.0], [2.0**-149] * 2]
+    """A third of 3 and hardly more is rounded to float32, then up. No zero is beyond 2047 steps; of zeros all is 0."""
+    rows = [[3, -3 * 2.0**-27], [5.625, -0.9 * 2.0**-22], [5, 0], [2047] * 2, [-2047] * 2, [0, -0.0], [2.0**-149] * 2]
     made = quantized(package, convert, rows, 2)
     scales = made.scales if package is reference else made.scales.float()
     assert back(scales).flatten().tolist() == [1, 1.875 + 2.0**-7, 1.6640625 + 2.0**-7, 1, 1, 0, 0]
-    assert back(made.zeros).flatten().tolist() == [0, 0, 0, -32767, 32767, 0, 0]
+    assert back(made.zeros).flatten().tolist() == [0, 0, 0, -32752, 32752, 0, 0]
     assert not np.signbit(back(scales)).any()
     read = back(package.dequantize(made, 2))
-    assert read[3:].tolist() == [[32767] * 2, [-32767] * 2, [0, 0], [0, 0]]
+    assert read[3:].tolist() == [[2047] * 2, [-2047] * 2, [0, 0], [0, 0]]
 
 
 @in_both
@@ -36,7 +36,7 @@ def test_groups_are_of_32_numbers_and_the_last_is_shorter(package, convert, back
     made = quantized(package, convert, [row], 4)
     assert back(made.codes).shape == (1, 2, 16)
     scales = back(made.scales if package is reference else made.scales.float())[0]
-    assert scales.tolist() == [2, 1024 * 2.0**-15 * (1 + 2.0**-7)]
+    assert scales.tolist() == [2, 0.5 * (1 + 2.0**-7)]
     codes = unpack(back(made.codes), 4)[0]
     assert codes[0, :7].tolist() == [0, 0, 1, 2, 2, 2, 3]  # halves to the even number
     assert codes[1].tolist() == [0] * 32
@@ -44,9 +44,12 @@ def test_groups_are_of_32_numbers_and_the_last_is_shorter(package, convert, back
 
 
 @in_both
-def test_a_code_that_is_limited_is_hardly_more_than_half_a_scale_away(package, convert, back):
-    made = quantized(package, convert, [[-127.5, 127.5 + 2.0**-17]], 8)
-    assert back(package.dequantize(made, 2)).tolist() == [[-128, 127]]
+def test_the_largest_number_has_the_largest_code(package, convert, back):
+    """Also where the scale was rounded down to 1, and where the zero is half of a sixteenth too large."""
+    made = quantized(package, convert, [[-127.5, 127.5 + 2.0**-17], [-127.5 - 3 / 32, 127.5 - 3 / 32]], 8)
+    assert back(made.codes)[:, 0, :2].tolist() == [[0, 255]] * 2
+    assert back(made.zeros).tolist() == [[2040], [2042]]
+    assert back(package.dequantize(made, 2)).tolist() == [[-127.5, 127.5], [-127.625, 127.375]]
 
 
 def filled(package, convert, tokens, pieces=(150,), **plan):
