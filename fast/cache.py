@@ -10,6 +10,7 @@ from torch import Tensor
 from .arguments import check_integer, check_keep_ratio, check_method, entries_of_chunk
 from .backends import AnyBackend
 from .entry_cache import UNDO_TOKENS
+from .exact.quantization import GROUP, check_n_exact
 from .memory.ordinary import on_ordinary_tensors
 from .memory.overwritten import BeforeQuantizing, Overwritten, before_quantizing, keep
 from .memory.room import move_to_room
@@ -48,6 +49,7 @@ class ClusteredCache(CacheWithBits):
         recent_share: float = 0.0,
         whole_heads: Sequence[int] = (),
         bits: int | tuple[int, int] = 16,
+        n_exact: int | None = None,
         backend: AnyBackend = "auto",
     ) -> None:
         super().__init__(whole_heads, bits, chunk_size, n_sink)
@@ -56,9 +58,10 @@ class ClusteredCache(CacheWithBits):
         check_integer("chunk_size", chunk_size, least=1)
         entries = entries_of_chunk(keep_ratio, chunk_size)
         shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
-        self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, **shared)
+        self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, n_exact=n_exact, **shared)
+        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_sink, self.n_recent, self.recent_share, self.backend = n_sink, n_recent, recent_share, backend
+        self.n_recent, self.recent_share, self.n_exact, self.backend = n_recent, recent_share, n_exact, backend
         self.spans: tuple[int, ...] = ()
         self._overwritten: Overwritten | BeforeQuantizing | None = None  # by the last clustering
 
@@ -79,8 +82,10 @@ class ClusteredCache(CacheWithBits):
     @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
-        spans = self.spans if self._overwritten is None else self._overwritten.spans
-        return self.n_seen - self._rules.least_seen(spans, self.n_seen)
+        before = self._overwritten
+        spans = self.spans if before is None else before.spans
+        n_groups = before.n_groups if isinstance(before, BeforeQuantizing) else self._n_groups
+        return self.n_seen - self._rules.least_seen(spans, self.n_seen, n_groups)
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
@@ -92,27 +97,36 @@ class ClusteredCache(CacheWithBits):
         if not self.is_due:
             return
         begun = time.perf_counter()
-        leaving = self._leaving
-        # stored entries:  sinks | body | leaving | recent
-        #                              start     stop
-        start = self.n_sink + self.n_body - self.n_quantized
+        leaving, n_groups = self._leaving, self._rules.n_groups(self.n_seen)
+        # entries that are not quantized:  sinks | body | leaving | recent
+        #                                              start     stop
+        start = self.n_sink + self.n_body - self._n_body_quantized
         stop = start + leaving
+        may_be_undone = max(leaving, (n_groups - self._n_groups) * GROUP) < UNDO_TOKENS + self.chunk_size
+        if may_be_undone and self.bits is not None:
+            self._overwritten = self._before_quantizing()
+        n_behind = self._n_recent_quantized
+        if self.n_exact is not None:
+            self._read_back(start, leaving, n_behind)
+            n_behind -= min(n_behind, leaving)
         n_recent = self._n_stored - stop
         plan = self._rules.plan(self.spans, leaving // self.chunk_size, n_recent)
-        if leaving < UNDO_TOKENS + self.chunk_size:
+        if may_be_undone and self.bits is None:
             self._overwritten = self._what_is_overwritten(plan, start, stop)
         if leaving and self._rules.entries < self.chunk_size and self._held[0].numel():
             self._compress(start, stop)
         if plan.rounds:
             self.work.add(*merge_spans(self._held, plan, self.n_sink, self._rules.entries), 0.0)
         self.spans = plan.spans
-        end = self.n_sink + self.n_body - self.n_quantized
+        end = self.n_sink + self.n_body - (self.n_quantized - n_behind)
         if end < stop:
             for held in self._held:
                 held[..., end : end + n_recent, :] = held[..., stop : stop + n_recent, :].clone()
         self._n_stored = end + n_recent
         if self.bits is not None:
-            self._quantize(end - self.n_sink)
+            self._quantize(self.n_sink, end - self.n_sink, n_behind)
+            n_old = (n_groups * GROUP - self.n_clustered - n_behind) if self.n_exact is not None else 0
+            self._quantize(self.n_sink + (end - self.n_sink) % GROUP, n_old)
         self.work.seconds += time.perf_counter() - begun
         if self._held[0].shape[-2] > self._with_room(self._n_stored + self.chunk_size):
             self._move_to_room_for(self._n_stored)
@@ -135,7 +149,7 @@ class ClusteredCache(CacheWithBits):
             most = self.n_croppable
             raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
         n_seen = self.n_seen - n_tokens
-        if n_seen < self._rules.least_seen(self.spans, self.n_seen):
+        if n_seen < self._rules.least_seen(self.spans, self.n_seen, self._n_groups):
             self._undo(self._overwritten)
         too_young = max(0, sum(self.spans) - self._rules.n_chunks(n_seen))  # chunks whose tokens are recent again
         self.spans = self.spans[: len(self.spans) - too_young]
@@ -172,7 +186,24 @@ class ClusteredCache(CacheWithBits):
     @property
     def is_due(self) -> bool:
         """Whether there is something to cluster or to merge."""
-        return self._leaving > 0 or self._rules.is_exceeded(self.n_stored)
+        if self._leaving > 0 or self._rules.is_exceeded(self.n_stored):
+            return True
+        return self._rules.n_groups(self.n_seen) > self._n_groups
+
+    @property
+    def _n_body_quantized(self) -> int:
+        """Entries of the body that are quantized."""
+        return 0 if self.bits is None else self.n_body // GROUP * GROUP
+
+    @property
+    def _n_recent_quantized(self) -> int:
+        """Recent tokens that are quantized."""
+        return self.n_quantized - self._n_body_quantized
+
+    @property
+    def _n_groups(self) -> int:
+        """Groups of 32 tokens that have been quantized, clustered ones included."""
+        return 0 if self.n_exact is None else (self.n_clustered + self._n_recent_quantized) // GROUP
 
     def _compress(self, start: int, stop: int) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
@@ -186,10 +217,13 @@ class ClusteredCache(CacheWithBits):
             held[..., start : start + n_entries, :] = chunks.reshape(*held.shape[:-2], n_entries, held.shape[-1])
         self.work.add(compressed.n_rows, compressed.n_scored_rows, 0.0)
 
-    def _what_is_overwritten(self, plan: SpanPlan, start: int, stop: int) -> Overwritten | BeforeQuantizing | None:
+    def _before_quantizing(self) -> BeforeQuantizing:
+        """Copies of what is not quantized, and of recent tokens."""
+        last = None if self._packed is None else self._packed.last(self._n_recent_quantized // GROUP)
+        return before_quantizing(self._held, self._n_stored, last, self._n_groups, self.spans)
+
+    def _what_is_overwritten(self, plan: SpanPlan, start: int, stop: int) -> Overwritten | None:
         """Copies of the spans that will be merged, and of chunks from `start` to `stop` that will be clustered."""
-        if self.bits is not None:
-            return before_quantizing(self._held, self._n_stored, self.n_quantized, self.spans)
         size, n_old = self._rules.entries, len(self.spans)
         extents = [range(first, first + size) for first in range(self.n_sink, start, size)]
         extents += [range(first, first + self.chunk_size) for first in range(start, stop, self.chunk_size)]
@@ -205,8 +239,10 @@ class ClusteredCache(CacheWithBits):
         """Make the entries what they were before the last clustering."""
         if isinstance(overwritten, BeforeQuantizing):
             self._held, self._n_stored, self.spans = overwritten.held, overwritten.n_held, overwritten.spans
-            if self._packed is not None:
-                self._packed.truncate((overwritten.n_quantized,) * len(self._packed.lengths))
+            if overwritten.last is None:
+                self._packed = None
+            elif self._packed is not None:
+                self._packed.put_back(overwritten.last)
             self._overwritten = None
             return
         n_before = overwritten.n_before(self.n_stored)

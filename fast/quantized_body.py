@@ -10,7 +10,7 @@ from .arguments import check_half_range, check_query
 from .backends import implementation
 from .entry_cache import EntryCache
 from .exact.blocks import put_in
-from .exact.quantization import GROUP, check_bits_of_entries
+from .exact.quantization import GROUP, check_bits_of_entries, within_range
 from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
 
@@ -22,20 +22,16 @@ class CacheWithBits(EntryCache):
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.quantized_body.CacheWithBits`.
 
-    Parameters
-    ----------
-    place : where quantized entries stand among the others: behind so many.
-
     Notes
     -----
     Attention reads the blocks as they are: no copy of them in another dtype is made, but by plain torch. `keys`,
     `values` and `counts` are those of all other entries.
     """
 
-    def __init__(self, whole_heads: Sequence[int], bits: int | tuple[int, int], chunk_size: int, place: int) -> None:
+    def __init__(self, whole_heads: Sequence[int], bits: int | tuple[int, int], chunk_size: int, n_sink: int) -> None:
         super().__init__(whole_heads, least_room=min(chunk_size, 64))
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=self.whole_heads)
-        self._place = place
+        self.n_sink = n_sink
         self._packed: PackedBlocks | None = None
 
     @property
@@ -107,7 +103,7 @@ class CacheWithBits(EntryCache):
         if others is None or quantized is None:
             return others
         pairs = zip(others, quantized, (-2, -2, -1), strict=True)
-        keys, values, counts = (put_in(array, self._place, read, axis) for array, read, axis in pairs)
+        keys, values, counts = (put_in(array, self.n_sink, read, axis) for array, read, axis in pairs)
         return keys, values, counts
 
     @on_ordinary_tensors
@@ -137,21 +133,51 @@ class CacheWithBits(EntryCache):
         keys, values, _ = self._held
         return PackedBlocks.like(keys, values, self.bits, lead=tuple(keys.shape[:-2]))
 
-    def _quantize(self, n: int) -> None:
-        """Quantize the entries behind the sinks, as many of `n` as are whole groups of 32."""
+    def _quantize(self, start: int, n: int, n_behind: int = 0) -> None:
+        """Quantize the entries from `start` on, as many of `n` as are whole groups of 32.
+
+        They come before the last `n_behind` quantized entries.
+        """
         n_due = n // GROUP * GROUP
-        if n_due == 0 or self._held is None:
+        if n_due <= 0 or self._held is None:
             return
         if self._packed is None:
             self._packed = self._new_blocks()
-        start, stop = self._place, self._place + n_due
+        stop = start + n_due
         due = [x[..., start:stop, :] for x in self._held]
         of_heads = [x.unbind(-3) if x.ndim > 2 else (x,) for x in due]
         for head, (keys, values, counts) in enumerate(zip(*of_heads, strict=True)):
-            self._packed.add(head, keys, values, counts.squeeze(-1))
+            self._packed.add(head, keys, values, counts.squeeze(-1), n_behind // GROUP)
         for held in self._held:
             held[..., start : self._n_stored - n_due, :] = held[..., stop : self._n_stored, :].clone()
         self._n_stored -= n_due
+
+    def _read_back(self, start: int, n: int, n_quantized: int) -> None:
+        """Make the next `n` tokens, the `n_quantized` last quantized entries first, entries from `start` on.
+
+        They are rounded to few bits and read back; those that were quantized are no more.
+        """
+        if n == 0 or self._held is None:
+            return
+        if self._packed is None:
+            self._packed = self._new_blocks()
+        n_first = min(n, n_quantized)
+        keys, values, _ = (x[..., start : start + n - n_first, :] for x in self._held)
+        for held, read in zip((keys, values), self._packed.read_back(keys, values), strict=True):
+            held.copy_(read)
+        if n_first == 0:
+            return
+        stop = self._n_stored + n_first
+        self._held = self._with_rows(self._held, self._n_stored, stop, self._held)
+        keys, values = (
+            within_range(read, held.dtype).view(*held.shape[:-2], n_first, held.shape[-1])
+            for read, held in zip(self._packed.take(n_quantized // GROUP, n_first // GROUP), self._held[:2], strict=True)
+        )
+        ones = self._held[2].new_ones(*keys.shape[:-1], 1)
+        for held, read in zip(self._held, (keys, values, ones), strict=True):
+            held[..., start + n_first : stop, :] = held[..., start : self._n_stored, :].clone()
+            held[..., start : start + n_first, :] = read
+        self._n_stored = stop
 
 
 def in_heads(array: Tensor) -> Tensor:

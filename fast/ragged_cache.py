@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -18,8 +18,9 @@ from .arguments import (
 )
 from .backends import AnyBackend
 from .entry_cache import UNDO_TOKENS
-from .exact.quantization import GROUP, check_bits_of_entries
+from .exact.quantization import GROUP, check_bits_of_entries, check_n_exact
 from .memory.ordinary import on_ordinary_tensors
+from .memory.packed import LastBlocks
 from .memory.ragged import RaggedRows, empty_rows
 from .memory.spans import SpanRules
 from .memory.work import ClusteringWork
@@ -28,6 +29,19 @@ from .ragged_entries import RaggedEntries
 from .soft_matching import SoftMatching
 
 __all__ = ["RaggedCache"]
+
+
+class BeforeRagged(NamedTuple):
+    """A cache with bits before a clustering: rows, blocks of recent tokens, chunks and groups of tokens quantized."""
+
+    rows: RaggedRows
+    last: LastBlocks | None
+    n_chunks: int
+    n_groups: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + (0 if self.last is None else self.last.blocks.nbytes)
 
 
 class RaggedCache(RaggedEntries):
@@ -54,6 +68,7 @@ class RaggedCache(RaggedEntries):
         n_recent: int = 64,
         recent_share: float = 0.0,
         bits: int | tuple[int, int] = 16,
+        n_exact: int | None = None,
         backend: AnyBackend = "auto",
     ) -> None:
         self.keep_ratios = check_keep_ratios(keep_ratios)
@@ -62,12 +77,14 @@ class RaggedCache(RaggedEntries):
         self._targets = [entries_of_chunk(ratio, chunk_size) for ratio in self.keep_ratios]
         super().__init__(n_sink, check_bits_of_entries(bits, chunk_size=chunk_size), min(chunk_size, 64))
         shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
-        self._rules = SpanRules(chunk_size, min(self._targets), n_sink, n_recent, **shared)
+        self._rules = SpanRules(chunk_size, min(self._targets), n_sink, n_recent, n_exact=n_exact, **shared)
+        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.method, self.chunk_size, self.backend = method, chunk_size, backend
-        self.n_recent, self.recent_share = n_recent, recent_share
+        self.n_recent, self.recent_share, self.n_exact = n_recent, recent_share, n_exact
         self._n_chunks = 0  # clustered
+        self._n_groups = 0  # of 32 tokens that have been quantized, with `n_exact`, clustered ones included
         self._lost: tuple[Tensor, Tensor] | None = None  # keys and values of what the last append clustered
-        self._before: tuple[RaggedRows, int] | None = None  # with bits: all rows before that, and chunks clustered
+        self._before: BeforeRagged | None = None  # with bits: what it was before that
         self.work = ClusteringWork()
 
     @property
@@ -82,7 +99,12 @@ class RaggedCache(RaggedEntries):
     @property
     def exact_lengths(self) -> tuple[int, ...]:  # type: ignore[override]
         """Entries of each head that are not quantized."""
-        return self._lengths_of_rows(self.n_seen, self._n_chunks)
+        return self._lengths_of_rows(self.n_seen, self._n_chunks, self._n_recent_quantized)
+
+    @property
+    def _n_recent_quantized(self) -> int:
+        """Recent tokens that are quantized."""
+        return 0 if self.n_exact is None else self._n_groups * GROUP - self.n_clustered
 
     def _lengths(self, n_seen: int, n_chunks: int) -> tuple[int, ...]:
         return tuple(n_seen - n_chunks * (self.chunk_size - target) for target in self._targets)
@@ -91,23 +113,25 @@ class RaggedCache(RaggedEntries):
         """Quantized entries of each head when so many chunks are clustered: whole groups of 32."""
         return tuple(0 if self.bits is None else n_chunks * target // GROUP * GROUP for target in self._targets)
 
-    def _lengths_of_rows(self, n_seen: int, n_chunks: int) -> tuple[int, ...]:
+    def _lengths_of_rows(self, n_seen: int, n_chunks: int, n_recent_quantized: int) -> tuple[int, ...]:
         """Rows of each head: entries that are not quantized."""
         pairs = zip(self._lengths(n_seen, n_chunks), self._quantized(n_chunks), strict=True)
-        return tuple(n - n_quantized for n, n_quantized in pairs)
+        return tuple(n - n_quantized - n_recent_quantized for n, n_quantized in pairs)
 
     @property
     def nbytes_reserved(self) -> int:
         """Bytes of memory held, with room to grow and with what `crop` may need."""
-        lost = sum(tensor.nbytes for tensor in self._lost or ()) + (self._before[0].nbytes if self._before else 0)
+        lost = sum(tensor.nbytes for tensor in self._lost or ()) + (self._before.nbytes if self._before else 0)
         return super().nbytes_reserved + lost
 
     @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
         n_lost = 0 if self._lost is None else self._lost[0].shape[-2]
-        n_chunks = self._n_chunks - n_lost // self.chunk_size if self._before is None else self._before[1]
-        return self.n_seen - self._rules.least_seen((1,) * n_chunks, self.n_seen)
+        n_chunks, n_groups = self._n_chunks - n_lost // self.chunk_size, self._n_groups
+        if self._before is not None:
+            n_chunks, n_groups = self._before.n_chunks, self._before.n_groups
+        return self.n_seen - self._rules.least_seen((1,) * n_chunks, self.n_seen, n_groups)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take the next tokens, then cluster what is due.
@@ -128,7 +152,8 @@ class RaggedCache(RaggedEntries):
             check_half_range("keys", keys, "to be quantized")
             check_half_range("values", values, "to be quantized")
         n_new = keys.shape[-2]
-        before, after = self.exact_lengths, self._lengths_of_rows(self.n_seen + n_new, self._n_chunks)
+        before = self.exact_lengths
+        after = tuple(n + n_new for n in before)
         rows = self._rows
         if rows is None or not rows.has_room(after):
             new = empty_rows(keys, values, self._with_room(after))
@@ -140,7 +165,8 @@ class RaggedCache(RaggedEntries):
     @property
     def is_due(self) -> bool:
         """Whether there is something to cluster."""
-        return self._rules.n_chunks(self.n_seen) > self._n_chunks
+        rules = self._rules
+        return rules.n_chunks(self.n_seen) > self._n_chunks or rules.n_groups(self.n_seen) > self._n_groups
 
     def cluster(self) -> None:
         """The second half of `append`: cluster every whole chunk that has left the recent window."""
@@ -148,14 +174,24 @@ class RaggedCache(RaggedEntries):
             return
         begun = time.perf_counter()
         rows, lengths = self._filled_rows(), self.exact_lengths
-        n_chunks = self._rules.n_chunks(self.n_seen)
+        n_chunks, n_groups = self._rules.n_chunks(self.n_seen), self._rules.n_groups(self.n_seen)
         n_leaving = (n_chunks - self._n_chunks) * self.chunk_size
-        n_tail = self.n_seen - self.n_sink - n_chunks * self.chunk_size  # recent tokens that stay
-        starts = [n - n_tail - n_leaving for n in lengths]  # where the leaving tokens begin, in each head
+        n_behind = self._n_recent_quantized
+        n_first = min(n_leaving, n_behind)  # leaving tokens that are quantized
+        n_tail = self.n_seen - self.n_sink - n_chunks * self.chunk_size - (n_behind - n_first)  # exact tokens that stay
+        n_rows = n_leaving - n_first
+        starts = [n - n_tail - n_rows for n in lengths]  # where the leaving tokens begin, in each head
         n_due = [m - n for m, n in zip(self._quantized(n_chunks), self._quantized(self._n_chunks), strict=True)]
-        left = self._lengths_of_rows(self.n_seen, n_chunks)
+        left = self._lengths_of_rows(self.n_seen, n_chunks, n_behind - n_first)
         after = tuple(n + due for n, due in zip(left, n_due, strict=True))  # before the quantization
-        leaving = rows.take(starts, n_leaving)  # (..., heads, leaving, dim)
+        may_be_undone = max(n_leaving, (n_groups - self._n_groups) * GROUP) < UNDO_TOKENS + self.chunk_size
+        if self.bits is not None:
+            last = None if self._packed is None else self._packed.last(n_behind // GROUP)
+            before = BeforeRagged(rows, last, self._n_chunks, self._n_groups)
+            self._before = before if may_be_undone else None
+        leaving = rows.take(starts, n_rows)  # (..., heads, leaving, dim)
+        if self.n_exact is not None:
+            leaving = self._as_read_back(*leaving, n_behind, n_first)
         new = empty_rows(*leaving, self._with_room(after)).filled(rows, [(0, n, 0) for n in starts])
         new.filled(rows, [(n - n_tail, n_tail, m - n_tail) for n, m in zip(lengths, after, strict=True)])
         heads_of_target: dict[int, list[int]] = {}
@@ -173,11 +209,12 @@ class RaggedCache(RaggedEntries):
                     new.put(head, starts[head], *(array[..., place, :, :] for array in of_heads))
                 self.work.add(chunks.n_rows, chunks.n_scored_rows, 0.0)
         if self.bits is not None:
-            self._before = (rows, self._n_chunks) if n_leaving < UNDO_TOKENS + self.chunk_size else None
-            new = self._with_quantized(new, n_due, left)
+            n_old = n_groups * GROUP - n_chunks * self.chunk_size - (n_behind - n_first) if n_groups else 0
+            rests = [n - self.n_sink - n_tail for n in left]
+            new = self._with_quantized(new, n_due, rests, n_behind - n_first, n_old, n_tail - n_old)
         else:
-            self._lost = leaving if n_leaving < UNDO_TOKENS + self.chunk_size else None
-        self._rows, self._n_chunks = new, n_chunks
+            self._lost = leaving if may_be_undone else None
+        self._rows, self._n_chunks, self._n_groups = new, n_chunks, n_groups
         self.work.seconds += time.perf_counter() - begun
 
     def crop(self, n_tokens: int) -> None:
@@ -191,14 +228,17 @@ class RaggedCache(RaggedEntries):
         if n_tokens > self.n_croppable:
             most = self.n_croppable
             raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
-        if self._rules.n_chunks(self.n_seen - n_tokens) < self._n_chunks:
+        n_seen = self.n_seen - n_tokens
+        if self._rules.n_chunks(n_seen) < self._n_chunks or self._rules.n_groups(n_seen) < self._n_groups:
             if self._lost is not None:
                 self._undo(*self._lost)
             elif self._before is not None:
-                self._rows, self._n_chunks = self._before
+                self._rows, last, self._n_chunks, self._n_groups = self._before
                 self._before = None
-                if self._packed is not None:
-                    self._packed.truncate(self._quantized(self._n_chunks))
+                if last is None:
+                    self._packed = None
+                elif self._packed is not None:
+                    self._packed.put_back(last)
         self.n_seen -= n_tokens
         self._n_chunks = min(self._n_chunks, self._rules.n_chunks(self.n_seen))  # whole chunks are tokens again
         self.cluster()
@@ -224,7 +264,8 @@ class RaggedCache(RaggedEntries):
             keys, values = self._lost
             self._lost = keys.index_select(0, indices), values.index_select(0, indices)
         if self._before is not None:
-            self._before = self._before[0].select(indices), self._before[1]
+            rows, last, *numbers = self._before
+            self._before = BeforeRagged(rows.select(indices), last and last.select(indices), *numbers)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As that of `RaggedEntries`, with the number of clustered tokens."""
@@ -235,4 +276,5 @@ class RaggedCache(RaggedEntries):
         """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
         if tensors:
             self.n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
+            self._n_groups = self._rules.n_groups(self.n_seen)
         super().restore(tensors, numbers)

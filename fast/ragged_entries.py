@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from .arguments import check_append, check_query
 from .backends import implementation
 from .entry_cache import with_batch
-from .exact.quantization import GROUP
+from .exact.quantization import GROUP, within_range
 from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
 from .memory.ragged import RaggedRows, empty_rows
@@ -178,19 +179,40 @@ class RaggedEntries:
         keys, values, _ = rows.held
         return PackedBlocks.like(keys, values, self.bits, lead=(*keys.shape[:-2], len(rows.rooms)))
 
-    def _with_quantized(self, rows: RaggedRows, n_due: list[int], after: tuple[int, ...]) -> RaggedRows:
-        """What is left of `rows`, `after` of each head, when the first `n_due` behind the sinks have become blocks."""
+    def _as_read_back(self, keys: Tensor, values: Tensor, n_last: int, n_first: int) -> tuple[Tensor, Tensor]:
+        """Tokens that leave, as they are read back: the `n_first` of the last `n_last` quantized ones, then these."""
+        if self._packed is None:
+            self._packed = self._new_blocks(self._filled_rows())
+        read = self._packed.read_back(keys, values)
+        if n_first == 0:
+            return read
+        first = self._packed.take(n_last // GROUP, n_first // GROUP)
+        joined = [torch.cat([within_range(x, y.dtype), y], dim=-2) for x, y in zip(first, read, strict=True)]
+        return joined[0], joined[1]
+
+    def _with_quantized(
+        self, rows: RaggedRows, n_due: list[int], rests: list[int], n_behind: int, n_old: int, n_tail: int
+    ) -> RaggedRows:
+        """What is left of `rows` when entries of each head have become blocks.
+
+        Rows are sinks, `n_due` entries of the body that do, `rests` that do not, `n_old` recent tokens that do, `n_tail`
+        that do not. Blocks of the body come before the last `n_behind` quantized entries.
+        """
         keys, values, counts = rows.held
         if self._packed is None:
             self._packed = self._new_blocks(rows)
-        for head, (first, n) in enumerate(zip(rows.firsts, n_due, strict=True)):
-            due = slice(first + self.n_sink, first + self.n_sink + n)
-            if n:
-                self._packed.add(head, keys[..., due, :], values[..., due, :], counts[..., due, 0])
+        begins = [self.n_sink + n + rest for n, rest in zip(n_due, rests, strict=True)]
+        for head, (first, n, begin) in enumerate(zip(rows.firsts, n_due, begins, strict=True)):
+            for start, size, behind in ((self.n_sink, n, n_behind), (begin, n_old, 0)):
+                due = slice(first + start, first + start + size)
+                if size:
+                    of_head = keys[..., due, :], values[..., due, :], counts[..., due, 0]
+                    self._packed.add(head, *of_head, behind // GROUP)
+        after = tuple(self.n_sink + rest + n_tail for rest in rests)
         new = empty_rows(keys, values, self._with_room(after), has_heads=False)
-        new.filled(rows, [(0, min(n, self.n_sink), 0) for n in after])
-        pairs = zip(after, n_due, strict=True)
-        return new.filled(rows, [(self.n_sink + n, max(0, m - self.n_sink), self.n_sink) for m, n in pairs])
+        new.filled(rows, [(0, self.n_sink, 0)] * len(after))
+        new.filled(rows, [(self.n_sink + n, rest, self.n_sink) for n, rest in zip(n_due, rests, strict=True)])
+        return new.filled(rows, [(begin + n_old, n_tail, n - n_tail) for begin, n in zip(begins, after, strict=True)])
 
     def _with_room(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """Rows of memory for each head: the same room to grow for all, as all take the same tokens."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from .arguments import check_integer, check_keep_ratio, check_method, check_recent_share
 from .merging import Clustering, merge
+from .quantization import check_n_exact
 from .quantized_body import CacheWithBits
 from .soft_matching import SoftMatching
 
@@ -37,6 +38,9 @@ class ClusteredCache(CacheWithBits):
         number `n_recent <= recent < n_recent + chunk_size` as soon as that many have been seen.
     recent_share : at least `floor(recent_share * n_seen)` of the last tokens are exact too, in [0, 0.5].
     whole_heads, bits : heads that keep every token, numbers of the body in few bits, as in `CacheWithBits`.
+    n_exact : with `bits`, last tokens that are not quantized, at most `n_recent`: all others behind the sinks are, 32
+        in a row, and a chunk is clustered as they are read back; `chunk_size` is then a multiple of 32. None: recent
+        tokens stay exact.
 
     Attributes
     ----------
@@ -72,27 +76,34 @@ class ClusteredCache(CacheWithBits):
         recent_share: float = 0.0,
         whole_heads: Sequence[int] = (),
         bits: int | tuple[int, int] = 16,
+        n_exact: int | None = None,
     ) -> None:
-        super().__init__(whole_heads, bits, chunk_size)
+        super().__init__(whole_heads, bits, chunk_size, n_sink)
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
         check_recent_share(recent_share)
+        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_sink, self.n_recent, self.recent_share = n_sink, n_recent, recent_share
+        self.n_recent, self.recent_share, self.n_exact = n_recent, recent_share, n_exact
         self.n_clustered = 0
         self._n_body = 0  # entries of the body, but for quantized ones
 
     def _cluster_what_is_due(self) -> None:
         n_recent = max(self.n_recent, math.floor(float(self.recent_share) * self.n_seen))
-        leaving = max(0, self.n_seen - self.n_sink - self.n_clustered - n_recent) // self.chunk_size * self.chunk_size
+        unclustered = self.n_seen - self.n_sink - self.n_clustered
+        leaving = max(0, unclustered - n_recent) // self.chunk_size * self.chunk_size
+        # entries that are not quantized:  sinks | body | leaving | recent
+        #                                              start     stop
+        start = self.n_sink + self._n_body
+        if self.n_exact is not None:
+            n_old = unclustered - self._n_recent_quantized - self.n_exact
+            self._quantize_whole_groups(start, n_old, are_recent=True)
+            self._read_back_recent(start, leaving)
         if leaving == 0:
             return
-        # stored entries:  sinks | body | leaving | recent
-        #                              start     stop
-        start = self.n_sink + self._n_body
         stop = start + leaving
         keys, values = self.keys[..., start:stop, :], self.values[..., start:stop, :]
         clustering = self.method.cluster(keys, values, keep_ratio=self.keep_ratio, chunk_size=self.chunk_size)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float32, Int16, UInt8
 
 from .arguments import check_array, check_half_range, check_integer
 
-__all__ = ["GROUP", "Quantized", "check_bits_of_entries", "dequantize", "quantize", "read_back"]
+__all__ = ["GROUP", "Quantized", "check_bits_of_entries", "check_n_exact", "dequantize", "quantize", "read_back"]
 
 GROUP = 32  # numbers that share a scale
 LARGEST_ZERO = 2**11 - 1  # steps from the numbers of a group to 0
@@ -107,7 +107,7 @@ def dequantize(quantized: Quantized, n_numbers: int) -> Float32[np.ndarray, "*le
     Examples
     --------
     >>> dequantize(quantize(np.array([[1.0, 2.0, 2.9]], dtype=np.float32), bits=8), 3)
-    array([[1.0018921, 1.9963074, 2.901001 ]], dtype=float32)
+    array([[1.0000229, 2.001915 , 2.8991318]], dtype=float32)
     """
     steps = unpack(quantized.codes, quantized.bits) - quantized.zeros[..., None].astype(np.float32) / PARTS
     numbers = quantized.scales[..., None] * steps  # (..., groups, 32)
@@ -201,3 +201,15 @@ def check_bits_of_entries(
     if len(whole_heads):
         raise ValueError(f"whole_heads must be empty with bits below 16, got {list(whole_heads)}")
     return int(pair[0]), int(pair[1])
+
+def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> None:
+    """Refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
+    if n_exact is None:
+        return
+    check_integer("n_exact", n_exact, least=0)
+    if bits is None:
+        raise ValueError(f"n_exact must be None with 16 bits, where all is exact, got {n_exact}")
+    if n_exact > n_recent:
+        raise ValueError(f"n_exact must be at most n_recent, got {n_exact} > {n_recent}")
+    if chunk_size % GROUP:
+        raise ValueError(f"chunk_size must be a multiple of {GROUP} with n_exact, got {chunk_size}")

@@ -19,28 +19,36 @@ class CacheWithBits(EntryCache):
     whole_heads : as in `EntryCache`; none with fewer bits than 16.
     bits : 8, 4, 3 or 2, or a pair of these for keys and for values; 16: nothing is quantized.
     chunk_size : the most tokens that an entry can stand for; below 32,768 with fewer bits, as counts get 16.
+    n_sink : entries before all that are quantized.
 
     Attributes
     ----------
     quantized : keys and values (..., entries, dim), float32, and counts of quantized entries as they are read back, see
-        `quantization.read_back`; None before the first. They stand between the sinks and all other entries.
+        `quantization.read_back`: those of the body, then recent tokens. None before the first. They stand between the
+        sinks and all other entries.
     n_stored, nbytes : of all entries. `keys`, `values` and `counts` are those of the entries that are not quantized.
     """
 
-    def __init__(self, whole_heads: Sequence[int], bits: int | tuple[int, int], chunk_size: int) -> None:
+    def __init__(self, whole_heads: Sequence[int], bits: int | tuple[int, int], chunk_size: int, n_sink: int) -> None:
         super().__init__(whole_heads)
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=whole_heads)
+        self.n_sink = n_sink
         self.quantized: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._place = 0  # of the quantized entries among the others
-        self._nbytes_quantized = 0
+        self._n_recent_quantized = 0
+        self._nbytes_of_group = 0  # of 32 entries
+
+    @property
+    def n_quantized(self) -> int:
+        """Entries that are quantized."""
+        return 0 if self.quantized is None else self.quantized[0].shape[-2]
 
     @property
     def n_stored(self) -> int:
-        return super().n_stored + (0 if self.quantized is None else self.quantized[0].shape[-2])
+        return super().n_stored + self.n_quantized
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + self._nbytes_quantized
+        return super().nbytes + self.n_quantized // GROUP * self._nbytes_of_group
 
     def append(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `EntryCache.append`; with `bits`, numbers must be at most half of the largest float32 number in size."""
@@ -56,25 +64,50 @@ class CacheWithBits(EntryCache):
         if self.quantized is None or keys is None or values is None or counts is None:
             return keys, values, counts
         parts = zip((keys, values, counts), self.quantized, (-2, -2, -1), strict=True)
-        keys, values, counts = (put_in(array, self._place, read, axis) for array, read, axis in parts)
+        keys, values, counts = (put_in(array, self.n_sink, read, axis) for array, read, axis in parts)
         return keys, values, counts
 
-    def _quantize_whole_groups(self, start: int, n: int) -> int:
+    def _quantize_whole_groups(self, start: int, n: int, *, are_recent: bool = False) -> int:
         """Quantize the entries from `start` on, as many of `n` as are whole groups of 32; how many are left."""
-        n_due = 0 if self.bits is None else n // GROUP * GROUP
+        n_due = 0 if self.bits is None else max(0, n) // GROUP * GROUP
         if self.bits is None or n_due == 0 or self.keys is None or self.values is None or self.counts is None:
             return n
         due = slice(start, start + n_due)
         keys, values, nbytes = read_back(self.keys[..., due, :], self.values[..., due, :], self.bits)
-        new = keys, values, self.counts[..., due]
-        self._nbytes_quantized += nbytes + 2 * new[2].size  # of counts in 16 bits
-        if self.quantized is not None:
-            pairs = zip(self.quantized, new, (-2, -2, -1), strict=True)
-            keys, values, counts = (np.concatenate([old, added], axis=axis) for old, added, axis in pairs)
-            new = keys, values, counts
-        self.quantized, self._place = new, start
-        self._replace(due.start, due.stop, keys[..., :0, :], values[..., :0, :], new[2][..., :0])
+        counts = self.counts[..., due]
+        self._nbytes_of_group = nbytes // (n_due // GROUP) + 2 * counts.size // (n_due // GROUP)  # counts in 16 bits
+        old = self.quantized or (keys[..., :0, :], values[..., :0, :], counts[..., :0])
+        place = self.n_quantized - (0 if are_recent else self._n_recent_quantized)
+        self.quantized = tuple(
+            put_in(array, place, new, axis)
+            for array, new, axis in zip(old, (keys, values, counts), (-2, -2, -1), strict=True)
+        )
+        self._n_recent_quantized += n_due if are_recent else 0
+        self._replace(due.start, due.stop, keys[..., :0, :], values[..., :0, :], counts[..., :0])
         return n - n_due
+
+    def _read_back_recent(self, start: int, n: int) -> None:
+        """Put the first `n` quantized recent tokens, as they are read back, before the entry `start` again."""
+        if n == 0 or self.quantized is None or self.keys is None or self.values is None:
+            return
+        keys, values, counts = self.quantized
+        first = self.n_quantized - self._n_recent_quantized
+        read = slice(first, first + n)
+        self._replace(
+            start,
+            start,
+            within_range(keys[..., read, :], self.keys.dtype),
+            within_range(values[..., read, :], self.values.dtype),
+            counts[..., read],
+        )
+        self.quantized = tuple(np.delete(x, read, axis) for x, axis in zip(self.quantized, (-2, -2, -1), strict=True))
+        self._n_recent_quantized -= n
+
+
+def within_range(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Numbers that are finite in `dtype`: what is read back can be half a step above the largest of float16."""
+    largest = np.finfo(np.float16 if dtype == np.float16 else np.float32).max
+    return np.clip(array, -largest, largest)
 
 
 def put_in(array: np.ndarray, place: int, part: np.ndarray, axis: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class RaggedCache:
     Parameters
     ----------
     keep_ratios : entries kept / tokens, one for each KV head, the last of the leading axes; 1 for a whole head.
-    method, chunk_size, n_sink, n_recent, recent_share, bits : as in `ClusteredCache`, for all heads.
+    method, chunk_size, n_sink, n_recent, recent_share, bits, n_exact : as in `ClusteredCache`, for all heads.
 
     Attributes
     ----------
@@ -64,10 +64,11 @@ class RaggedCache:
         n_recent: int = 64,
         recent_share: float = 0.0,
         bits: int | tuple[int, int] = 16,
+        n_exact: int | None = None,
     ) -> None:
         self.keep_ratios = check_keep_ratios(keep_ratios)
         rules: dict[str, Any] = {"method": method, "chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
-        rules |= {"recent_share": recent_share, "bits": bits}
+        rules |= {"recent_share": recent_share, "bits": bits, "n_exact": n_exact}
         self.caches = {ratio: ClusteredCache(keep_ratio=ratio, **rules) for ratio in self.keep_ratios}
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_integer
 
-__all__ = ["GROUP", "check_bits", "check_bits_of_entries", "codes_of", "numbers_of", "padded_to_groups"]
+__all__ = ["GROUP", "check_bits", "check_bits_of_entries", "check_n_exact", "codes_of", "numbers_of", "padded_to_groups", "within_range"]
 
 GROUP = 32  # numbers that share a scale
 LARGEST_ZERO = 2**11 - 1  # steps from the numbers of a group to 0
@@ -59,6 +59,12 @@ def numbers_of(
 def up_to_bfloat16(array: Float32[Tensor, "*shape"]) -> BFloat16[Tensor, "*shape"]:
     """Numbers that are not negative, rounded up to bfloat16."""
     return ((array.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def within_range(array: Float32[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """Rounded to `dtype`, where all are finite: what is read back can be half a step above the largest of float16."""
+    largest = torch.finfo(torch.float16).max
+    return array.clamp(-largest, largest).half() if dtype == torch.float16 else array.to(dtype)
 
 
 def pack(codes: UInt8[Tensor, "*lead 32"], bits: int) -> UInt8[Tensor, "*lead bytes"]:
@@ -113,3 +119,15 @@ def check_bits_of_entries(
     if len(whole_heads):
         raise ValueError(f"whole_heads must be empty with bits below 16, got {list(whole_heads)}")
     return int(pair[0]), int(pair[1])
+
+def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> None:
+    """Refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
+    if n_exact is None:
+        return
+    check_integer("n_exact", n_exact, least=0)
+    if bits is None:
+        raise ValueError(f"n_exact must be None with 16 bits, where all is exact, got {n_exact}")
+    if n_exact > n_recent:
+        raise ValueError(f"n_exact must be at most n_recent, got {n_exact} > {n_recent}")
+    if chunk_size % GROUP:
+        raise ValueError(f"chunk_size must be a multiple of {GROUP} with n_exact, got {chunk_size}")

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..exact.quantization import GROUP
 
-__all__ = ["chosen_for_bytes", "share_of_bytes"]
+__all__ = ["N_EXACT", "chosen_for_bytes", "share_of_bytes"]
 
+N_EXACT = 32  # last tokens, which are exact
 COUNT_BITS = 16  # of an entry
 # Bits, and the smallest part of the tokens that they are used for; below it fewer bits keep more tokens instead.
 LEAST_KEPT = {8: 1.0, 4: 0.25, 3: 0.0}

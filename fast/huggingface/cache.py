@@ -12,9 +12,10 @@ from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
 from ..distinctive_matching import Distinctive
 from ..entry_cache import EntryCache
+from ..exact.quantization import check_bits_of_entries, check_n_exact
 from ..methods import Method
 from ..ragged_cache import RaggedCache
-from .bytes_ratio import chosen_for_bytes
+from .bytes_ratio import N_EXACT, chosen_for_bytes
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs
 from .hooks import ModelHooks, check_model
@@ -59,6 +60,7 @@ class ClusteredCache(ModelCache):
         recent_share: float | Sequence[float] | None = None,
         whole_heads: HeadPairs = (),
         bits: int | tuple[int, int] = 16,
+        n_exact: int | None = None,
         profile: Profile | str | Path | None = "known",
     ) -> "ClusteredCache":
         """An empty cache for `model`, to be passed as `past_key_values=` to its `generate` or `forward`.
@@ -70,7 +72,7 @@ class ClusteredCache(ModelCache):
         keep_ratio : entries kept / tokens of what is clustered; 1 by default if there is a budget.
         bytes_ratio : in place of `keep_ratio` and `bits`, the memory that clustered entries take over what their tokens
             would take in the dtype of the model: `chosen_for_bytes` says which bits and how many entries that is, and
-            `report` what has been chosen.
+            `report` what has been chosen. `n_exact` is then 32, unless it is given.
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
             come, clusters are merged further. Without it entries grow with the tokens. Needs
             `method=SoftMatching()`.
@@ -87,8 +89,11 @@ class ClusteredCache(ModelCache):
         whole_heads : (layer, KV head) of heads that keep every token, such as `known_whole_heads(model)`. They hold far
             more than `keep_ratio`, the others what they would hold without them.
         bits : of each number of clustered entries, 8, 4, 3 or 2, or a pair of these for keys and for values; 16 leaves
-            them as they are. Sinks and recent tokens always are. With `keep_ratio=1` nothing but that is done: a
-            quantized cache of all tokens. Not with a budget. See docs/bits.md.
+            them as they are. Sinks always are, and recent tokens unless `n_exact` is given. With `keep_ratio=1` nothing
+            but that is done: a quantized cache of all tokens. Not with a budget. See docs/bits.md.
+        n_exact : with `bits`, the last tokens that stay exact, at most `n_recent`: recent tokens before these are in few
+            bits too, and are clustered as they are read back. `chunk_size` must be a multiple of 32. None: all recent
+            tokens stay exact.
         profile : shares out `keep_ratio`, then the mean of all KV heads, among them: a file that `kvcluster tune`
             wrote, or what `Profile.read` made of it. "known": the one that ships for this model, where `keep_ratio` is
             a single number below 1, the method is `Distinctive` and nothing else tells layers or heads apart; for a
@@ -118,21 +123,25 @@ class ClusteredCache(ModelCache):
                 raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
             dtype: Any = model.dtype
             keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, dtype.itemsize)
+            n_exact = N_EXACT if n_exact is None else n_exact
         given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}
         given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
         given["bits"] = bits
         chosen = choose_layers(model, **given, whole_heads=whole_heads, profile=profile)
         n_recent = N_RECENT if n_recent is None else n_recent
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
+        of_bits = check_bits_of_entries(bits, chunk_size=chunk_size)
+        check_n_exact(n_exact, bits=of_bits, chunk_size=chunk_size, n_recent=n_recent)
 
         def make(index: int) -> EntryCache | RaggedCache:
             ratio, most, whole, recent = chosen.of_layer[index]
             if isinstance(ratio, tuple):
-                return RaggedCache(keep_ratios=ratio, method=method, recent_share=recent, bits=bits, **shared)
+                of_heads: dict[str, Any] = {"recent_share": recent, "bits": bits, "n_exact": n_exact}
+                return RaggedCache(keep_ratios=ratio, method=method, **of_heads, **shared)
             if most is not None:
                 return BoundedCache(budget=most, keep_ratio=ratio, **shared)
-            of_layer: dict[str, Any] = {"whole_heads": whole, "recent_share": recent, "bits": bits}
-            return LayerCache(keep_ratio=ratio, method=method, **of_layer, **shared)
+            of_layer: dict[str, Any] = {"recent_share": recent, "bits": bits, "n_exact": n_exact}
+            return LayerCache(keep_ratio=ratio, method=method, whole_heads=whole, **of_layer, **shared)
 
         are_alike = len(set(chosen.of_layer)) == 1
         layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
@@ -144,6 +153,7 @@ class ClusteredCache(ModelCache):
             "recent_share": chosen.recent_share,
             "whole_heads": [list(pair) for pair in whole_heads],
             "bits": list(bits) if isinstance(bits, tuple) else bits,
+            "n_exact": n_exact,
             "profile": None,  # what it says is in keep_ratio
         }
         return cls(layers, ModelHooks.of(model), parameters | shared)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .ordinary import on_ordinary_tensors
+from .packed import LastBlocks
 
 __all__ = ["BeforeQuantizing", "Overwritten", "before_quantizing", "keep"]
 
@@ -51,17 +52,19 @@ class Overwritten:
 
 @dataclass(frozen=True, eq=False)
 class BeforeQuantizing:
-    """All entries that were not quantized before a clustering: few, where all others are quantized.
+    """What a clustering changes, before it: entries that were not quantized, and recent tokens that were.
 
     Attributes
     ----------
     held : copies of keys, values and counts, (..., n_held, dim).
-    n_quantized : entries of a head that were quantized.
+    last : blocks of the recent tokens; None before the first block.
+    n_groups : groups of 32 tokens that were quantized, clustered ones included.
     spans : chunks of each span.
     """
 
     held: tuple[Tensor, ...]
-    n_quantized: int
+    last: LastBlocks | None
+    n_groups: int
     spans: tuple[int, ...]
 
     @property
@@ -70,20 +73,22 @@ class BeforeQuantizing:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.held)
+        of_blocks = 0 if self.last is None else self.last.blocks.nbytes
+        return of_blocks + sum(tensor.nbytes for tensor in self.held)
 
     @on_ordinary_tensors
     def select(self, indices: Tensor) -> "BeforeQuantizing":
         """The same of the rows `indices` of the first axis."""
-        return replace(self, held=tuple(tensor.index_select(0, indices) for tensor in self.held))
+        last = None if self.last is None else self.last.select(indices)
+        return replace(self, last=last, held=tuple(tensor.index_select(0, indices) for tensor in self.held))
 
 
 @on_ordinary_tensors
 def before_quantizing(
-    held: tuple[Tensor, ...], n_held: int, n_quantized: int, spans: tuple[int, ...]
+    held: tuple[Tensor, ...], n_held: int, last: LastBlocks | None, n_groups: int, spans: tuple[int, ...]
 ) -> BeforeQuantizing:
-    """Copies of the first `n_held` entries of `held`."""
-    return BeforeQuantizing(tuple(tensor[..., :n_held, :].clone() for tensor in held), n_quantized, spans)
+    """With copies of the first `n_held` entries of `held`."""
+    return BeforeQuantizing(tuple(tensor[..., :n_held, :].clone() for tensor in held), last, n_groups, spans)
 
 
 @on_ordinary_tensors

@@ -1,6 +1,7 @@
 """Memory of quantized entries: the blocks of all KV heads of a layer, head after head, with room to grow."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int32, UInt8
@@ -8,13 +9,26 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..exact.blocks import BlockLayout, Packed, unpack
-from ..exact.quantization import GROUP
+from ..exact.quantization import GROUP, within_range
 from .ordinary import on_ordinary_tensors
 from .room import with_room
 
-__all__ = ["PackedBlocks"]
+__all__ = ["LastBlocks", "PackedBlocks"]
 
 LEAST_ROOM = 2  # blocks, of each head
+
+
+class LastBlocks(NamedTuple):
+    """How many blocks each head has, and the last of each, (*axes, heads, blocks, nbytes)."""
+
+    lengths: tuple[int, ...]
+    blocks: UInt8[Tensor, "*axes heads blocks nbytes"]
+
+    @on_ordinary_tensors
+    def select(self, indices: Tensor) -> "LastBlocks":
+        """The same of the rows `indices` of the first axis, which is that of the heads if there is no other."""
+        lengths = self.lengths if self.blocks.ndim > 3 else tuple(self.lengths[head] for head in indices.tolist())
+        return LastBlocks(lengths, self.blocks.index_select(0, indices))
 
 
 class PackedBlocks:
@@ -65,15 +79,56 @@ class PackedBlocks:
     def _firsts(self) -> tuple[int, ...]:
         return tuple(itertools.accumulate((0, *self._rooms[:-1])))
 
-    def add(self, head: int, keys: Tensor, values: Tensor, counts: Int32[Tensor, "*axes entries"]) -> None:
-        """Quantize entries (*axes, entries, .) of one head, a multiple of 32, and keep them behind those it has."""
+    def add(
+        self, head: int, keys: Tensor, values: Tensor, counts: Int32[Tensor, "*axes entries"], n_behind: int = 0
+    ) -> None:
+        """Quantize entries (*axes, entries, .) of one head, a multiple of 32, and keep them before its last blocks.
+
+        Before the last `n_behind` of them, that is.
+        """
         blocks = implementation("pack_blocks", "auto", keys, values)(keys, values, counts, self.layout)
         lengths = tuple(n + blocks.shape[-2] * (h == head) for h, n in enumerate(self.lengths))
         if lengths[head] > self._rooms[head]:
             self._move(lengths)
-        first = self._firsts[head] + self.lengths[head]
-        self._memory[..., first : first + blocks.shape[-2], :] = blocks
+        end = self._firsts[head] + lengths[head]
+        start = end - n_behind - blocks.shape[-2]
+        if n_behind:
+            behind = self._memory[..., start : start + n_behind, :].clone()
+            self._memory[..., end - n_behind : end, :] = behind
+        self._memory[..., start : end - n_behind, :] = blocks
         self.lengths = lengths
+
+    def take(self, n_last: int, n: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (*axes, heads, entries, .) of the first `n` of the last `n_last` blocks, which go."""
+        removed = []
+        for first, length in zip(self._firsts, self.lengths, strict=True):
+            start, end = first + length - n_last, first + length
+            removed.append(self._memory[..., start : start + n, :].clone())
+            self._memory[..., start : end - n, :] = self._memory[..., start + n : end, :].clone()
+        self.lengths = tuple(length - n for length in self.lengths)
+        keys, values, _ = unpack(torch.stack(removed, dim=-3), self.layout)
+        return keys, values
+
+    def read_back(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., entries, .), a multiple of 32, as they are after quantization, in their dtypes."""
+        counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
+        blocks = implementation("pack_blocks", "auto", keys, values)(keys, values, counts, self.layout)
+        read_keys, read_values, _ = unpack(blocks, self.layout)
+        return within_range(read_keys, keys.dtype), within_range(read_values, values.dtype)
+
+    def last(self, n: int) -> "LastBlocks":
+        """What `put_back` takes, with copies of the last `n` blocks of each head."""
+        of_heads = [self._blocks_of(head) for head in range(len(self.lengths))]
+        return LastBlocks(self.lengths, torch.stack([x[..., x.shape[-2] - n :, :] for x in of_heads], dim=-3))
+
+    def put_back(self, before: "LastBlocks") -> None:
+        """Be as it was when `last` gave this, if blocks but those have only been added since."""
+        if any(n > room for n, room in zip(before.lengths, self._rooms, strict=True)):
+            self._move(before.lengths)
+        n = before.blocks.shape[-2]
+        for head, (first, length) in enumerate(zip(self._firsts, before.lengths, strict=True)):
+            self._memory[..., first + length - n : first + length, :] = before.blocks[..., head, :, :]
+        self.lengths = before.lengths
 
     @on_ordinary_tensors
     def _move(self, lengths: tuple[int, ...]) -> None:
@@ -85,10 +140,6 @@ class PackedBlocks:
         for start, first, n in zip(to, self._firsts, self.lengths, strict=True):
             moved[..., start : start + n, :] = self._memory[..., first : first + n, :]
         self._memory, self._rooms = moved, rooms
-
-    def truncate(self, n_entries: tuple[int, ...]) -> None:
-        """Keep only so many entries of each head."""
-        self.lengths = tuple(n // GROUP for n in n_entries)
 
     def packed(self) -> Packed:
         """For attention."""

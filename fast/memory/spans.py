@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from ..arguments import check_integer, check_recent_share
+from ..exact.quantization import GROUP
 
 __all__ = ["SpanPlan", "SpanRules"]
 
@@ -59,6 +60,7 @@ class SpanRules:
     budget: int | None = None
     recent_share: float = 0.0
     is_quantized: bool = False  # whether a chunk is more than its tokens even if it has as many entries
+    n_exact: int | None = None  # last tokens that are not quantized; None: recent tokens are not
 
     def __post_init__(self) -> None:
         check_integer("n_sink", self.n_sink, least=0)
@@ -94,6 +96,10 @@ class SpanRules:
         n_recent = max(self.n_recent, math.floor(float(self.recent_share) * n_seen))
         return max(0, n_seen - self.n_sink - n_recent) // self.chunk_size
 
+    def n_groups(self, n_seen: int) -> int:
+        """Groups of 32 tokens that have been quantized when `n_seen` tokens have been seen, clustered ones included."""
+        return 0 if self.n_exact is None else max(0, n_seen - self.n_sink - self.n_exact) // GROUP
+
     def n_spans(self, n_seen: int) -> int:
         """Spans when `n_seen` tokens have been seen: a chunk adds one span to those that fitted just before."""
         chunks = self.n_chunks(n_seen)
@@ -106,11 +112,14 @@ class SpanRules:
         is_final = self.entries < self.chunk_size or self.is_quantized
         return chunks - spans + (chunks if is_final else 0)
 
-    def least_seen(self, spans: tuple[int, ...], n_seen: int) -> int:
-        """The fewest of the `n_seen` tokens after which nothing of these spans would have to be undone."""
-        steps = self.n_steps(sum(spans), len(spans))
-        candidates = range(n_seen + 1)
-        return bisect.bisect_left(candidates, steps, key=lambda n: self.n_steps(self.n_chunks(n), self.n_spans(n)))
+    def least_seen(self, spans: tuple[int, ...], n_seen: int, n_groups: int = 0) -> int:
+        """The fewest of the `n_seen` tokens after which nothing of these spans and groups would have to be undone."""
+        steps = self.n_steps(sum(spans), len(spans)) + n_groups
+
+        def steps_of(n: int) -> int:
+            return self.n_steps(self.n_chunks(n), self.n_spans(n)) + self.n_groups(n)
+
+        return bisect.bisect_left(range(n_seen + 1), steps, key=steps_of)
 
 
 @functools.lru_cache(maxsize=16)  # the layers of a model ask the same

@@ -69,7 +69,7 @@ def blocks_turned(part: int) -> Patch:
     return together(IN_TORCH, put(pack, *PACK), put(unpack, *UNPACK))
 
 
-def with_sinks(right, held, n):
+def with_sinks(right, held, start, n, n_behind=0):
     held._place = 0
     right(held, n + held.n_sink)
 
