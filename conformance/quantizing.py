@@ -205,7 +205,9 @@ OF_NUMBERS = (
     Wrong("the zero is not rounded: it is a whole number of sixteenths of a step", "19.3", NotRounded()),
     Wrong("the zero is a whole number of steps: of sixteenths of a step", "19.3", WholeSteps()),
     Wrong(
-        "codes are rounded distances from the smallest number: the zero that is rounded is added", "19.3", FromTheSmallest()
+        "codes are rounded distances from the smallest number: the zero that is rounded is added",
+        "19.3",
+        FromTheSmallest(),
     ),
     Wrong("quotient and zero are rounded, then added: their sum is rounded", "19.3", RoundedApart()),
     Wrong("scales have no limit below: a zero must fit 16 bits", "19.2", WithoutLimit()),

@@ -55,7 +55,11 @@ class CacheWithBits(EntryCache):
             return None
         keys, values, counts = self._packed.read()
         lead = self._held[0].shape[:-2]
-        return keys.view(*lead, *keys.shape[-2:]), values.view(*lead, *values.shape[-2:]), counts.view(*lead, -1)
+        return (
+            keys.view(*lead, *keys.shape[-2:]),
+            values.view(*lead, *values.shape[-2:]),
+            counts.view(*lead, counts.shape[-1]),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +175,9 @@ class CacheWithBits(EntryCache):
         self._held = self._with_rows(self._held, self._n_stored, stop, self._held)
         keys, values = (
             within_range(read, held.dtype).view(*held.shape[:-2], n_first, held.shape[-1])
-            for read, held in zip(self._packed.take(n_quantized // GROUP, n_first // GROUP), self._held[:2], strict=True)
+            for read, held in zip(
+                self._packed.take(n_quantized // GROUP, n_first // GROUP), self._held[:2], strict=True
+            )
         )
         ones = self._held[2].new_ones(*keys.shape[:-1], 1)
         for held, read in zip(self._held, (keys, values, ones), strict=True):

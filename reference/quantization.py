@@ -202,6 +202,7 @@ def check_bits_of_entries(
         raise ValueError(f"whole_heads must be empty with bits below 16, got {list(whole_heads)}")
     return int(pair[0]), int(pair[1])
 
+
 def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> None:
     """Refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
     if n_exact is None:

@@ -38,5 +38,10 @@ VARIANTS = {
         with_bits(bits, sizes), f"{named(bits)} bits, the model's profile", is_blind=True, profile=shipped
     )
     for bits in (16, 8, 4, 3, 2, (3, 2))
-    for end, sizes in (("", DISTINCTIVE), ("-few", DISTINCTIVE | FEW), ("-middle", MIDDLE | FEW), ("-short", SHORT | FEW))
+    for end, sizes in (
+        ("", DISTINCTIVE),
+        ("-few", DISTINCTIVE | FEW),
+        ("-middle", MIDDLE | FEW),
+        ("-short", SHORT | FEW),
+    )
 }

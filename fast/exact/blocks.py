@@ -84,14 +84,16 @@ def pack(
     layout: BlockLayout,
 ) -> UInt8[Tensor, "*lead blocks nbytes"]:
     """Entries, a multiple of 32 of them, as blocks."""
-    in_blocks = [x.unflatten(-2, (-1, GROUP)) for x in (keys, values)]  # (..., blocks, 32, dim)
+    n_blocks = counts.shape[-1] // GROUP
+    in_blocks = [x.unflatten(-2, (n_blocks, GROUP)) for x in (keys, values)]  # (..., blocks, 32, dim)
     of_channels = codes_of(in_blocks[0].mT, layout.bits[0], GROUP)
     codes, scales, zeros = codes_of(padded_to_groups(in_blocks[1]), layout.bits[1], layout.dim_value)
     of_values = codes.transpose(-2, -3), scales.mT, zeros.mT  # (..., groups, 32, .)
     parts: list[Tensor] = [of_channels[0], of_values[0], *of_channels[1:], *of_values[1:]]
-    parts.append(counts.unflatten(-1, (-1, GROUP)).to(torch.int16))
+    parts.append(counts.unflatten(-1, (n_blocks, GROUP)).to(torch.int16))
     lead = parts[-1].shape[:-1]
-    return torch.cat([part.contiguous().view(torch.uint8).reshape(*lead, -1) for part in parts], dim=-1)
+    in_bytes = [part.contiguous().view(torch.uint8) for part in parts]
+    return torch.cat([x.reshape(*lead, n) for x, n in zip(in_bytes, layout.sizes, strict=True)], dim=-1)
 
 
 def unpack(

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ..arguments import check_integer
 
-__all__ = ["GROUP", "check_bits", "check_bits_of_entries", "check_n_exact", "codes_of", "numbers_of", "padded_to_groups", "within_range"]
+__all__ = [
+    "GROUP",
+    "check_bits",
+    "check_bits_of_entries",
+    "check_n_exact",
+    "codes_of",
+    "numbers_of",
+    "padded_to_groups",
+    "within_range",
+]
 
 GROUP = 32  # numbers that share a scale
 LARGEST_ZERO = 2**11 - 1  # steps from the numbers of a group to 0
@@ -119,6 +128,7 @@ def check_bits_of_entries(
     if len(whole_heads):
         raise ValueError(f"whole_heads must be empty with bits below 16, got {list(whole_heads)}")
     return int(pair[0]), int(pair[1])
+
 
 def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> None:
     """Refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""

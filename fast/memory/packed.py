@@ -111,6 +111,8 @@ class PackedBlocks:
 
     def read_back(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., entries, .), a multiple of 32, as they are after quantization, in their dtypes."""
+        if keys.numel() == 0:
+            return keys, values
         counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
         blocks = implementation("pack_blocks", "auto", keys, values)(keys, values, counts, self.layout)
         read_keys, read_values, _ = unpack(blocks, self.layout)

@@ -17,18 +17,24 @@ from kvcluster.fast.exact.blocks import BlockLayout
 from kvcluster.fast.memory.packed import PackedBlocks
 
 SMALL = {"chunk_size": 20, "n_sink": 3, "n_recent": 7}
+RECENT_TOO = {"chunk_size": 32, "n_sink": 3, "n_recent": 70, "n_exact": 9}
 RATIOS = (0.3, 1.0, 0.05, 0.55)
 KINDS = {
     "ClusteredCache": {"keep_ratio": 0.4, **SMALL},
     "all tokens": {"keep_ratio": 1.0, **SMALL},
     "RaggedCache": {"keep_ratios": RATIOS, **SMALL},
+    "recent tokens too": {"keep_ratio": 0.4, **RECENT_TOO},
+    "Ragged, recent too": {"keep_ratios": RATIOS, **RECENT_TOO, "chunk_size": 64},
 }
+WITH_EXACT_WINDOW = [kind for kind, rules in KINDS.items() if "n_exact" not in rules]
 BITS = [8, 4, (4, 2), 3]
 
 
 def make(package, kind, method="SoftMatching", **plan):
     rules = KINDS[kind] | {"bits": 4} | plan
-    name = "RaggedCache" if kind == "RaggedCache" else "ClusteredCache"
+    if rules["bits"] == 16:
+        rules.pop("n_exact", None)
+    name = "RaggedCache" if "keep_ratios" in rules else "ClusteredCache"
     return getattr(package, name)(method=getattr(package, method)(), **rules)
 
 
@@ -71,7 +77,7 @@ def test_any_split_gives_the_same_bytes_in_numpy_and_torch(kind, method, pieces,
     assert (ours.nbytes, ours.n_seen) == (theirs.nbytes, theirs.n_seen)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_EXACT_WINDOW)
 def test_entries_are_those_of_the_exact_cache_quantized_in_groups_of_32(kind):
     tokens = tokens_of(400)
     cache, _ = fed(make(fast, kind), [400], tokens)
@@ -91,6 +97,35 @@ def test_entries_are_those_of_the_exact_cache_quantized_in_groups_of_32(kind):
             of_keys = fast.quantize(keys[:, body].mT, bits=4)
             assert torch.equal(ours[0][:, body], fast.dequantize(of_keys, n_quantized).mT)
             assert torch.equal(ours[1][:, body], fast.dequantize(fast.quantize(values[:, body], bits=4), 16))
+
+
+@pytest.mark.parametrize("n_tokens", [50, 140, 300, 333])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITH_EXACT_WINDOW])
+def test_recent_tokens_are_clustered_as_they_are_read_back(kind, dtype, n_tokens):
+    """The oracle is the cache with an exact window, given tokens that were quantized and read back before."""
+    tokens = tokens_of(n_tokens, dtype=dtype)
+    cache, _ = fed(make(fast, kind), [n_tokens], tokens)
+    n_old = (n_tokens - 3 - 9) // 32 * 32
+    old = [to_torch(x[..., 3 : 3 + n_old, :]) for x in tokens]
+    of_keys, of_values = fast.quantize(old[0].mT, bits=4), fast.quantize(old[1], bits=4)
+    read = [fast.dequantize(of_keys, n_old).mT, fast.dequantize(of_values, 16)]
+    known = [to_torch(x).clone() for x in tokens]
+    for array, numbers in zip(known, read, strict=True):
+        array[..., 3 : 3 + n_old, :] = numbers.to(array.dtype)
+    expected = make(fast, kind, n_exact=None)
+    expected.append(*known)
+    n_recent = n_tokens - 3 - cache.n_clustered
+    n_read = n_old - cache.n_clustered  # recent tokens that are quantized
+    assert expected.n_clustered == cache.n_clustered
+    for head, length in enumerate(getattr(cache, "lengths", None) or [cache.n_stored] * 4):
+        n_body = length - 3 - n_recent
+        begin, end = 3 + n_body // 32 * 32, 3 + n_body  # of what is left of the body
+        ours, others = ([x[:, head, -length:] for x in each.entries()] for each in (cache, expected))
+        of_tokens = *(x[:, head, cache.n_clustered :] for x in read), torch.ones(2, n_read)
+        for array, other, quantized in zip(ours, others, of_tokens, strict=True):
+            right = other[:, :begin], quantized, other[:, begin:end], other[:, end + n_read :]
+            assert torch.equal(array.float(), torch.cat([x.float() for x in right], dim=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,6 +254,12 @@ def test_memory_is_freed(kind):
             "chunk_size must be at most 32767 with bits below 16, got 4",
         ),
         ({"bits": 4, "whole_heads": (1,)}, ValueError, r"whole_heads must be empty with bits below 16, got \[1\]"),
+        ({"n_exact": 0}, ValueError, "n_exact must be None with 16 bits, where all is exact, got 0"),
+        ({"bits": 4, "n_exact": 8}, ValueError, "n_exact must be at most n_recent, got 8 > 7"),
+        ({"bits": 4, "n_exact": 7}, ValueError, "chunk_size must be a multiple of 32 with n_exact, got 20"),
+        ({"bits": 4, "n_exact": -1}, ValueError, "n_exact must be at least 0, got -1"),
+        ({"bits": 4, "n_exact": 2.0}, TypeError, "n_exact must be an integer, got 2.0"),
+        ({"bits": 4, "n_exact": True}, TypeError, "n_exact must be an integer, got True"),
     ],
 )
 def test_bits_that_cannot_be_served_are_refused(package, plan, error, message):
@@ -255,3 +296,12 @@ def test_what_is_no_key_is_refused_as_without_bits(kind, keys, error, message):
     for bits in (16, 4):
         with pytest.raises(error, match=message):
             make(fast, kind, bits=bits).append(keys, torch.ones(2, 4, 5, 16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_no_rows_has_entries_as_any_other(kind):
+    (ours, _), (theirs, _) = (
+        fed(make(package, kind), [150, 60], tokens_of(210, lead=(0, 4))) for package in (fast, reference)
+    )
+    assert ours.is_quantized
+    assert_same_entries(ours.entries(), theirs.entries())
