@@ -13,7 +13,7 @@ __all__ = ["Quantized", "dequantize", "quantize"]
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """Numbers `scale * (code - zero / 16)`, in groups of 32: as in `kvcluster.reference.quantize`, scales as bfloat16."""
+    """Numbers `scale * (code - zero / 16)` in groups of 32: as in `kvcluster.reference.quantize`, scales bfloat16."""
 
     codes: UInt8[Tensor, "*lead groups bytes"]
     scales: BFloat16[Tensor, "*lead groups"]

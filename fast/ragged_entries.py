@@ -195,8 +195,8 @@ class RaggedEntries:
     ) -> RaggedRows:
         """What is left of `rows` when entries of each head have become blocks.
 
-        Rows are sinks, `n_due` entries of the body that do, `rests` that do not, `n_old` recent tokens that do, `n_tail`
-        that do not. Blocks of the body come before the last `n_behind` quantized entries.
+        Rows are sinks, `n_due` entries of the body that do, `rests` that do not, `n_old` recent tokens that do, and
+        `n_tail` that do not. Blocks of the body come before the last `n_behind` quantized entries.
         """
         keys, values, counts = rows.held
         if self._packed is None:

@@ -111,7 +111,7 @@ def dequantize(quantized: Quantized, n_numbers: int) -> Float32[np.ndarray, "*le
     """
     steps = unpack(quantized.codes, quantized.bits) - quantized.zeros[..., None].astype(np.float32) / PARTS
     numbers = quantized.scales[..., None] * steps  # (..., groups, 32)
-    return numbers.reshape(*numbers.shape[:-2], -1)[..., :n_numbers]
+    return numbers.reshape(*numbers.shape[:-2], numbers.shape[-2] * GROUP)[..., :n_numbers]
 
 
 def read_back(

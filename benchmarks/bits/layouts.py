@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +15,7 @@ from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, alike
 from kvcluster.fast import ClusteredCache as LayerCache
 from kvcluster.fast import Distinctive
 
-__all__ = ["LAYOUTS", "OF_QUANTO"]
+__all__ = ["LAYOUTS", "OF_OTHERS"]
 
 Layout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # keys and values (..., entries, dim), as they are read back
 
@@ -79,6 +80,29 @@ def by_quanto(keys: Tensor, values: Tensor, *, bits: int) -> tuple[Tensor, Tenso
     return read_keys, read_values
 
 
+def by_hqq(keys: Tensor, values: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """What transformers' `QuantizedCache` makes of a prompt with hqq, in groups of 64 along the axis it recommends."""
+    from transformers.cache_utils import HQQQuantizedLayer
+
+    layer: Any = HQQQuantizedLayer(nbits=bits, axis_key=1, axis_value=1)
+    layer.keys, layer.values = keys, values  # it takes their device
+    read_keys, read_values = (layer._dequantize(layer._quantize(x.contiguous(), 1)) for x in (keys, values))
+    return read_keys.to(keys.dtype), read_values.to(values.dtype)
+
+
+def by_turboquant(keys: Tensor, values: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """What the package turboquant (0.2.0) makes of old tokens: the idea of `rotated`, by others, without the mean."""
+    from turboquant.cache import _get_quantizer
+
+    vars(np).setdefault("trapz", np.trapezoid)  # which the package still calls by its old name
+
+    def read_back(array: Tensor) -> Tensor:
+        quantizer = _get_quantizer(array.shape[-1], bits, "cpu")
+        return quantizer.dequantize(*quantizer.quantize(array.flatten(0, -2))).view_as(array).to(array.dtype)
+
+    return read_back(keys), read_back(values)
+
+
 class WithLayout(LayerCache):
     """A cache whose body is read back by a layout; each number of it counts as so many bits."""
 
@@ -136,4 +160,11 @@ LAYOUTS = {
     **{f"entries-{bits}": method(of_entries, lambda dim, b=bits: b + 1, bits=bits, size=32) for bits in (4, 2)},
     **{f"rotated-{bits}": method(rotated, lambda dim, b=bits: b + 16 / dim, bits=bits) for bits in (4, 3, 2)},
 }
-OF_QUANTO = {f"quanto-{bits}": method(by_quanto, lambda dim, b=bits: b + 0.5, bits=bits) for bits in (4, 2)}
+# Needs a package that is not among this project's.
+OF_OTHERS = {
+    "optimum": {f"quanto-{bits}": method(by_quanto, lambda dim, b=bits: b + 0.5, bits=bits) for bits in (4, 2)},
+    "hqq": {f"hqq-{bits}": method(by_hqq, lambda dim, b=bits: b + 0.5, bits=bits) for bits in (8, 4, 2)},
+    "turboquant": {
+        f"turboquant-{bits}": method(by_turboquant, lambda dim, b=bits: b + 32 / dim, bits=bits) for bits in (4, 3)
+    },
+}

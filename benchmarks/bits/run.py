@@ -24,7 +24,7 @@ from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.bits.figure import draw
-from benchmarks.bits.layouts import LAYOUTS, OF_QUANTO
+from benchmarks.bits.layouts import LAYOUTS, OF_OTHERS
 from benchmarks.bits.variants import VARIANTS
 from benchmarks.published.run import without_texts
 from benchmarks.published.tables import TITLES
@@ -44,24 +44,31 @@ PAGE = ROOT / "docs" / "bits.md"
 MODELS = "smollm2", "gemma3-270m"
 SHORT, LONG = 4096, 16384
 N_CONTEXTS = {SHORT: 4, LONG: 2}
-ALL = METHODS | VARIANTS | LAYOUTS | OF_QUANTO
+ALL = METHODS | VARIANTS | LAYOUTS | {name: how for of in OF_OTHERS.values() for name, how in of.items()}
 # What is compared, by the number of entries that each may keep.
-BITS_ALONE = [(f"bits-{bits}", 1.0) for bits in (8, 4, 3, 2)] + [("quanto-4", 1.0), ("quanto-2", 1.0)]
+PACKAGES = {"optimum": "optimum-quanto==0.2.7", "hqq": "hqq==0.2.8.post1", "turboquant": "turboquant==0.2.0"}
+BITS_ALONE = [(f"bits-{bits}-few", 1.0) for bits in (8, 4, 3, 2)]
+BITS_ALONE += [(name, 1.0) for names in OF_OTHERS.values() for name in names]
 ENTRIES_ALONE = [("bits-16", keep) for keep in (0.5, 0.25, 0.1)]
-BOTH = [("bits-4", 0.5), ("bits-4-middle", 0.46), ("bits-4", 0.25), ("bits-4-middle", 0.28), ("bits-3-short", 0.36)]
-BOTH += [("bits-4-middle", 0.18), ("bits-4-short", 0.2), ("bits-3-short", 0.25)]
-BOTH += [("bits-3-short", 0.15), ("bits-3-2-short", 0.16), ("bits-2-short", 0.2)]
-BOTH += [("bits-3-middle", 0.22), ("bits-3-middle", 0.12), ("bits-2-middle", 0.15)]
-OF_LONG = [("bits-4", 1.0), ("bits-2", 1.0), ("bits-16", 0.25), ("bits-4", 0.5), ("bits-4", 0.25), ("bits-3", 0.25)]
-OF_LONG += [("bits-4", 0.15), ("bits-3", 0.15)]
+BOTH = [("bits-4-few", keep) for keep in (0.5, 0.33, 0.25, 0.22)] + [("bits-4", 0.5), ("bits-4", 0.25)]
+BOTH += [("bits-3-few", keep) for keep in (0.25, 0.18, 0.14)] + [("bits-2-few", 0.25), ("bits-3-2-few", 0.16)]
+BOTH += [("bits-3-middle", 0.25), ("bits-3-long", 0.26)]
+OF_LONG = [("bits-4-few", 1.0), ("bits-2-few", 1.0), ("bits-16", 0.25)]
+OF_LONG += [("bits-4-few", keep) for keep in (0.5, 0.25)] + [("bits-3-few", keep) for keep in (0.25, 0.15)]
 OF_LAYOUTS = [(name, 1.0) for name in ("channels32-4", "channels64-4", "entries-4", "entries-2")]
 OF_LAYOUTS += [(f"rotated-{bits}", keep) for bits in (4, 3, 2) for keep in (1.0, 0.25)]
 OF_LAYOUTS += [(f"channels32-{bits}", keep) for bits, keep in ((4, 0.25), (3, 0.25), (2, 1.0), (2, 0.25))]
 HEAD = ["bytes", "entries", "what", "needles", "perplexity"]
+BY_OTHERS = {
+    "quanto": "transformers' `QuantizedCache` (optimum-quanto)",
+    "hqq": "transformers' `QuantizedCache` (hqq)",
+    "turboquant": "the package turboquant",
+}
 TITLES_OF_ENDS = {
-    "": "chunks of 256, 252 recent",
-    "-middle": "chunks of 128, 124 recent",
-    "-short": "chunks of 64, 60 recent",
+    "": "252 recent tokens, all exact",
+    "-few": "252 recent tokens, 32 of them exact",
+    "-middle": "124 recent tokens, 32 of them exact; chunks of 128",
+    "-long": "508 recent tokens, 32 of them exact",
 }
 
 
@@ -97,9 +104,10 @@ def measure(name: str) -> None:
     model, tokenizer = load_model(name, MODEL_TYPES)
     tokens = encode(tokenizer, built_in_text())
     compared = [("full", 1.0), *BITS_ALONE, *ENTRIES_ALONE, *BOTH]
-    if importlib.util.find_spec("optimum") is None:
-        compared = [pair for pair in compared if pair[0] not in OF_QUANTO]
-        Console().print("transformers' QuantizedCache is left out: pip install optimum-quanto==0.2.7")
+    for package, names in OF_OTHERS.items():
+        if importlib.util.find_spec(package) is None:
+            compared = [pair for pair in compared if pair[0] not in names]
+            Console().print(f"{', '.join(names)} left out: {PACKAGES[package]} is not installed")
     runs = Runs(results(name), without_texts)
     with Progress() as progress:
         work = [("compared", SHORT, compared), ("layouts", SHORT, OF_LAYOUTS)]
@@ -143,19 +151,19 @@ def row(summary: dict[str, Any]) -> list[str]:
 def title(summary: dict[str, Any]) -> str:
     """What a row shows."""
     name, is_all = summary["method"], summary["keep"] == 1.0
-    if name.startswith("quanto"):
-        return f"all tokens, {name[-1]} bits by transformers' `QuantizedCache` (optimum-quanto)"
+    if name.split("-")[0] in BY_OTHERS:
+        return f"all tokens, {name[-1]} bits by {BY_OTHERS[name.split('-')[0]]}"
     if name in LAYOUTS:
         kind, _, bits = name.partition("-")
         kinds = {"entries": "keys and values by entry", "rotated": "rotated, best levels"}
         kinds |= {f"channels{n}": f"KIVI's, groups of {n}" for n in (32, 64)}
         return f"{kinds[kind]}, {bits} bits" + (", all tokens" if is_all else ", clustered")
-    bits = name.removeprefix("bits-").removesuffix("-middle").removesuffix("-short")
+    bits = "-".join(part for part in name.split("-")[1:] if part.isdigit())
     if bits == "16":
         return "clustered, exact"
     said = f"keys {bits[0]}, values {bits[-1]} bits" if "-" in bits else f"{bits} bits"
     end = name.removeprefix(f"bits-{bits}")
-    return f"all tokens, {said}" if is_all else f"clustered, {said}; {TITLES_OF_ENDS[end]}"
+    return f"all tokens but 32, {said}" if is_all else f"clustered, {said}; {TITLES_OF_ENDS[end]}"
 
 
 if __name__ == "__main__":

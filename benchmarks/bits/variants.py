@@ -10,10 +10,11 @@ from kvcluster.fast.huggingface import ClusteredCache
 __all__ = ["VARIANTS", "with_bits"]
 
 Bits = int | tuple[int, int]
-# Fewer exact tokens, for fewer bytes; a chunk has one shared entry for 64 tokens as ever.
-MIDDLE: dict[str, Any] = {"chunk_size": 128, "n_sink": 4, "n_recent": 124}
-SHORT: dict[str, Any] = {"chunk_size": 64, "n_sink": 4, "n_recent": 60}
-FEW = {"n_exact": 32}  # recent tokens before these are in few bits too
+# Recent tokens before the last 32 are in few bits too; a chunk has one shared entry for 64 tokens as ever.
+FEW = DISTINCTIVE | {"n_exact": 32}
+MIDDLE = FEW | {"chunk_size": 128, "n_recent": 124}
+LONG = FEW | {"n_recent": 508}
+SIZES = {"": DISTINCTIVE, "-few": FEW, "-middle": MIDDLE, "-long": LONG}
 
 
 def with_bits(bits: Bits, sizes: dict[str, Any]) -> Callable[[Any, float, int], ClusteredCache]:
@@ -23,7 +24,7 @@ def with_bits(bits: Bits, sizes: dict[str, Any]) -> Callable[[Any, float, int], 
         how: dict[str, Any] = {"method": Distinctive(n_shared=sizes["chunk_size"] // 64), "bits": bits, **sizes}
         if keep == 1.0:
             return ClusteredCache.for_model(model, keep_ratio=1.0, **how)
-        ratio = body_ratio(keep, n_tokens, **{name: sizes[name] for name in MIDDLE})
+        ratio = body_ratio(keep, n_tokens, **{name: sizes[name] for name in DISTINCTIVE})
         return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **how)
 
     return make
@@ -38,10 +39,6 @@ VARIANTS = {
         with_bits(bits, sizes), f"{named(bits)} bits, the model's profile", is_blind=True, profile=shipped
     )
     for bits in (16, 8, 4, 3, 2, (3, 2))
-    for end, sizes in (
-        ("", DISTINCTIVE),
-        ("-few", DISTINCTIVE | FEW),
-        ("-middle", MIDDLE | FEW),
-        ("-short", SHORT | FEW),
-    )
+    for end, sizes in SIZES.items()
+    if bits != 16 or "n_exact" not in sizes
 }

@@ -10,7 +10,15 @@ from kvcluster import reference
 from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering, merge
 
-from ..bits import all_entries, bits_cases, mistakes_of_bits, refused_bits
+from ..bits import (
+    all_entries,
+    bits_cases,
+    mistakes_of_bits,
+    mistakes_of_exact,
+    recent_cases,
+    refused_bits,
+    refused_exact,
+)
 from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given, without
@@ -65,6 +73,7 @@ def cases(base: int) -> Iterator[Case]:
         yield Case("ClusteredCache", f"recent-and-{name}", layer, {**plan, "recent_share": 0.4, **more})
     method = Distinctive(n_shared=2)
     yield from bits_cases("ClusteredCache", lambda share: {"keep_ratio": share}, (2,), method, base + 370)
+    yield from recent_cases("ClusteredCache", lambda share: {"keep_ratio": share}, (2,), method, base + 440)
 
 
 def distinctive_cases(base: int) -> Iterator[Case]:
@@ -109,6 +118,7 @@ def refused() -> Iterator[Case]:
     rule = {"keep_ratio": 0.5, "chunk_size": 2, "n_sink": 1, "n_recent": 2}
     yield from refused_shares("ClusteredCache", rule)
     yield from refused_bits("ClusteredCache", rule)
+    yield from refused_exact("ClusteredCache", rule)
     whole = {**rule, "whole_heads": (0,), "bits": 8, "pieces": (8,)}
     yield Case("ClusteredCache", "refused-bits-whole", good_tokens(), whole, is_refused=True)
 
@@ -239,11 +249,11 @@ OF_OTHERS = (
 )
 BEFORE_OPTIONS = (*MATCHING, *WEIGHTS, *HEADS, *mistakes_of_chunks(replaced_caches))
 SHARES = mistakes_of_shares(replaced_caches)
-BITS = (*mistakes_of_bits(replaced_caches), *QUANTIZING)
+BITS = (*mistakes_of_bits(replaced_caches), *mistakes_of_exact(replaced_caches), *QUANTIZING)
 OPERATION = Operation(
     name="ClusteredCache",
     section=9,
-    options=("budget", "method", "whole_heads", "recent_share", "bits"),
+    options=("budget", "method", "whole_heads", "recent_share", "bits", "n_exact"),
     cases=cases,
     refused=refused,
     small=small,
@@ -254,7 +264,8 @@ OPERATION = Operation(
     mistakes=(*BEFORE_OPTIONS, *DISTINCTIVE, *IGNORED, *OPTIONS, *WHOLE_HEADS, *OF_OTHERS, *SHARES, *BITS),
     scaffold="""
 # append(keys, values), attend(query), n_seen, n_stored; keep what you have of the last two
-# ClusteredCache = my_package.ClusteredCache  # keep_ratio, chunk_size, n_sink, n_recent, recent_share, method, bits
+# ClusteredCache = my_package.ClusteredCache
+# keep_ratio, chunk_size, n_sink, n_recent, recent_share, method, bits, n_exact
 # Distinctive = my_package.Distinctive  # n_shared
 # BoundedCache = my_package.BoundedCache  # budget, keep_ratio, chunk_size, n_sink, n_recent
 """,

@@ -11,7 +11,7 @@ from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering
 from kvcluster.reference.ragged_cache import rectangle as right_rectangle
 
-from ..bits import bits_cases, mistakes_of_bits, refused_bits
+from ..bits import bits_cases, mistakes_of_bits, mistakes_of_exact, recent_cases, refused_bits, refused_exact
 from ..caches import attended, cache_spelling, fill, good_tokens, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given
@@ -78,6 +78,7 @@ def cases(base: int) -> Iterator[Case]:
     yield from recent_share_cases("RaggedCache", {**PLAN, "n_recent": 6, "keep_ratios": (0.4, 1.0)}, (2, 2), base + 350)
     keep, method = lambda share: {"keep_ratios": (share, 1.0, share / 3)}, Distinctive(n_shared=2)
     yield from bits_cases("RaggedCache", keep, (3,), method, base + 385)
+    yield from recent_cases("RaggedCache", keep, (3,), method, base + 450)
 
 
 def refused() -> Iterator[Case]:
@@ -85,6 +86,7 @@ def refused() -> Iterator[Case]:
     yield from refused_tokens("RaggedCache", rule, {**rule, "keep_ratios": (2.0,)})
     yield from refused_shares("RaggedCache", rule)
     yield from refused_bits("RaggedCache", rule)
+    yield from refused_exact("RaggedCache", rule)
     for name, ratios in (("none", ()), ("number", 0.5), ("bool", (True,)), ("zero", (0.0,)), ("two", (0.5, 0.5))):
         parameters = {**rule, "keep_ratios": ratios, "pieces": (8,)}
         yield Case("RaggedCache", f"refused-{name}", good_tokens(), parameters, is_refused=True)
@@ -277,12 +279,13 @@ LENGTHS = (
     ),
 )
 PLACES = mistakes_of_places("ragged_cache", "rectangle", right_rectangle, "18.3")
-SHARES, BITS = mistakes_of_shares(replaced), (*mistakes_of_bits(replaced), *QUANTIZING)
+SHARES = mistakes_of_shares(replaced)
+BITS = (*mistakes_of_bits(replaced), *mistakes_of_exact(replaced), *QUANTIZING)
 OF_CLUSTERED = (*MATCHING, *WEIGHTS, *HEADS, *mistakes_of_chunks(replaced), *DISTINCTIVE, *IGNORED)
 OPERATION = Operation(
     name="RaggedCache",
     section=18,
-    options=("method", "recent_share", "bits"),
+    options=("method", "recent_share", "bits", "n_exact"),
     cases=cases,
     refused=refused,
     small=small,
@@ -294,6 +297,7 @@ OPERATION = Operation(
     mistakes=(*OF_CLUSTERED, *RATIOS, *OF_OTHERS, *LENGTHS, *PLACES, *SHARES, *BITS),
     scaffold="""
 # append(keys, values), attend(query), n_seen, lengths, and entries() if you have it
-# RaggedCache = my_package.RaggedCache  # keep_ratios, chunk_size, n_sink, n_recent, recent_share, method, bits
+# RaggedCache = my_package.RaggedCache
+# keep_ratios, chunk_size, n_sink, n_recent, recent_share, method, bits, n_exact
 """,
 )

@@ -90,10 +90,10 @@ class ClusteredCache(ModelCache):
             more than `keep_ratio`, the others what they would hold without them.
         bits : of each number of clustered entries, 8, 4, 3 or 2, or a pair of these for keys and for values; 16 leaves
             them as they are. Sinks always are, and recent tokens unless `n_exact` is given. With `keep_ratio=1` nothing
-            but that is done: a quantized cache of all tokens. Not with a budget. See docs/bits.md.
-        n_exact : with `bits`, the last tokens that stay exact, at most `n_recent`: recent tokens before these are in few
-            bits too, and are clustered as they are read back. `chunk_size` must be a multiple of 32. None: all recent
-            tokens stay exact.
+            else is done: a quantized cache of all tokens. Not with a budget. See docs/bits.md.
+        n_exact : with `bits`, the last tokens that stay exact, at most `n_recent`. Recent tokens before these are in
+            few bits too, and are clustered as they are read back; `chunk_size` must be a multiple of 32. None: all
+            recent tokens stay exact.
         profile : shares out `keep_ratio`, then the mean of all KV heads, among them: a file that `kvcluster tune`
             wrote, or what `Profile.read` made of it. "known": the one that ships for this model, where `keep_ratio` is
             a single number below 1, the method is `Distinctive` and nothing else tells layers or heads apart; for a

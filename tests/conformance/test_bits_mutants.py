@@ -70,16 +70,20 @@ def blocks_turned(part: int) -> Patch:
 
 
 def with_sinks(right, held, start, n, n_behind=0):
-    held._place = 0
-    right(held, n + held.n_sink)
+    right(held, 0, n + start, n_behind)
 
 
 def in_64(right, held, n_chunks):
     return tuple(0 if held.bits is None else n_chunks * target // 64 * 64 for target in held._targets)
 
 
-def counts_in_bytes(right, held, head, keys, values, counts):
-    right(held, head, keys, values, counts % 256)
+def counts_in_bytes(right, held, head, keys, values, counts, n_behind=0):
+    right(held, head, keys, values, counts % 256, n_behind)
+
+
+def one_fewer(right, held, *args, **given):
+    n_exact = given.get("n_exact")
+    right(held, *args, **given | {"n_exact": n_exact - 1 if n_exact else n_exact})
 
 
 def put_limit(monkeypatch):
@@ -103,7 +107,10 @@ CAUSES = {
     "64 at a time": "entries are quantized 64 at a time",
     "sinks are quantized": "sinks are quantized too",
     "counts in bytes": "counts of quantized entries have 8 bits",
+    "what leaves at once is exact": "tokens that leave at once are clustered exact",
+    "one fewer is exact": "n_exact is one token fewer",
 }
+OF_EXACT = "what leaves at once is exact", "one fewer is exact"
 MUTANTS = (
     Mutant(
         "halves up",
@@ -151,33 +158,44 @@ MUTANTS = (
         "64 at a time",
         CACHES,
         together(
-            put(lambda right, held, n: right(held, n // 64 * 64), "quantized_body.CacheWithBits._quantize"),
+            put(
+                lambda right, held, start, n, _=0: right(held, start, n // 64 * 64),
+                "quantized_body.CacheWithBits._quantize",
+            ),
             put(in_64, "ragged_cache.RaggedCache._quantized"),
         ),
     ),
     Mutant("sinks are quantized", CACHES[:1], put(with_sinks, "quantized_body.CacheWithBits._quantize")),
     Mutant("counts in bytes", CACHES, put(counts_in_bytes, "memory/packed.PackedBlocks.add")),
+    Mutant(
+        "what leaves at once is exact",
+        CACHES,
+        put(lambda right, held, keys, values: (keys, values), "memory/packed.PackedBlocks.read_back"),
+    ),
+    Mutant("one fewer is exact", CACHES, put(one_fewer, *(f"{place}.__init__" for place in CLASSES))),
 )
 
 
-@pytest.fixture
-def cases_with_bits(monkeypatch):
-    """Of the caches' cases only these, since the others have nothing to do with it."""
+def put_cases(monkeypatch, *without):
+    """Of the caches' cases only those with bits, since the others have nothing to do with it."""
 
     def of_bits(operation, seed):
-        return [case for case in cases_of(operation, seed) if "bits" in case.parameters]
+        cases = [case for case in cases_of(operation, seed) if "bits" in case.parameters]
+        return [case for case in cases if not set(without) & set(case.parameters)]
 
     monkeypatch.setattr("kvcluster.conformance.cases.cases_of", of_bits)
 
 
 @pytest.mark.slow
-def test_the_fast_path_is_right(cases_with_bits):
+def test_the_fast_path_is_right(monkeypatch):
+    put_cases(monkeypatch)
     assert check(Implementation(fast), only=ALL, has_smallest=False).agrees
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_every_mutant_is_caught_and_its_cause_named(mutant, monkeypatch, cases_with_bits):
+def test_every_mutant_is_caught_and_its_cause_named(mutant, monkeypatch):
+    put_cases(monkeypatch, *(() if mutant.name in OF_EXACT else ("n_exact",)))
     mutant.patch(monkeypatch)
     report = check(Implementation(fast), only=ALL, has_smallest=False)
     found = {each.operation: each.counterexample for each in report.operations if each.counterexample is not None}

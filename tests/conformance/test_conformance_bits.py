@@ -10,7 +10,7 @@ from mistaken import assert_caught_and_named, failures
 
 from kvcluster import reference
 from kvcluster.conformance import Implementation, check
-from kvcluster.conformance.bits import ByBlocks, mistakes_of_bits, with_any_group
+from kvcluster.conformance.bits import ByBlocks, mistakes_of_bits, mistakes_of_exact, with_any_group
 from kvcluster.conformance.cases import cases_of
 from kvcluster.conformance.explaining import decisions
 from kvcluster.conformance.mistake import Mistake
@@ -21,7 +21,8 @@ from kvcluster.conformance.quantizing import Quantizing
 QUANTIZE, CLUSTERED, RAGGED = (OPERATIONS[name] for name in ("quantize", "ClusteredCache", "RaggedCache"))
 CACHES = {CLUSTERED: clustered_cache.replaced_caches, RAGGED: ragged_cache.replaced}
 TOLD = [(QUANTIZE, mistake) for mistake in QUANTIZE.mistakes]
-TOLD += [(of, mistake) for of, replaced in CACHES.items() for mistake in (*mistakes_of_bits(replaced), *QUANTIZING)]
+for of, replaced in CACHES.items():
+    TOLD += [(of, mistake) for mistake in (*mistakes_of_bits(replaced), *mistakes_of_exact(replaced), *QUANTIZING)]
 
 
 @pytest.fixture(autouse=True)
