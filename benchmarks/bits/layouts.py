@@ -15,7 +15,7 @@ from kvcluster.evaluation.quality.methods import DISTINCTIVE, Method, alike
 from kvcluster.fast import ClusteredCache as LayerCache
 from kvcluster.fast import Distinctive
 
-__all__ = ["LAYOUTS", "OF_OTHERS"]
+__all__ = ["LAYOUTS", "OF_OTHERS", "of_channels"]
 
 Layout = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # keys and values (..., entries, dim), as they are read back
 

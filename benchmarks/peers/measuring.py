@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.bits.layouts import of_channels
 from benchmarks.peers.compressing import Prompt, side_by_side
 from kvcluster.evaluation.quality import Case
 from kvcluster.evaluation.quality.cases import Needle
@@ -13,13 +14,20 @@ from kvcluster.evaluation.quality.scoring import NeedleScore, following_nll, sco
 __all__ = ["measure", "measure_question_first"]
 
 
-def measure(model: Any, cache: Any, case: Case, key: dict[str, Any], *, seconds: float) -> dict[str, Any]:
-    """Question later: of one cache of the context; `seconds` it took to compress."""
+def measure(
+    model: Any, cache: Any, case: Case, key: dict[str, Any], *, seconds: float, bits: int | None = None
+) -> dict[str, Any]:
+    """Question later: of one cache of the context; `seconds` it took to compress. With `bits` it is quantized first."""
     n_stored, nbytes = stored(cache, key, len(case.tokens))
+    if bits is not None:
+        quantize(cache, bits)
     begun = time.perf_counter()
     scores = score_needles(model, cache, case.needles, nbytes=nbytes)
     nll = following_nll(model, cache, case.following)
+    n_numbers = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
+    of_number = 16 if bits is None else bits + 1  # with scale and least number of each group
     return result_of(case, key, n_stored, nbytes, scores) | {
+        "nbytes_bfloat16": n_numbers * of_number // 8,
         "following_nll": rounded(nll),
         "seconds": {"clustering": round(seconds, 3), "asking": round(time.perf_counter() - begun, 2)},
     }
@@ -49,6 +57,12 @@ def measure_question_first(
         "n_prompt": prompts[longest].n_tokens,
         "seconds": {"clustering": round(seconds, 3), "asking": round(asking, 2)},
     }
+
+
+def quantize(cache: Any, bits: int) -> None:
+    """Put entries in `bits` and read them back, as KIVI would: groups of 32, keys by channel, values by entry."""
+    for layer in cache.layers:
+        layer.keys, layer.values = of_channels(layer.keys, layer.values, bits=bits, size=32)
 
 
 def stored(cache: Any, key: dict[str, Any], n_tokens: int) -> tuple[list[int], int]:

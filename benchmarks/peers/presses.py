@@ -25,7 +25,7 @@ from kvpress import (
     TOVAPress,
 )
 
-__all__ = ["COMPARED", "PRESSES", "Press"]
+__all__ = ["COMPARED", "IN_BITS", "PRESSES", "Press"]
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,6 @@ PRESSES = {
     "EntropyGatedChunkKV(SnapKV)": Press(lambda ratio: EntropyGatedChunkKVPress(SnapKVPress(ratio))),
     "ObservedAttention": Press(lambda ratio: ObservedAttentionPress(compression_ratio=ratio), needs_weights=True),
 }
+IN_BITS = ("Compactor", "LagKV", "KeyDiff", "StreamingLLM", "ChunkKV(SnapKV)")  # the best in needles or perplexity
 # Those that papers on compression after the question compare with.
 COMPARED = ("SnapKV", "StreamingLLM", "LagKV", "KeyDiff", "Compactor", "ExpectedAttention", "TOVA")

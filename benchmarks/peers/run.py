@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.peers.compressing import Context, Prompt, compress, read_context, read_question
 from benchmarks.peers.measuring import measure, measure_question_first
-from benchmarks.peers.presses import COMPARED, PRESSES
+from benchmarks.peers.presses import COMPARED, IN_BITS, PRESSES
 from benchmarks.quality.cases import add_case_arguments, cases_of
 from kvcluster.evaluation.models import load_llama, smollm2_folder
 from kvcluster.evaluation.quality import Case
@@ -50,36 +50,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
     parser.add_argument("--presses", nargs="+", choices=PRESSES, metavar="NAME")
     parser.add_argument("--both-settings", action="store_true", help="compress after each question too")
+    parser.add_argument("--bits", type=int, metavar="N", help="quantize what is left as KIVI would")
     add_case_arguments(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="kept from run to run: results/runs.jsonl or both-settings.jsonl"
     )
     parser.add_argument("--made", type=Path, default=RESULTS / "presses.json", metavar="FILE", help="presses as code")
     arguments = parser.parse_args()
+    if arguments.both_settings and arguments.bits is not None:
+        parser.error("--bits is for the question later: not with --both-settings")
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     model, tokenizer = load_llama(smollm2_folder())
     cases = cases_of(arguments, tokenizer)
     presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
     arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
-    is_both = arguments.both_settings
-    names = arguments.presses or list(COMPARED if is_both else PRESSES)
-    runs = Runs(arguments.json or RESULTS / ("both-settings.jsonl" if is_both else "runs.jsonl"), condense)
+    is_both, bits = arguments.both_settings, arguments.bits
+    names = arguments.presses or list(COMPARED if is_both else PRESSES if bits is None else IN_BITS)
+    file = "both-settings" if is_both else "runs" if bits is None else "bits"
+    runs = Runs(arguments.json or RESULTS / f"{file}.jsonl", condense)
     with Progress() as progress:
         task = progress.add_task("kvpress", total=len(cases) * (1 + len(names)) * (1 + is_both))
         for case in cases:
-            for _ in run_case(model, case, runs, names, arguments.keep):
+            for _ in run_case(model, case, runs, names, arguments.keep, bits):
                 progress.advance(task)
             if is_both:
                 for _ in run_case_question_first(model, case, runs, names, arguments.keep):
                     progress.advance(task)
 
 
-def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]) -> Iterator[None]:
+def run_case(
+    model: Any, case: Case, runs: Runs, names: list[str], keeps: list[float], bits: int | None = None
+) -> Iterator[None]:
     """Add the missing runs to `runs`: one step for the full cache and one for each press."""
     context, shared = None, shared_key(model, case)
     for name in (FULL, *names):
-        missing = missing_keys(runs, name, keeps, shared)
+        missing = missing_keys(runs, name, keeps, shared, bits)
         if missing and context is None:
             context = read_context(model, case.tokens)
         if missing and name == FULL:
@@ -87,7 +93,7 @@ def run_case(model: Any, case: Case, runs: Runs, names: list[str], keeps: list[f
         elif missing:
             caches, seconds = compress_all(model, name, missing, [context], seed=case.number)
             for key, [cache] in zip(missing, caches, strict=True):
-                runs.add(measure(model, cache, case, key, seconds=seconds))
+                runs.add(measure(model, cache, case, key, seconds=seconds, bits=bits))
         yield
 
 
@@ -115,9 +121,11 @@ def shared_key(model: Any, case: Case) -> dict[str, Any]:
     return shared | {"is_stepwise": False, "has_attention_error": False}
 
 
-def missing_keys(runs: Runs, name: str, keeps: list[float], shared: dict[str, Any]) -> list[dict[str, Any]]:
+def missing_keys(
+    runs: Runs, name: str, keeps: list[float], shared: dict[str, Any], bits: int | None = None
+) -> list[dict[str, Any]]:
     """Keys of a press, or of the full cache, that are not in `runs`."""
-    method = name if name == FULL else f"kvpress {name}"
+    method = name if name == FULL else f"kvpress {name}" + ("" if bits is None else f" in {bits} bits")
     keys = [{"method": method, "keep": keep, **shared} for keep in ([1.0] if name == FULL else keeps)]
     return [key for key in keys if runs.found(key) is None]
 

@@ -12,7 +12,7 @@ from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
 from ..distinctive_matching import Distinctive
 from ..entry_cache import EntryCache
-from ..exact.quantization import check_bits_of_entries, check_n_exact
+from ..exact.quantization import GROUP, check_bits_of_entries, check_n_exact
 from ..methods import Method
 from ..ragged_cache import RaggedCache
 from .bytes_ratio import N_EXACT, chosen_for_bytes
@@ -72,7 +72,7 @@ class ClusteredCache(ModelCache):
         keep_ratio : entries kept / tokens of what is clustered; 1 by default if there is a budget.
         bytes_ratio : in place of `keep_ratio` and `bits`, the memory that clustered entries take over what their tokens
             would take in the dtype of the model: `chosen_for_bytes` says which bits and how many entries that is, and
-            `report` what has been chosen. `n_exact` is then 32, unless it is given.
+            `report` what has been chosen. `n_exact` is then 32 if it can be, unless it is given.
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
             come, clusters are merged further. Without it entries grow with the tokens. Needs
             `method=SoftMatching()`.
@@ -123,7 +123,8 @@ class ClusteredCache(ModelCache):
                 raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
             dtype: Any = model.dtype
             keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, dtype.itemsize)
-            n_exact = N_EXACT if n_exact is None else n_exact
+            if n_exact is None and chunk_size % GROUP == 0:
+                n_exact = min(N_EXACT, N_RECENT if n_recent is None else n_recent)
         given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}
         given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
         given["bits"] = bits

@@ -17,10 +17,13 @@ from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.bytes_ratio import chosen_for_bytes, share_of_bytes
 
 SMALL = {"chunk_size": 16, "n_sink": 2, "n_recent": 8}
+RECENT_TOO = {"chunk_size": 32, "n_recent": 40, "n_exact": 5}
 KINDS = {
     "alike": {"keep_ratio": 0.35, "bits": 4},
     "heads": {"keep_ratio": [[0.35, 0.2], 0.35], "bits": (4, 2)},
     "all tokens": {"keep_ratio": 1.0, "bits": 3},
+    "recent too": {"keep_ratio": 0.35, "bits": 4, **RECENT_TOO},
+    "heads, recent too": {"keep_ratio": [[0.35, 0.2], 0.35], "bits": (4, 2), **RECENT_TOO},
 }
 
 
@@ -106,6 +109,7 @@ def test_a_share_of_the_bytes_is_kept_to(bytes_ratio, bits):
     report = cache.report()
     assert {tuple(layer.bits) for layer in report.layers} == {(bits, bits)}
     held = cache.layers[0].cache.caches[0]
+    assert held.n_exact == 0  # there is no recent window
     n_others = held.n_stored - held.n_quantized  # fewer than a group
     assert n_others < 32
     of_quantized = report.bytes_ratio - n_others * (2 * 64 * 2 + 4) / (1024 * 2 * 64 * 2)
@@ -166,6 +170,10 @@ def test_whole_heads_are_heads_of_ratio_one():
         ({"bytes_ratio": "0.1"}, TypeError, "bytes_ratio must be a number, got '0.1'"),
         ({"bytes_ratio": 0.1, "bits": 4}, ValueError, "bytes_ratio must be given without keep_ratio, budget and bits"),
         ({"bytes_ratio": 0.1, "keep_ratio": 0.5}, ValueError, "bytes_ratio must be given without keep_ratio"),
+        ({"keep_ratio": 0.5, "n_exact": 4}, ValueError, "n_exact must be None with 16 bits, where all is exact, got 4"),
+        ({"keep_ratio": 0.5, "bits": 4, "n_exact": 9}, ValueError, "n_exact must be at most n_recent, got 9 > 8"),
+        ({"bytes_ratio": 0.1, "n_exact": 4}, ValueError, "chunk_size must be a multiple of 32 with n_exact, got 16"),
+        ({"budget": 60, "n_exact": 4, "method": SoftMatching()}, ValueError, "n_exact must be None with 16 bits"),
         ({"keep_ratio": 0.5, "bits": None}, TypeError, "bits must be an integer, or one for keys and one for values"),
         (
             {"budget": 60, "bits": 4, "method": SoftMatching()},
@@ -182,3 +190,26 @@ def test_whole_heads_are_heads_of_ratio_one():
 def test_bits_that_cannot_be_served_are_refused(parameters, error, message):
     with pytest.raises(error, match=message):
         ClusteredCache.for_model(tiny_llama(), **parameters, **SMALL)
+
+
+@pytest.mark.parametrize(("sizes", "n_exact"), [({}, 32), ({"n_recent": 9}, 9), ({"chunk_size": 48}, None)])
+def test_a_share_of_the_bytes_leaves_few_tokens_exact(sizes, n_exact):
+    cache = ClusteredCache.for_model(tiny_llama(), bytes_ratio=0.1, **sizes)
+    assert cache.parameters["n_exact"] == n_exact
+    given = ClusteredCache.for_model(tiny_llama(), bytes_ratio=0.1, n_exact=0)
+    assert given.parameters["n_exact"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_hold_what_is_quantized(kind, tmp_path):
+    model, tokens = tiny_llama(layers=2), random_tokens(220)
+    cache = make(model, kind)
+    with torch.no_grad():
+        model(tokens[:, :200], past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = ClusteredCache.load(tmp_path / "cache.safetensors", model)
+    with torch.no_grad():
+        ours, theirs = (model(tokens[:, 200:], past_key_values=each).logits for each in (loaded, cache))
+    assert torch.equal(ours, theirs)
+    assert loaded.nbytes == cache.nbytes
+    assert loaded.parameters == cache.parameters
