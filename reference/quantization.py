@@ -10,7 +10,17 @@ from jaxtyping import Float, Float32, Int16, UInt8
 
 from .arguments import check_array, check_half_range, check_integer
 
-__all__ = ["GROUP", "Quantized", "check_bits_of_entries", "check_n_exact", "dequantize", "quantize", "read_back"]
+__all__ = [
+    "GROUP",
+    "Quantized",
+    "check_bits_of_entries",
+    "check_n_exact",
+    "dequantize",
+    "nbytes_of_row",
+    "quantize",
+    "read_back",
+    "within_range",
+]
 
 GROUP = 32  # numbers that share a scale
 LARGEST_ZERO = 2**11 - 1  # steps from the numbers of a group to 0
@@ -128,6 +138,21 @@ def read_back(
     of_entries = quantize(values, bits=bits[1])
     keys = dequantize(of_channels, keys.shape[-2]).swapaxes(-1, -2)
     return keys, dequantize(of_entries, values.shape[-1]), of_channels.nbytes + of_entries.nbytes
+
+
+def within_range(array: Float32[np.ndarray, "*shape"], dtype: np.dtype) -> Float[np.ndarray, "*shape"]:
+    """Rounded to `dtype`, where all are finite: what is read back can be half a step above the largest of float16."""
+    largest = np.finfo(np.float16 if dtype == np.float16 else np.float32).max
+    return np.clip(array, -largest, largest).astype(dtype)
+
+
+def nbytes_of_row(n_numbers: int, bits: int) -> int:
+    """Bytes of a quantized row: codes, scales and zeros.
+
+    >>> nbytes_of_row(64, 4)
+    40
+    """
+    return -(-n_numbers // GROUP) * 4 * (bits + 1)
 
 
 def up_to_bfloat16(array: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from .arguments import check_array, check_half_range
 from .entry_cache import EntryCache
-from .quantization import GROUP, check_bits_of_entries, read_back
+from .quantization import GROUP, check_bits_of_entries, read_back, within_range
 
 __all__ = ["CacheWithBits"]
 
@@ -102,12 +102,6 @@ class CacheWithBits(EntryCache):
         )
         self.quantized = tuple(np.delete(x, read, axis) for x, axis in zip(self.quantized, (-2, -2, -1), strict=True))
         self._n_recent_quantized -= n
-
-
-def within_range(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Numbers that are finite in `dtype`: what is read back can be half a step above the largest of float16."""
-    largest = np.finfo(np.float16 if dtype == np.float16 else np.float32).max
-    return np.clip(array, -largest, largest)
 
 
 def put_in(array: np.ndarray, place: int, part: np.ndarray, axis: int) -> np.ndarray:

@@ -1,11 +1,14 @@
 """The recall cache: all tokens are kept and clustered as they arrive, few are attended to (ClusterKV)."""
 
+import math
+
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 
 from .arguments import check_append, check_attention, check_half_range, check_integer, check_seed, check_share
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, kmeans
+from .quantization import check_bits_of_entries, dequantize, nbytes_of_row, quantize, within_range
 from .recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
 from .sampling import sample_tokens
 from .segments import SegmentPlan
@@ -39,10 +42,13 @@ class RecallCache:
     is_per_query_head : each query head of a group recalls with a budget of its own; else the group does together.
     is_exact_counted : sinks and recent tokens count in the budget. If not, `budget` tokens are recalled beside them;
         it need only be 1 then, and `segment_size` is 320 by default.
+    bits : of the numbers of the body, 8, 4, 3 or 2, or a pair of these for keys and for values: a token is quantized
+        alone, as it is recalled, when its segment has been clustered. 16: all stays as it is.
 
     Attributes
     ----------
-    keys, values : (..., n_seen, dim) and (..., n_seen, dim_value), in the order of arrival; None at first.
+    keys, values : (..., n_seen, dim) and (..., n_seen, dim_value), in the order of arrival; None at first. With `bits`
+        those of the body are as they are read back, rounded to the dtype of the cache.
     clusters : of the body; labels continue from segment to segment. None while there is no body.
     deviations : (..., clusters, dim), float32: see `mean_deviations`. These and the centroids are rounded to bfloat16,
         which halves what a faster implementation reads to select.
@@ -89,6 +95,7 @@ class RecallCache:
         init_seed: int | None = None,
         is_per_query_head: bool = False,
         is_exact_counted: bool = True,
+        bits: int | tuple[int, int] = 16,
     ) -> None:
         sizes = budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size
         self.plan = SegmentPlan(*sizes, is_exact_counted)
@@ -96,6 +103,7 @@ class RecallCache:
         check_share("spread", spread)
         if init_seed is not None:
             check_seed("init_seed", init_seed)
+        self.bits = check_bits_of_entries(bits, chunk_size=1)
         self.max_iter, self.is_centred = max_iter, is_centred
         self.init_seed, self.is_per_query_head = init_seed, is_per_query_head
         self.spread, self.centroids_for_rest = spread, centroids_for_rest
@@ -146,7 +154,11 @@ class RecallCache:
         arrays = [self.keys, self.values, self.deviations]
         if self.clusters is not None:
             arrays += [self.clusters.labels, self.clusters.counts, self.clusters.centroids]
-        return sum(array.nbytes for array in arrays if array is not None)
+        saved = 0
+        for array, bits in zip((self.keys, self.values), self.bits or (), strict=False):
+            of_token = array.shape[-1] * array.itemsize - nbytes_of_row(array.shape[-1], bits)
+            saved += math.prod(array.shape[:-2]) * self.n_clustered * of_token
+        return sum(array.nbytes for array in arrays if array is not None) - saved
 
     def append(
         self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
@@ -161,11 +173,15 @@ class RecallCache:
         Raises
         ------
         ValueError : wrong dtype or shape, NaN or infinity; with `is_centred`, keys above half of the largest float32
-            number, which might overflow when their mean is subtracted. The cache is then as it was.
+            number, which might overflow when their mean is subtracted; with `bits`, values too. The cache is then as it
+            was.
         """
         check_append(keys, values, (self.keys, self.values))
         if self.is_centred:
             check_half_range("keys", keys, "with is_centred")
+        if self.bits is not None:
+            check_half_range("keys", keys, "to be quantized")
+            check_half_range("values", values, "to be quantized")
         is_first = self.n_seen == 0
         if self.keys is None:
             self.keys, self.values = keys.copy(), values.copy()
@@ -185,6 +201,10 @@ class RecallCache:
         init = None if self.init_seed is None else self._sample(keys, n_clusters)
         fitted = kmeans(keys, n_clusters=n_clusters, init=init, max_iter=self.max_iter, is_centred=self.is_centred)
         deviations = round_to_bfloat16(mean_deviations(keys, fitted))
+        for array, bits in zip((self.keys, self.values), self.bits or (), strict=False):
+            tokens = array[..., start : start + size, :]
+            read = dequantize(quantize(tokens, bits=bits), tokens.shape[-1])
+            tokens[...] = within_range(read, tokens.dtype)
         new = Clusters(fitted.labels, fitted.counts, round_to_bfloat16(fitted.centroids))
         self.n_clustered += size
         if self.clusters is None:
