@@ -59,6 +59,8 @@ TABLE = {
         "plain.attention:attend_recalled", "kernels.attention:attend_recalled", "cpu.recall:attend_recalled"
     ),
     "pack_blocks": Row("exact.blocks:pack", cpp="cpu.packed:pack_blocks"),
+    "pack_rows": Row("exact.rows:pack_rows", cpp="cpu.rows:pack_rows"),
+    "unpack_rows": Row("exact.rows:unpack_rows", cpp="cpu.rows:unpack_rows"),
     "kmeans": Row("plain.kmeans:fit", "kernels.kmeans:fit"),
     "cluster_means": Row("exact.mean:cluster_means", "kernels.kmeans:cluster_means"),
     "select_clusters": Row("plain.selection:take", "kernels.select:take"),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..exact.blocks import BlockLayout, Packed, unpack
-from ..exact.quantization import GROUP, within_range
+from ..exact.quantization import GROUP
 from .ordinary import on_ordinary_tensors
+from .packed_tokens import as_read_back
 from .room import with_room
 
 __all__ = ["LastBlocks", "PackedBlocks"]
@@ -113,10 +114,8 @@ class PackedBlocks:
         """Keys and values (..., entries, .), a multiple of 32, as they are after quantization, in their dtypes."""
         if keys.numel() == 0:
             return keys, values
-        counts = torch.ones(keys.shape[:-1], dtype=torch.int32, device=keys.device)
-        blocks = implementation("pack_blocks", "auto", keys, values)(keys, values, counts, self.layout)
-        read_keys, read_values, _ = unpack(blocks, self.layout)
-        return within_range(read_keys, keys.dtype), within_range(read_values, values.dtype)
+        bits = self.layout.bits
+        return as_read_back(keys.mT, bits[0]).mT, as_read_back(values, bits[1])
 
     def last(self, n: int) -> "LastBlocks":
         """What `put_back` takes, with copies of the last `n` blocks of each head."""
