@@ -12,9 +12,8 @@ from torch import Tensor
 from .arguments import check_integer, check_shape
 from .backends import AnyBackend
 from .exact.entries import Reached
-from .exact.tiers import Exact
 from .memory.body_clusters import BodyClusters
-from .memory.fast_tier import FastTier, TierStatistics
+from .memory.fast_tier import TierStatistics
 from .memory.ordinary import on_ordinary_tensors
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
@@ -82,10 +81,7 @@ class TieredRecallCache(RecallCache):
         check_integer("n_steps", n_steps, least=1)
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
-        self.folder, self.n_steps = folder, n_steps
-        self.device = torch.device("cpu")
-        self.statistics = TierStatistics()
-        self._near: FastTier | None = None
+        self.folder, self.n_steps, self.device = folder, n_steps, torch.device("cpu")
 
     @classmethod
     def as_published(
@@ -107,7 +103,8 @@ class TieredRecallCache(RecallCache):
 
     @property
     def nbytes_slow(self) -> int:
-        return 0 if self._held is None else sum(array.nbytes for array in self._held)
+        of_body = 0 if self._packed is None else self._packed.nbytes_reserved
+        return of_body + (0 if self._held is None else sum(array.nbytes for array in self._held))
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         check_shape("keys", keys)
@@ -119,14 +116,14 @@ class TieredRecallCache(RecallCache):
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
         if self._held is None:
-            self._backend_of_steps = super()._step_backend(keys, values)
+            self._near_backend = super()._step_backend(keys, values)
         self.device = device
         super().extend(keys.detach().cpu(), values.detach().cpu())
         self.body.device = device
 
     def _step_backend(self, keys: Tensor, values: Tensor) -> str:
         """The one for the fast tier: `keys` and `values` have come to the host already."""
-        return self._backend_of_steps
+        return self._near_backend
 
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
@@ -137,47 +134,25 @@ class TieredRecallCache(RecallCache):
             torch.index_select(old, 0, indices.cpu(), out=new)
         rows = torch.arange(self._held[0].shape[:-2].numel(), device=self.device)
         rows = rows.reshape(len(self._held[0]), -1).index_select(0, indices.to(self.device)).flatten()
-        self.body.select_rows(rows)
-        if self._near is not None:
-            self._near.select_rows(rows)
+        self._select_problems(rows)
         self._held = moved[0], moved[1]
 
-    def crop(self, n_tokens: int) -> None:
-        super().crop(n_tokens)
-        if self._held is None:
-            self._near = None
-        elif self._near is not None and n_tokens > 0:
-            self._near.keep(self._before[1], min(self.settings.n_sink, self.n_seen))
-
-    def _with_clusters_of(self, choices: list[Tensor] | None) -> "FastTier":
-        """The fast tier, once all that this step attends to lies there."""
-        if self._near is None:
-            self._near = FastTier(self._held, self.device, self.settings.budget, self._backend_of_steps)
-        near, n_exact, problems = self._near, self.n_seen - self.n_clustered, len(self._flat(self._held[0]))
-        counts, first_member, n_sink = self.body.counts, self.body.first_member, self.settings.n_sink
-        if choices is None:
-            counts = first_member = torch.zeros(problems, 0, dtype=torch.int64, device=self.device)
-            choices = [counts]
-        sizes = near.replace(choices, counts, self.n_steps, self.statistics)
-        near.make_room(n_exact, sizes)
-        first = near.first_new_exact(self.n_clustered, n_sink)
-        near.bring(self._held, Exact(first, n_exact, n_sink, self.n_clustered), first_member, sizes)
-        near.n_exact, near.n_clustered = n_exact, self.n_clustered
-        self.statistics.nbytes_moved += int(sizes.sum()) * near.nbytes_of_token
-        return near
+    @property
+    def _near_device(self) -> torch.device:
+        return self.device
 
     def _reached(self, taken: list[Tensor] | None) -> Reached:
-        near = self._with_clusters_of(taken)
-        keys, values = near.held
-        # exact rows come first there, then clusters
-        return Reached(keys, values, near.first_row, n_sink=0, n_body=0, n_exact=self._n_exact)
+        return self._brought(taken)
 
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
         return super()._in_order_of_arrival(array.to(self.device))
 
     def _move_to_room_for(self, tokens: int, like: tuple[Tensor, ...]) -> None:
         rows = with_room(tokens, least=self.settings.segment_size, share=8)
-        self._held = move_to_room(self._held, self.n_seen, like, rows, lambda shape, new: self._slow(shape, new.dtype))
+        self._held = move_to_room(self._held, self._n_held, like, rows, lambda shape, new: self._slow(shape, new.dtype))
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        return self._slow(shape, torch.uint8)
 
     def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Slow memory that belongs to this process alone."""

@@ -8,10 +8,15 @@ from torch import Tensor
 
 from ..backends import cell
 from ..exact.tiers import Exact
-from .body_clusters import longer
+from ..plain.tiers import bring_packed
+from .body_clusters import BodyClusters, longer
 from .ordinary import on_ordinary_tensors
+from .packed_tokens import PackedTokens
 
 __all__ = ["FastTier", "TierStatistics"]
+
+# Keys and values of exact tokens, with the body among them if it is not packed; tokens that are exact; sinks.
+Slow = tuple[tuple[Tensor, ...], PackedTokens | None, int, int]
 
 
 @dataclass
@@ -22,8 +27,8 @@ class TierStatistics:
     ----------
     n_asked : clusters that steps took tokens of; n_hits : of these, those that lay in the fast tier already.
     n_evicted : clusters that left the fast tier; those that `crop` drops do not count.
-    nbytes_moved : bytes of keys and values of whole clusters copied to the fast tier. Sinks and recent tokens, which
-        come once each, are not counted.
+    nbytes_moved : bytes of keys and values of whole clusters copied to the fast tier, in few bits where they lie so.
+        Sinks and recent tokens, which come once each, are not counted.
     """
 
     n_asked: int = 0
@@ -62,6 +67,33 @@ class FastTier:
         self.end = torch.zeros(problems, dtype=torch.int64, device=device)  # of the rows in use
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.backend = backend if device.type == "cpu" else "torch"
+
+    def step_to(
+        self,
+        choices: list[Tensor] | None,
+        body: BodyClusters,
+        slow: Slow,
+        n_steps: int,
+        statistics: TierStatistics,
+    ) -> None:
+        """Hold all that a step attends to that takes tokens of `choices`, None while there is no body."""
+        held, packed, n_exact, n_sink = slow
+        counts, first_member = body.counts, body.first_member
+        if choices is None:
+            counts = first_member = torch.zeros(len(self.end), 0, dtype=torch.int64, device=self.end.device)
+            choices = [counts]
+        sizes = self.replace(choices, counts, n_steps, statistics)
+        self.make_room(n_exact, sizes)
+        first, n_body = self.first_new_exact(body.n_tokens, n_sink), body.n_tokens
+        if packed is None:
+            self.bring(held, Exact(first, n_exact, n_sink, n_body), first_member, sizes)
+        else:
+            self.bring(held, Exact(first, n_exact, n_sink, 0), first_member, torch.zeros_like(sizes))
+            places = first_member, sizes, self.first_row, self.end
+            self.first_row, self.end = bring_packed(packed.rows, packed.read, self.held, *places, self.side)
+        self.n_exact, self.n_clustered = n_exact, n_body
+        of_token = self.nbytes_of_token if packed is None else packed.nbytes_of_token
+        statistics.nbytes_moved += int(sizes.sum()) * of_token
 
     def replace(
         self, taken: list[Tensor], counts: Tensor, n_steps: int, statistics: TierStatistics

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..arguments import check_integer, check_seed, check_share
+from ..exact.quantization import check_bits_of_entries
 
 __all__ = ["RecallSettings"]
 
@@ -24,6 +25,12 @@ class RecallSettings:
     init_seed: int | None = None
     is_per_query_head: bool = False
     is_exact_counted: bool = True
+    bits: int | tuple[int, int] = 16
+
+    @property
+    def of_bits(self) -> tuple[int, int] | None:
+        """Bits of keys and of values; None for 16."""
+        return check_bits_of_entries(self.bits, chunk_size=1)
 
     @classmethod
     def as_published(cls, *, budget: int, seed: int = 0) -> "RecallSettings":
@@ -61,6 +68,7 @@ class RecallSettings:
         check_share("spread", self.spread, may_be_zero=True)
         if self.init_seed is not None:
             check_seed("init_seed", self.init_seed)
+        check_bits_of_entries(self.bits, chunk_size=1)
 
     def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones."""

@@ -1,7 +1,7 @@
 """The fast tier of a recall cache with torch's own operations, on any device."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..exact.entries import recalled_places
 from ..exact.tiers import Exact, Replaced
 
-__all__ = ["bring", "replace_clusters"]
+__all__ = ["bring", "bring_packed", "replace_clusters"]
 
 
 def replace_clusters(
@@ -66,24 +66,47 @@ def bring(
     return torch.where(sizes > 0, begins, first_row), end + sizes.sum(dim=1)
 
 
+def bring_packed(
+    source: tuple[Tensor, ...],
+    read: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+    held: tuple[Tensor, ...],
+    first_member: Tensor,
+    sizes: Tensor,
+    first_row: Tensor,
+    end: Tensor,
+    side: torch.cuda.Stream | None,
+) -> tuple[Tensor, Tensor]:
+    """As `bring`, of clusters alone, from rows of bytes (problems, tokens, .) that `read` makes keys and values of."""
+    begins = end.unsqueeze(1) + sizes.cumsum(dim=1) - sizes
+    copy(source, held, recalled_places(first_member, sizes), recalled_places(begins, sizes), side, read)
+    return torch.where(sizes > 0, begins, first_row), end + sizes.sum(dim=1)
+
+
 def copy(
     source: tuple[Tensor, ...],
     held: tuple[Tensor, ...],
     source_rows: Tensor,
     rows: Tensor,
     side: torch.cuda.Stream | None,
+    read: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda moved: moved,
 ) -> None:
-    """Copy `source_rows` of `source` (..., rows, .) to `rows` of `held`, both (problems, copied), -1 for none."""
+    """Copy `source_rows` of `source` (..., rows, .) to `rows` of `held`, both (problems, copied), -1 for none.
+
+    What is copied is `read` on the device of `held`.
+    """
     problem = torch.arange(len(rows), device=rows.device).unsqueeze(1)
     pairs = (source_rows, source[0]), (rows, held[0])
     source_rows, rows = ((places + problem * x.shape[-2])[places >= 0] for places, x in pairs)
     with copying(side):
+        moved = []
         for to, array in zip(held, source, strict=True):
             is_far = array.device != to.device
             shape = len(rows), array.shape[-1]
             moving = torch.empty(shape, dtype=array.dtype, device=array.device, pin_memory=is_far)
             torch.index_select(array.reshape(-1, array.shape[-1]), 0, source_rows.to(array.device), out=moving)
-            to.view(-1, array.shape[-1]).index_copy_(0, rows, moving.to(to.device, non_blocking=True))
+            moved.append(moving.to(to.device, non_blocking=True))
+        for to, array in zip(held, read(tuple(moved)), strict=True):
+            to.view(-1, array.shape[-1]).index_copy_(0, rows, array)
 
 
 @contextlib.contextmanager
