@@ -91,7 +91,7 @@ def dtype_name(array: torch.Tensor) -> str:
 def check_half_range(name: str, array: torch.Tensor, why: str) -> None:
     """Refuse numbers that might overflow float32 when another one is subtracted, or when they are rounded up."""
     half = torch.finfo(torch.float32).max / 2
-    largest = float(array.abs().max()) if array.numel() else 0.0
+    largest = float(array.detach().abs().max()) if array.numel() else 0.0
     if largest > half:
         raise ValueError(f"{name} must be at most {half:.3g} in size {why}, got {largest:.3g}")
 

@@ -13,6 +13,7 @@ from .exact.entries import Reached
 from .memory.fast_tier import FastTier
 from .memory.segments import RecallSettings
 from .memory.step import RecallStep
+from .memory.work import ClusteringWork
 from .recall_tokens import RecallTokens
 from .selection import Selection
 
@@ -86,6 +87,21 @@ class RecallCache(RecallTokens):
     def deviations(self) -> Float32[Tensor, "*lead clusters dim"] | None:
         return None if self.body.scored is None else self._with_leads(self.body.scored.deviations)
 
+    @property
+    def n_stored(self) -> int:
+        return self.n_seen
+
+    width = mean_entries = n_stored  # every KV head holds every token
+
+    @property
+    def work(self) -> ClusteringWork:
+        return self.body.work
+
+    def append(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
+        """Take the next tokens, then cluster every segment that is due."""
+        self.extend(keys, values)
+        self.cluster()
+
     def select_clusters(self, query: Float[Tensor, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
         check_query(query, None if self._held is None else self._held[0])
@@ -142,4 +158,5 @@ class RecallCache(RecallTokens):
         slow = self._held, self._packed, self._n_exact, self.settings.n_sink
         self._near.step_to(taken, self.body, slow, self.n_steps, self.statistics)
         # exact rows come first there, then clusters
-        return Reached(*self._near.held, self._near.first_row, n_sink=0, n_body=0, n_exact=self._n_exact)
+        keys, values = self._near.held
+        return Reached(keys, values, self._near.first_row, n_sink=0, n_body=0, n_exact=self._n_exact)

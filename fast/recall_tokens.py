@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from .arguments import check_append, check_half_range, check_integer
@@ -17,7 +17,6 @@ from .memory.ordinary import on_ordinary_tensors
 from .memory.packed_tokens import PackedTokens
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
-from .memory.work import ClusteringWork
 
 __all__ = ["RecallTokens"]
 
@@ -58,8 +57,15 @@ class RecallTokens:
         return keys, values
 
     @property
-    def like(self) -> tuple[Tensor, ...]:
-        """Tensors of the shape of keys and values of all heads, without memory of their own."""
+    def bits(self) -> tuple[int, int] | None:
+        """Bits of keys and of values of the body; None where these are as they came."""
+        return self.settings.of_bits
+
+    @property
+    def like(self) -> tuple[Tensor, ...] | None:
+        """Tensors of the shape of keys and values of all heads, without memory of their own; None at first."""
+        if self._held is None:
+            return None
         shapes = ((*x.shape[:-2], self.n_seen, x.shape[-1]) for x in self._held)
         return tuple(x.new_empty(()).expand(shape) for x, shape in zip(self._held, shapes, strict=True))
 
@@ -67,16 +73,6 @@ class RecallTokens:
     def _n_held(self) -> int:
         """Tokens that lie in `_held`."""
         return self.n_seen - (0 if self._packed is None else self.n_clustered)
-
-    @property
-    def n_stored(self) -> int:
-        return self.n_seen
-
-    width = mean_entries = n_stored  # every KV head holds every token
-
-    @property
-    def work(self) -> ClusteringWork:
-        return self.body.work
 
     @property
     def n_clustered(self) -> int:
@@ -105,11 +101,6 @@ class RecallTokens:
         held = *(self._held or ()), *(self._lost or ()), *(() if self._near is None else self._near.held)
         of_body = self.body.nbytes + (0 if self._packed is None else self._packed.nbytes_reserved)
         return of_body + sum(tensor.untyped_storage().nbytes() for tensor in held)
-
-    def append(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
-        """Take the next tokens, then cluster every segment that is due."""
-        self.extend(keys, values)
-        self.cluster()
 
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
@@ -145,27 +136,35 @@ class RecallTokens:
         """The second half of `append`: cluster every segment that is due."""
         leaving = max(0, self.n_seen - self.settings.n_sink - self.n_clustered - self.settings.n_recent)
         sizes = self.settings.sizes(leaving, is_first=self._is_prompt)
-        start, n_leaving = self.settings.n_sink, sum(sizes)
-        if self._packed is not None and 0 < n_leaving <= UNDO_TOKENS + self.settings.segment_size:
-            self._lost = tuple(self._flat(x)[:, start : start + n_leaving].clone() for x in self._held)
+        start = self.settings.n_sink
+        if self._packed is not None:
+            self._keep_last(sizes)
         for size in dict.fromkeys(sizes):  # those of one size together
             segments = sizes.count(size)
             if self._packed is None:
                 start = self.settings.n_sink + self.n_clustered
             parts = [self._flat(array)[:, start : start + segments * size] for array in self._held]
             if self._packed is None:
-                places = self._add_to_body(*parts, size)
+                places = self._add_to_body(parts[0], parts[1], size)
                 for part, held in zip(parts, self._held, strict=True):
                     part.copy_(rows_of(self._flat(held), start + places))
             else:
                 self._pack(self._packed, parts, size)
-        if self._packed is not None and self._lost is None:
-            self._before = self.n_clustered, self.body.n_clusters  # for good
+
+    def _keep_last(self, sizes: list[int]) -> None:
+        """Keep exact what `crop` may need of the tokens that segments of these sizes quantize: the last segments."""
+        for_good = sizes[: self.settings.n_for_good(sizes, UNDO_TOKENS)]
+        first, end = (self.settings.n_sink + sum(of) for of in (for_good, sizes))
+        if first < end:
+            self._lost = tuple(self._flat(x)[:, first:end].clone() for x in self._held)
+        n_clusters = self.body.n_clusters + sum(map(self.settings.n_clusters, for_good))
+        self._before = self.n_clustered + sum(for_good), n_clusters
 
     def _add_to_body(self, keys: Tensor, values: Tensor, size: int) -> Tensor:
         """Cluster tokens (problems, tokens, .) in segments of `size`; their places in the order of the clusters."""
-        in_segments = (x.unflatten(1, (x.shape[1] // size, size)) for x in (keys, values))
-        return self.body.add(*in_segments, n_clusters=self.settings.n_clusters(size))
+        shape = keys.shape[1] // size, size
+        n_clusters = self.settings.n_clusters(size)
+        return self.body.add(keys.unflatten(1, shape), values.unflatten(1, shape), n_clusters=n_clusters)
 
     def _pack(self, packed: PackedTokens, parts: list[Tensor], size: int) -> None:
         """Cluster the tokens `parts`, the first behind the sinks, in segments of `size`, and quantize each."""

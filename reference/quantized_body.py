@@ -78,9 +78,10 @@ class CacheWithBits(EntryCache):
         self._nbytes_of_group = nbytes // (n_due // GROUP) + 2 * counts.size // (n_due // GROUP)  # counts in 16 bits
         old = self.quantized or (keys[..., :0, :], values[..., :0, :], counts[..., :0])
         place = self.n_quantized - (0 if are_recent else self._n_recent_quantized)
-        self.quantized = tuple(
-            put_in(array, place, new, axis)
-            for array, new, axis in zip(old, (keys, values, counts), (-2, -2, -1), strict=True)
+        self.quantized = (
+            put_in(old[0], place, keys, -2),
+            put_in(old[1], place, values, -2),
+            put_in(old[2], place, counts, -1),
         )
         self._n_recent_quantized += n_due if are_recent else 0
         self._replace(due.start, due.stop, keys[..., :0, :], values[..., :0, :], counts[..., :0])
@@ -100,7 +101,7 @@ class CacheWithBits(EntryCache):
             within_range(values[..., read, :], self.values.dtype),
             counts[..., read],
         )
-        self.quantized = tuple(np.delete(x, read, axis) for x, axis in zip(self.quantized, (-2, -2, -1), strict=True))
+        self.quantized = np.delete(keys, read, -2), np.delete(values, read, -2), np.delete(counts, read, -1)
         self._n_recent_quantized -= n
 
 

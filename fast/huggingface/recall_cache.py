@@ -54,6 +54,7 @@ class RecallCache(ModelCache):
         init_seed: int | None = None,
         is_per_query_head: bool = False,
         is_exact_counted: bool = True,
+        bits: int | tuple[int, int] = 16,
         offloading: bool = False,
         folder: str | Path | None = None,
         n_steps: int = 1,
@@ -67,6 +68,8 @@ class RecallCache(ModelCache):
         n_dense_layers : first layers that attend to all tokens (sliding ones are counted, but keep to their window);
             2 in the paper (arXiv:2412.03213).
         n_sink, ... : as in `kvcluster.reference.RecallCache`, for every layer.
+        bits : of the body's numbers, 8, 4, 3 or 2, or a pair of these for keys and for values; not in dense layers.
+            Steps read back what they recall, several new tokens at once all of it.
         init_seed : layer i of n draws with the seed `(init_seed * n + i) % 2**32`; None: nothing is drawn.
         offloading : keep keys and values in slow memory, except those of the clusters that were recalled in the last
             `n_steps` steps: see `kvcluster.fast.tiers.TieredRecallCache`, also for `folder`. Dense layers, whose steps
@@ -99,15 +102,17 @@ class RecallCache(ModelCache):
             init_seed=init_seed,
             is_per_query_head=is_per_query_head,
             is_exact_counted=is_exact_counted,
+            bits=bits,
         )
         tiers = {"folder": folder, "n_steps": n_steps} if offloading else {}
         if not offloading and (folder is not None or n_steps != 1):
             raise ValueError(f"offloading must be True for a folder or n_steps, got {folder!r} and {n_steps}")
 
         def layer(index: int) -> RecallLayer:
-            is_dense, of_layer = index < n_dense_layers, settings
+            is_dense = index < n_dense_layers
+            of_layer = replace(settings, bits=16) if is_dense else settings
             if init_seed is not None:
-                of_layer = replace(settings, init_seed=(init_seed * config.num_hidden_layers + index) % 2**32)
+                of_layer = replace(of_layer, init_seed=(init_seed * config.num_hidden_layers + index) % 2**32)
             return RecallLayer(is_dense, of_layer, {} if is_dense else tiers)
 
         layers = layers_of_model(config, layer)

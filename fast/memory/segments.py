@@ -7,6 +7,8 @@ from ..exact.quantization import check_bits_of_entries
 
 __all__ = ["RecallSettings"]
 
+MOST_KEPT = 512  # tokens of a segment that are kept to undo it
+
 
 @dataclass(frozen=True)
 class RecallSettings:
@@ -77,6 +79,17 @@ class RecallSettings:
             last = leaving % size
             return [size] * (leaving // size) + [last] * (last > 0)
         return [self.segment_size] * (leaving // self.segment_size)
+
+    def n_for_good(self, sizes: list[int], n_tokens: int) -> int:
+        """Of segments of these sizes, those that are older than all in which the last `n_tokens` tokens are.
+
+        All of them if these are large: then too much would have to be kept to undo them.
+        """
+        n_last, n_old = 0, len(sizes)
+        while n_old and n_last < n_tokens:
+            n_old -= 1
+            n_last += sizes[n_old]
+        return n_old if n_last <= n_tokens + MOST_KEPT else len(sizes)
 
     def budget_of_body(self, n_exact: int) -> int:
         """Tokens of the body that are recalled beside `n_exact` sinks and recent tokens, if there are so many."""
