@@ -150,6 +150,8 @@ class RecallTokens:
                     part.copy_(rows_of(self._flat(held), start + places))
             else:
                 self._pack(self._packed, parts, size)
+        if self._packed is not None and self._held[0].shape[-2] > 2 * (self._n_held + self.settings.segment_size):
+            self._move_to_room_for(self._n_held, self._held)  # a prompt has left it
 
     def _keep_last(self, sizes: list[int]) -> None:
         """Keep exact what `crop` may need of the tokens that segments of these sizes quantize: the last segments."""

@@ -201,10 +201,7 @@ class RecallCache:
         init = None if self.init_seed is None else self._sample(keys, n_clusters)
         fitted = kmeans(keys, n_clusters=n_clusters, init=init, max_iter=self.max_iter, is_centred=self.is_centred)
         deviations = round_to_bfloat16(mean_deviations(keys, fitted))
-        for array, bits in zip((self.keys, self.values), self.bits or (), strict=False):
-            tokens = array[..., start : start + size, :]
-            read = dequantize(quantize(tokens, bits=bits), tokens.shape[-1])
-            tokens[...] = within_range(read, tokens.dtype)
+        self._quantize(start, size)
         new = Clusters(fitted.labels, fitted.counts, round_to_bfloat16(fitted.centroids))
         self.n_clustered += size
         if self.clusters is None:
@@ -217,6 +214,13 @@ class RecallCache:
             np.concatenate([old.centroids, new.centroids], axis=-2),
         )
         self.deviations = np.concatenate([self.deviations, deviations], axis=-2)
+
+    def _quantize(self, start: int, size: int) -> None:
+        """With `bits`, put in the place of tokens what is read back of them."""
+        for array, bits in zip((self.keys, self.values), self.bits or (), strict=False):
+            tokens = array[..., start : start + size, :]
+            read = dequantize(quantize(tokens, bits=bits), tokens.shape[-1])
+            tokens[...] = within_range(read, tokens.dtype)
 
     def _sample(self, keys: np.ndarray, n_clusters: int) -> Int64[np.ndarray, "*lead n_clusters"]:
         """Where k-means of a segment's keys begins: the last leading index is the head, the others draw alike."""

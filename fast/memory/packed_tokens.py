@@ -14,6 +14,7 @@ from .room import move_to_room, with_room
 
 __all__ = ["PackedTokens", "as_read_back", "packed_rows", "read_rows"]
 
+LEAST_ROOM = 320  # tokens
 Rows = tuple[UInt8[Tensor, "problems tokens nbytes"], UInt8[Tensor, "problems tokens nbytes"]]
 
 
@@ -66,7 +67,7 @@ class PackedTokens:
         """Hold these rows behind the others."""
         n_tokens = self.n_tokens + rows[0].shape[1]
         if n_tokens > self.rows[0].shape[1]:
-            room = with_room(n_tokens, least=rows[0].shape[1])
+            room = with_room(n_tokens, least=min(rows[0].shape[1], LEAST_ROOM))
             self.rows = move_to_room(self.rows, self.n_tokens, rows, room, lambda shape, _: self._allocate(shape))
         for held, new in zip(self.rows, rows, strict=True):
             held[:, self.n_tokens : n_tokens] = new
