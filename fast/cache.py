@@ -193,12 +193,12 @@ class ClusteredCache(CacheWithBits):
     @property
     def _n_body_quantized(self) -> int:
         """Entries of the body that are quantized."""
-        return 0 if self.bits is None else self.n_body // GROUP * GROUP
+        return self.n_quantized - self._n_recent_quantized
 
     @property
     def _n_recent_quantized(self) -> int:
         """Recent tokens that are quantized."""
-        return self.n_quantized - self._n_body_quantized
+        return 0 if self.n_exact is None else self.n_quantized - self.n_body // GROUP * GROUP
 
     @property
     def _n_groups(self) -> int:

@@ -122,7 +122,7 @@ def round_between_rounds(monkeypatch):
 
 
 def log_counts_by(log: Callable[..., Tensor]) -> Patch:
-    without_cpp = put(lambda *_: "torch", "backends.choose", "recall_cache.choose")
+    without_cpp = put(lambda *_: "torch", "backends.choose", "recall_tokens.choose")
     return together(put(log, "plain/attention.log_counts"), without_cpp)
 
 
@@ -257,7 +257,7 @@ ODD_AS_SOURCES = together(
 )
 TIED_SCORES = together(
     put(last_of_tied_scores, "plain/selection.certified_ranking"),
-    put(lambda *_: "torch", "recall_cache.choose"),  # C++ ranks by itself
+    put(lambda *_: "torch", "recall_tokens.choose"),  # C++ ranks by itself
 )
 
 MUTANTS = (

@@ -80,6 +80,7 @@ SETTINGS = [
     recall("ours, 16 tokens a cluster", budgets=SMALL, tokens_per_cluster=16),
     recall("ours, 80 tokens a cluster", budgets=SMALL, tokens_per_cluster=80),
     recall("ours + centred keys", budgets=SMALL, is_centred=True),
+    *(recall(f"ours in {bits} bits", budgets=SMALL, bits=bits) for bits in (8, 4, 2)),
     recall("ours + centroids for the rest", budgets=SMALL, centroids_for_rest=True),
     ruled("ours + mass 0.95", mass=0.95),
     ruled("ours, group by largest product", combine=lambda x: x.amax(-2)),

@@ -19,10 +19,11 @@ STEPS_HELD = (1, 2, 4, 8)
 
 @torch.inference_mode()
 def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: Callable[[], object]) -> Section:
-    """Greedy generation by the model after a context; every cache gives the same tokens, or this raises."""
+    """Greedy generation by the model after a context; two tiers give the tokens of memory, or this raises."""
     layers = read_layers(model, context.tokens)
     options: dict[str, dict[str, Any]] = {"in memory": {}}
     options |= {f"two tiers, clusters of the last {n} steps": {"offloading": True, "n_steps": n} for n in STEPS_HELD}
+    options |= {f"4 bits, {name}": {**of, "bits": 4} for name, of in options.items() if of.get("n_steps", 1) == 1}
     caches = {
         name: filled(RecallCache.for_model(model, budget=budget, **settings), layers)
         for name, settings in options.items()
@@ -37,8 +38,10 @@ def time_tiers(model: Any, context: Context, budget: int, n_new: int, advance: C
         return run
 
     seconds = seconds_in_turn({name: step(name) for name in caches}, n_new, advance)
-    if len({int(token) for token in next_tokens.values()}) != 1:
-        raise RuntimeError("the tiers must generate the tokens of memory, got other ones")
+    for bits in ("", "4 bits"):
+        tokens = {int(token) for name, token in next_tokens.items() if name.startswith("4 bits") == bool(bits)}
+        if len(tokens) != 1:
+            raise RuntimeError(f"the tiers must generate the tokens of memory, got other ones {bits}")
     lines = []
     for name, cache in caches.items():
         ratio = str(ratios(seconds[name], seconds["in memory"]))
