@@ -1,6 +1,5 @@
 """The online cache: tokens arrive, grow old, and are clustered chunk by chunk."""
 
-import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +7,6 @@ import numpy as np
 
 from .arguments import check_integer, check_keep_ratio, check_method, check_recent_share
 from .merging import Clustering, merge
-from .quantization import check_n_exact
 from .quantized_body import CacheWithBits
 from .soft_matching import SoftMatching
 
@@ -37,10 +35,7 @@ class ClusteredCache(CacheWithBits):
     n_recent : last tokens that are always exact, at least 0. Tokens leave in whole chunks, so the recent tokens
         number `n_recent <= recent < n_recent + chunk_size` as soon as that many have been seen.
     recent_share : at least `floor(recent_share * n_seen)` of the last tokens are exact too, in [0, 0.5].
-    whole_heads, bits : heads that keep every token, numbers of the body in few bits, as in `CacheWithBits`.
-    n_exact : with `bits`, last tokens that are not quantized, at most `n_recent`: all others behind the sinks are, 32
-        in a row, and a chunk is clustered as they are read back; `chunk_size` is then a multiple of 32. None: recent
-        tokens stay exact.
+    whole_heads, bits, n_exact : heads that keep every token, numbers in few bits, as in `CacheWithBits`.
 
     Attributes
     ----------
@@ -78,30 +73,24 @@ class ClusteredCache(CacheWithBits):
         bits: int | tuple[int, int] = 16,
         n_exact: int | None = None,
     ) -> None:
-        super().__init__(whole_heads, bits, chunk_size, n_sink)
+        super().__init__(whole_heads, bits, chunk_size, n_sink, n_recent, n_exact)
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
         check_recent_share(recent_share)
-        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_recent, self.recent_share, self.n_exact = n_recent, recent_share, n_exact
-        self.n_clustered = 0
-        self._n_body = 0  # entries of the body, but for quantized ones
+        self.n_recent, self.recent_share = n_recent, recent_share
+        self.n_clustered, self._n_body = 0, 0  # tokens; entries of the body, but for quantized ones
 
     def _cluster_what_is_due(self) -> None:
-        n_recent = max(self.n_recent, math.floor(float(self.recent_share) * self.n_seen))
-        unclustered = self.n_seen - self.n_sink - self.n_clustered
-        leaving = max(0, unclustered - n_recent) // self.chunk_size * self.chunk_size
+        n_recent = max(self.n_recent, int(float(self.recent_share) * self.n_seen))
+        leaving = max(0, self.n_seen - self.n_sink - self.n_clustered - n_recent) // self.chunk_size * self.chunk_size
         # entries that are not quantized:  sinks | body | leaving | recent
         #                                              start     stop
         start = self.n_sink + self._n_body
-        if self.n_exact is not None:
-            n_old = unclustered - self._n_recent_quantized - self.n_exact
-            self._quantize_whole_groups(start, n_old, are_recent=True)
-            self._read_back_recent(start, leaving)
+        self._quantize_recent(start, leaving)
         if leaving == 0:
             return
         stop = start + leaving

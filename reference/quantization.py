@@ -16,7 +16,6 @@ __all__ = [
     "check_bits_of_entries",
     "check_n_exact",
     "dequantize",
-    "nbytes_of_row",
     "quantize",
     "read_back",
     "within_range",
@@ -146,15 +145,6 @@ def within_range(array: Float32[np.ndarray, "*shape"], dtype: np.dtype) -> Float
     return np.clip(array, -largest, largest).astype(dtype)
 
 
-def nbytes_of_row(n_numbers: int, bits: int) -> int:
-    """Bytes of a quantized row: codes, scales and zeros.
-
-    >>> nbytes_of_row(64, 4)
-    40
-    """
-    return -(-n_numbers // GROUP) * 4 * (bits + 1)
-
-
 def up_to_bfloat16(array: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
     """Numbers that are not negative, rounded up to bfloat16.
 
@@ -233,6 +223,7 @@ def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_si
     if n_exact is None:
         return
     check_integer("n_exact", n_exact, least=0)
+    check_integer("n_recent", n_recent, least=0)
     if bits is None:
         raise ValueError(f"n_exact must be None with 16 bits, where all is exact, got {n_exact}")
     if n_exact > n_recent:

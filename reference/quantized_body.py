@@ -6,7 +6,7 @@ import numpy as np
 
 from .arguments import check_array, check_half_range
 from .entry_cache import EntryCache
-from .quantization import GROUP, check_bits_of_entries, read_back, within_range
+from .quantization import GROUP, check_bits_of_entries, check_n_exact, read_back, within_range
 
 __all__ = ["CacheWithBits"]
 
@@ -20,6 +20,9 @@ class CacheWithBits(EntryCache):
     bits : 8, 4, 3 or 2, or a pair of these for keys and for values; 16: nothing is quantized.
     chunk_size : the most tokens that an entry can stand for; below 32,768 with fewer bits, as counts get 16.
     n_sink : entries before all that are quantized.
+    n_exact : with fewer bits, last tokens that are not quantized, at most `n_recent`: all others behind the sinks are,
+        32 in a row, and a chunk is clustered as they are read back; `chunk_size` is then a multiple of 32. None: recent
+        tokens stay exact.
 
     Attributes
     ----------
@@ -29,10 +32,19 @@ class CacheWithBits(EntryCache):
     n_stored, nbytes : of all entries. `keys`, `values` and `counts` are those of the entries that are not quantized.
     """
 
-    def __init__(self, whole_heads: Sequence[int], bits: int | tuple[int, int], chunk_size: int, n_sink: int) -> None:
+    def __init__(
+        self,
+        whole_heads: Sequence[int],
+        bits: int | tuple[int, int],
+        chunk_size: int,
+        n_sink: int,
+        n_recent: int,
+        n_exact: int | None,
+    ) -> None:
         super().__init__(whole_heads)
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=whole_heads)
-        self.n_sink = n_sink
+        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
+        self.n_sink, self.n_exact = n_sink, n_exact
         self.quantized: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._n_recent_quantized = 0
         self._nbytes_of_group = 0  # of 32 entries
@@ -75,34 +87,30 @@ class CacheWithBits(EntryCache):
         due = slice(start, start + n_due)
         keys, values, nbytes = read_back(self.keys[..., due, :], self.values[..., due, :], self.bits)
         counts = self.counts[..., due]
-        self._nbytes_of_group = nbytes // (n_due // GROUP) + 2 * counts.size // (n_due // GROUP)  # counts in 16 bits
+        self._nbytes_of_group = (nbytes + 2 * counts.size) // (n_due // GROUP)  # counts in 16 bits
         old = self.quantized or (keys[..., :0, :], values[..., :0, :], counts[..., :0])
         place = self.n_quantized - (0 if are_recent else self._n_recent_quantized)
-        self.quantized = (
-            put_in(old[0], place, keys, -2),
-            put_in(old[1], place, values, -2),
-            put_in(old[2], place, counts, -1),
-        )
+        new = zip(old, (keys, values, counts), (-2, -2, -1), strict=True)
+        keys, values, counts = (put_in(array, place, more, axis) for array, more, axis in new)
+        self.quantized = keys, values, counts
         self._n_recent_quantized += n_due if are_recent else 0
         self._replace(due.start, due.stop, keys[..., :0, :], values[..., :0, :], counts[..., :0])
         return n - n_due
 
-    def _read_back_recent(self, start: int, n: int) -> None:
-        """Put the first `n` quantized recent tokens, as they are read back, before the entry `start` again."""
-        if n == 0 or self.quantized is None or self.keys is None or self.values is None:
+    def _quantize_recent(self, start: int, leaving: int) -> None:
+        """Quantize the recent tokens, entries from `start` on, that are old enough; read back the first `leaving`."""
+        if self.n_exact is None or self.keys is None or self.values is None:
+            return
+        self._quantize_whole_groups(start, self.keys.shape[-2] - start - self.n_exact, are_recent=True)
+        if leaving == 0 or self.quantized is None:
             return
         keys, values, counts = self.quantized
-        first = self.n_quantized - self._n_recent_quantized
-        read = slice(first, first + n)
-        self._replace(
-            start,
-            start,
-            within_range(keys[..., read, :], self.keys.dtype),
-            within_range(values[..., read, :], self.values.dtype),
-            counts[..., read],
-        )
+        read = slice(first := self.n_quantized - self._n_recent_quantized, first + leaving)
+        read_keys = within_range(keys[..., read, :], self.keys.dtype)
+        read_values = within_range(values[..., read, :], self.values.dtype)
+        self._replace(start, start, read_keys, read_values, counts[..., read])
         self.quantized = np.delete(keys, read, -2), np.delete(values, read, -2), np.delete(counts, read, -1)
-        self._n_recent_quantized -= n
+        self._n_recent_quantized -= leaving
 
 
 def put_in(array: np.ndarray, place: int, part: np.ndarray, axis: int) -> np.ndarray:

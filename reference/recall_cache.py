@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from .arguments import check_append, check_attention, check_half_range, check_integer, check_seed, check_share
 from .clustered_attention import clustered_attention
 from .kmeans import Clusters, kmeans
-from .quantization import check_bits_of_entries, dequantize, nbytes_of_row, quantize, within_range
+from .quantization import GROUP, check_bits_of_entries, dequantize, quantize, within_range
 from .recall import mean_deviations, mean_of_members, recalled_entries, round_to_bfloat16
 from .sampling import sample_tokens
 from .segments import SegmentPlan
@@ -156,7 +156,7 @@ class RecallCache:
             arrays += [self.clusters.labels, self.clusters.counts, self.clusters.centroids]
         saved = 0
         for array, bits in zip((self.keys, self.values), self.bits or (), strict=False):
-            of_token = array.shape[-1] * array.itemsize - nbytes_of_row(array.shape[-1], bits)
+            of_token = array.shape[-1] * array.itemsize - math.ceil(array.shape[-1] / GROUP) * 4 * (bits + 1)
             saved += math.prod(array.shape[:-2]) * self.n_clustered * of_token
         return sum(array.nbytes for array in arrays if array is not None) - saved
 
@@ -173,8 +173,7 @@ class RecallCache:
         Raises
         ------
         ValueError : wrong dtype or shape, NaN or infinity; with `is_centred`, keys above half of the largest float32
-            number, which might overflow when their mean is subtracted; with `bits`, values too. The cache is then as it
-            was.
+            number, which might overflow when their mean is subtracted; with `bits`, values too. It is then as it was.
         """
         check_append(keys, values, (self.keys, self.values))
         if self.is_centred:

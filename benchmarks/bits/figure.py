@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvcluster.evaluation.colours import BLUE, GREEN, GREY, ORANGE, VERMILION
+from kvcluster.evaluation.colours import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILION
 
 __all__ = ["draw"]
 
@@ -14,7 +14,8 @@ GROUPS = {
     "clusters and bits (ours)": ("o", BLUE),
     "bits alone (ours)": ("s", GREEN),
     "clusters alone (ours)": ("^", ORANGE),
-    "transformers' QuantizedCache": ("x", VERMILION),
+    "bits alone, by others": ("x", VERMILION),
+    "kvpress and 4 bits": ("+", BLACK),
 }
 PERPLEXITIES = 0.98, 1.36  # that are shown
 
@@ -52,8 +53,10 @@ def draw_part(axes: Axes, summaries: list[dict[str, Any]], part: str, title: str
 def group_of(summary: dict[str, Any]) -> str | None:
     """The group of a summary; None for other layouts."""
     method, is_all = summary["method"], summary["keep"] == 1.0
-    if method.startswith("quanto"):
-        return "transformers' QuantizedCache"
+    if method.startswith(("quanto", "hqq", "turboquant")):
+        return "bits alone, by others"
+    if method.startswith("kvpress"):
+        return "kvpress and 4 bits"
     if not method.startswith("bits-"):
         return None
     if method == "bits-16":

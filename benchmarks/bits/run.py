@@ -41,6 +41,7 @@ __all__ = ["main", "make_tables"]
 
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "bits.md"
+PEERS = ROOT / "benchmarks" / "peers" / "results" / "bits.jsonl"  # of SmolLM2, by make bench-peers
 MODELS = "smollm2", "gemma3-270m"
 SHORT, LONG = 4096, 16384
 N_CONTEXTS = {SHORT: 4, LONG: 2}
@@ -85,6 +86,7 @@ def main() -> None:
         for name in arguments.models:
             measure(name)
     runs = {name: Runs(results(name)).all for name in MODELS}
+    runs[MODELS[0]] = [*runs[MODELS[0]], *(run for run in Runs(PEERS).all if run["key"]["method"].endswith("bits"))]
     found = {name: summarize([run for run in of if run["n_tokens"] < LONG]) for name, of in runs.items() if of}
     longer = summarize([run for run in runs[MODELS[1]] if run["n_tokens"] >= LONG])
     tables = make_tables(found) | {"longer": longer_table(longer)}
@@ -125,7 +127,8 @@ def make_tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     tables = {}
     for name, summaries in found.items():
         of = {(each["method"], each["keep"]): each for each in summaries}
-        compared = [pair for pair in (*BITS_ALONE, *ENTRIES_ALONE, *BOTH) if pair in of]
+        peers = [pair for pair in of if pair[0].startswith("kvpress")]
+        compared = [pair for pair in (*BITS_ALONE, *ENTRIES_ALONE, *BOTH, *peers) if pair in of]
         rows = [row(of[pair]) for pair in sorted(compared, key=lambda pair: -of[pair]["of_bfloat16"])]
         tables[name] = f"{TITLES[name]}:\n\n" + table(HEAD, rows)
         layouts = [row(of[pair]) for pair in OF_LAYOUTS if pair in of]
@@ -151,6 +154,8 @@ def row(summary: dict[str, Any]) -> list[str]:
 def title(summary: dict[str, Any]) -> str:
     """What a row shows."""
     name, is_all = summary["method"], summary["keep"] == 1.0
+    if name.startswith("kvpress"):
+        return name
     if name.split("-")[0] in BY_OTHERS:
         return f"all tokens, {name[-1]} bits by {BY_OTHERS[name.split('-')[0]]}"
     if name in LAYOUTS:

@@ -10,15 +10,7 @@ from kvcluster import reference
 from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering, merge
 
-from ..bits import (
-    all_entries,
-    bits_cases,
-    mistakes_of_bits,
-    mistakes_of_exact,
-    recent_cases,
-    refused_bits,
-    refused_exact,
-)
+from ..bits import all_entries, bits_cases, mistakes_of_bits, refused_bits
 from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given, without
@@ -28,6 +20,7 @@ from ..mistake import Mistake, Patch
 from ..operation import Operation, Spelling
 from ..port import THE_REFERENCE, Port, parameters_of
 from ..recent import mistakes_of_chunks, mistakes_of_shares, recent_share_cases, refused_shares
+from ..recent_tokens import mistakes_of_exact, recent_cases, refused_exact
 from ..whole_heads import WHOLE_HEADS, OfAllHeads, refused_heads, returned_counts, whole_head_cases
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING

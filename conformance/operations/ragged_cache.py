@@ -11,7 +11,7 @@ from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering
 from kvcluster.reference.ragged_cache import rectangle as right_rectangle
 
-from ..bits import bits_cases, mistakes_of_bits, mistakes_of_exact, recent_cases, refused_bits, refused_exact
+from ..bits import bits_cases, mistakes_of_bits, refused_bits
 from ..caches import attended, cache_spelling, fill, good_tokens, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given
@@ -21,6 +21,7 @@ from ..mistake import Mistake, Patch
 from ..operation import Operation
 from ..port import THE_REFERENCE, Port
 from ..recent import mistakes_of_chunks, mistakes_of_shares, recent_share_cases, refused_shares
+from ..recent_tokens import mistakes_of_exact, recent_cases, refused_exact
 from ..whole_heads import mistakes_of_places, returned_counts
 from .attention import HEADS, WEIGHTS
 from .chunked_soft_matching import MATCHING, joined
@@ -77,19 +78,18 @@ def cases(base: int) -> Iterator[Case]:
     yield Case("RaggedCache", "defaults", long, {"keep_ratios": (0.25, 0.5), "pieces": (690, 10)})
     yield from recent_share_cases("RaggedCache", {**PLAN, "n_recent": 6, "keep_ratios": (0.4, 1.0)}, (2, 2), base + 350)
     keep, method = lambda share: {"keep_ratios": (share, 1.0, share / 3)}, Distinctive(n_shared=2)
-    yield from bits_cases("RaggedCache", keep, (3,), method, base + 385)
-    yield from recent_cases("RaggedCache", keep, (3,), method, base + 450)
+    for of_bits, seed in ((bits_cases, 385), (recent_cases, 450)):
+        yield from of_bits("RaggedCache", keep, (3,), method, base + seed)
 
 
 def refused() -> Iterator[Case]:
     rule = {"keep_ratios": (0.5,), "chunk_size": 2, "n_sink": 1, "n_recent": 2}
     yield from refused_tokens("RaggedCache", rule, {**rule, "keep_ratios": (2.0,)})
     yield from refused_shares("RaggedCache", rule)
-    yield from refused_bits("RaggedCache", rule)
-    yield from refused_exact("RaggedCache", rule)
+    yield from (*refused_bits("RaggedCache", rule), *refused_exact("RaggedCache", rule))
     for name, ratios in (("none", ()), ("number", 0.5), ("bool", (True,)), ("zero", (0.0,)), ("two", (0.5, 0.5))):
-        parameters = {**rule, "keep_ratios": ratios, "pieces": (8,)}
-        yield Case("RaggedCache", f"refused-{name}", good_tokens(), parameters, is_refused=True)
+        wrong = {**rule, "keep_ratios": ratios, "pieces": (8,)}
+        yield Case("RaggedCache", f"refused-{name}", good_tokens(), wrong, is_refused=True)
     for name, value in {"chunk_size": 0, "n_sink": -1, "n_recent": -1, "method": Distinctive(n_shared=0)}.items():
         yield Case("RaggedCache", f"refused-{name}", good_tokens(), {**rule, name: value, "pieces": (8,)}, True)
     one_axis_less = {name: array[0] for name, array in good_tokens().items()}
@@ -205,8 +205,7 @@ class RoundedOnce(reference.ClusteredCache):
         self.method = decided_by
 
     def cluster(self, keys: np.ndarray, values: np.ndarray, *, keep_ratio: float, chunk_size: int) -> Clustering:
-        n_before = self.n_clustered // chunk_size
-        n_chunks = keys.shape[-2] // chunk_size
+        n_before, n_chunks = self.n_clustered // chunk_size, keys.shape[-2] // chunk_size
         ends = [math.ceil(n * keep_ratio * chunk_size) for n in range(n_before, n_before + n_chunks + 1)]
         made = []
         for chunk, target in enumerate(np.diff(ends)):
@@ -279,8 +278,7 @@ LENGTHS = (
     ),
 )
 PLACES = mistakes_of_places("ragged_cache", "rectangle", right_rectangle, "18.3")
-SHARES = mistakes_of_shares(replaced)
-BITS = (*mistakes_of_bits(replaced), *mistakes_of_exact(replaced), *QUANTIZING)
+SHARES, BITS = mistakes_of_shares(replaced), (*mistakes_of_bits(replaced), *mistakes_of_exact(replaced), *QUANTIZING)
 OF_CLUSTERED = (*MATCHING, *WEIGHTS, *HEADS, *mistakes_of_chunks(replaced), *DISTINCTIVE, *IGNORED)
 OPERATION = Operation(
     name="RaggedCache",
@@ -297,7 +295,6 @@ OPERATION = Operation(
     mistakes=(*OF_CLUSTERED, *RATIOS, *OF_OTHERS, *LENGTHS, *PLACES, *SHARES, *BITS),
     scaffold="""
 # append(keys, values), attend(query), n_seen, lengths, and entries() if you have it
-# RaggedCache = my_package.RaggedCache
-# keep_ratios, chunk_size, n_sink, n_recent, recent_share, method, bits, n_exact
+# RaggedCache = my_package.RaggedCache  # keep_ratios, chunk_size, n_sink, n_recent, recent_share, method, bits, n_exact
 """,
 )

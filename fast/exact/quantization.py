@@ -135,6 +135,7 @@ def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_si
     if n_exact is None:
         return
     check_integer("n_exact", n_exact, least=0)
+    check_integer("n_recent", n_recent, least=0)
     if bits is None:
         raise ValueError(f"n_exact must be None with 16 bits, where all is exact, got {n_exact}")
     if n_exact > n_recent:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..backends import cell
 from ..exact.tiers import Exact
-from ..plain.tiers import bring_packed
 from .body_clusters import BodyClusters, longer
 from .ordinary import on_ordinary_tensors
 from .packed_tokens import PackedTokens
@@ -90,6 +89,7 @@ class FastTier:
         else:
             self.bring(held, Exact(first, n_exact, n_sink, 0), first_member, torch.zeros_like(sizes))
             places = first_member, sizes, self.first_row, self.end
+            bring_packed = cell("bring_packed", self.backend)
             self.first_row, self.end = bring_packed(packed.rows, packed.read, self.held, *places, self.side)
         self.n_exact, self.n_clustered = n_exact, n_body
         of_token = self.nbytes_of_token if packed is None else packed.nbytes_of_token

@@ -10,13 +10,14 @@ from mistaken import assert_caught_and_named, failures
 
 from kvcluster import reference
 from kvcluster.conformance import Implementation, check
-from kvcluster.conformance.bits import ByBlocks, mistakes_of_bits, mistakes_of_exact, with_any_group
+from kvcluster.conformance.bits import ByBlocks, mistakes_of_bits, with_any_group
 from kvcluster.conformance.cases import cases_of
 from kvcluster.conformance.explaining import decisions
 from kvcluster.conformance.mistake import Mistake
 from kvcluster.conformance.operations import OPERATIONS, clustered_cache, ragged_cache
 from kvcluster.conformance.operations.quantize import QUANTIZING, everywhere
 from kvcluster.conformance.quantizing import Quantizing
+from kvcluster.conformance.recent_tokens import mistakes_of_exact
 
 QUANTIZE, CLUSTERED, RAGGED = (OPERATIONS[name] for name in ("quantize", "ClusteredCache", "RaggedCache"))
 CACHES = {CLUSTERED: clustered_cache.replaced_caches, RAGGED: ragged_cache.replaced}
