@@ -102,9 +102,14 @@ class RecallCache(RecallTokens):
         self.extend(keys, values)
         self.cluster()
 
+    @property
+    def _keys_like(self) -> Tensor | None:
+        """A tensor of the shape of all keys; None at first."""
+        return None if self.like is None else self.like[0]
+
     def select_clusters(self, query: Float[Tensor, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""
-        check_query(query, None if self._held is None else self._held[0])
+        check_query(query, self._keys_like)
         taken = self._take(self._flat(query.detach()))
         return None if taken is None else Selection(self._with_leads(self.body.joined(taken)))
 
@@ -112,7 +117,7 @@ class RecallCache(RecallTokens):
         self, query: Float[Tensor, "*lead group dim"], *, scale: float | None = None
     ) -> Float[Tensor, "*lead group dim_value"]:
         """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
-        check_query(query, None if self._held is None else self._held[0])
+        check_query(query, self._keys_like)
         flat = self._flat(query.detach())
         output = self._step(self._take(flat)).attend(flat, query.shape[-1] ** -0.5 if scale is None else scale)
         return output.reshape(*query.shape[:-1], output.shape[-1])

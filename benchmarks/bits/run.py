@@ -51,7 +51,7 @@ PACKAGES = {"optimum": "optimum-quanto==0.2.7", "hqq": "hqq==0.2.8.post1", "turb
 BITS_ALONE = [(f"bits-{bits}-few", 1.0) for bits in (8, 4, 3, 2)]
 BITS_ALONE += [(name, 1.0) for names in OF_OTHERS.values() for name in names]
 ENTRIES_ALONE = [("bits-16", keep) for keep in (0.5, 0.25, 0.1)]
-BOTH = [("bits-4-few", keep) for keep in (0.5, 0.33, 0.25, 0.22)] + [("bits-4", 0.5), ("bits-4", 0.25)]
+BOTH = [("bits-4-few", keep) for keep in (0.5, 0.33, 0.25, 0.22, 0.2, 0.14)] + [("bits-4", 0.5), ("bits-4", 0.25)]
 BOTH += [("bits-3-few", keep) for keep in (0.25, 0.18, 0.14)] + [("bits-2-few", 0.25), ("bits-3-2-few", 0.16)]
 BOTH += [("bits-3-middle", 0.25), ("bits-3-long", 0.26)]
 OF_LONG = [("bits-4-few", 1.0), ("bits-2-few", 1.0), ("bits-16", 0.25)]

@@ -14,7 +14,7 @@ __all__ = ["N_EXACT", "chosen_for_bytes", "share_of_bytes"]
 N_EXACT = 32  # last tokens, which are exact
 COUNT_BITS = 16  # of an entry
 # Bits, and the smallest part of the tokens that they are used for; below it fewer bits keep more tokens instead.
-LEAST_KEPT = {8: 1.0, 4: 0.25, 3: 0.0}
+LEAST_KEPT = {8: 1.0, 4: 0.14, 3: 0.0}
 
 
 def share_of_bytes(bits: int, dim: int, itemsize: int) -> float:

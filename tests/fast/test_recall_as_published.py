@@ -93,7 +93,7 @@ def test_the_preset_is_what_the_paper_states():
     clustering = {"n_sink": 16, "tokens_per_cluster": 80, "segment_size": 320, "prompt_segment_size": None}
     clustering |= {"max_iter": 1000, "is_centred": False, "init_seed": 3}
     recall = {"n_recent": 0, "spread": 0.0, "centroids_for_rest": False}
-    recall |= {"is_per_query_head": True, "is_exact_counted": False}
+    recall |= {"is_per_query_head": True, "is_exact_counted": False, "bits": 16}
     assert vars(cache.settings) == {"budget": 64, **clustering, **recall}
     arrays = tokens_of(0, 816 + 320, lead=(1,))
     for token in (816, *range(817, 816 + 320)):

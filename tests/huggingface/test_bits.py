@@ -100,7 +100,7 @@ def test_bytes_are_those_of_the_bits():
         assert caches[bits].report().as_dict()["nbytes"] == caches[bits].nbytes
 
 
-@pytest.mark.parametrize(("bytes_ratio", "bits"), [(0.6, 8), (0.3, 4), (0.12, 4), (0.07, 3), (0.03, 3)])
+@pytest.mark.parametrize(("bytes_ratio", "bits"), [(0.6, 8), (0.3, 4), (0.12, 4), (0.07, 4), (0.03, 3)])
 def test_a_share_of_the_bytes_is_kept_to(bytes_ratio, bits):
     model = tiny_llama(head_dim=64, layers=2).to(torch.bfloat16)
     cache = ClusteredCache.for_model(model, bytes_ratio=bytes_ratio, chunk_size=256, n_sink=0, n_recent=0)
