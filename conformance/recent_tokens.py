@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from kvcluster import reference
-from kvcluster.reference.quantization import GROUP
 
 from .bits import Keep, Replace
 from .caches import good_tokens
@@ -99,23 +98,12 @@ class RecentFirst(reference.ClusteredCache):
         return keys[..., order, :], values[..., order, :], counts[..., order]
 
 
-class FromTheLast(reference.ClusteredCache):
-    """Recent tokens are quantized as soon as there are more exact ones than `n_exact`, to the next 32."""
-
-    def _quantize_whole_groups(self, start: int, n: int, *, are_recent: bool = False) -> int:
-        n_recent = self.n_seen - self.n_sink - self.n_clustered - self._n_recent_quantized
-        most = n_recent // GROUP * GROUP
-        n = min(-(-max(0, n) // GROUP) * GROUP, most) if are_recent else n
-        return super()._quantize_whole_groups(start, n, are_recent=are_recent)
-
-
 def mistakes_of_exact(replaced: Replace) -> tuple[Mistake, ...]:
     """Which recent tokens are quantized, and what a chunk of them is clustered as."""
     of_rules = {
         "a chunk is clustered from exact tokens: as they are read back": FromExactTokens,
         "tokens that leave at once are clustered exact: as they are read back": FromWhatIsThere,
         "recent tokens come before the body: behind its quantized entries": RecentFirst,
-        "32 tokens are quantized when one is old enough: when all are": FromTheLast,
     }
     return (
         Mistake("n_exact is ignored: older recent tokens are quantized", "19.11", change=without("n_exact")),

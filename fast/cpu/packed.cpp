@@ -23,6 +23,7 @@ namespace {
 constexpr int LANES_OF_HALF = GROUP / 2;
 constexpr int PACKED_TILE = 4;    // query rows that share one pass over a block
 constexpr int SPLIT_BLOCKS = 64;  // blocks of one program, 2048 entries
+constexpr int CACHE_LINE = 64;    // bytes
 
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
@@ -184,13 +185,21 @@ void add_values(const Layout& at, const uint8_t* block, const float (*weights)[B
     }
 }
 
+// Asks for bytes that are read soon: scales lie far from codes, and no processor guesses both.
+inline void ask_for(const uint8_t* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += CACHE_LINE) __builtin_prefetch(from + i);
+}
+
 // Takes at most two blocks into the partial results of the N rows of a tile; all rows see all their entries.
 template <int KEY_BITS, int VALUE_BITS, int N>
 void attend_blocks(const Layout& at, const uint8_t* blocks, int n, const float* query, Scratch& scratch, Partial to) {
     alignas(64) float weights[N][BLOCK], bias[BLOCK] = {};
     int visible[N];
     std::fill(visible, visible + N, n * GROUP);
+    const uint8_t* ahead = blocks + BLOCK / GROUP * at.nbytes;
     for (int b = 0; b < n; b++) {
+        ask_for(ahead + b * at.nbytes, at.value_codes);
+        ask_for(ahead + b * at.nbytes + at.key_scales, at.value_scales - at.key_scales);
         float(*part)[BLOCK] = reinterpret_cast<float(*)[BLOCK]>(&weights[0][b * GROUP]);
         add_keys<KEY_BITS, N>(at, blocks + b * at.nbytes, query, scratch, part);
         for (int j = 0; j < GROUP; j++)
@@ -198,6 +207,8 @@ void attend_blocks(const Layout& at, const uint8_t* blocks, int n, const float* 
     }
     weigh<N>(weights, bias, n * GROUP, 0, visible, static_cast<int>(at.dim), to);
     for (int b = 0; b < n; b++) {
+        ask_for(ahead + b * at.nbytes + at.value_codes, at.key_scales - at.value_codes);
+        ask_for(ahead + b * at.nbytes + at.value_scales, at.nbytes - at.value_scales);
         const float(*part)[BLOCK] = reinterpret_cast<const float(*)[BLOCK]>(&weights[0][b * GROUP]);
         add_values<VALUE_BITS, N>(at, blocks + b * at.nbytes, part, scratch, to.output);
     }
