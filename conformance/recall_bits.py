@@ -17,7 +17,7 @@ from .mistake import Mistake, Patch
 __all__ = ["cases_of_bits", "mistakes_of_bits", "refused_bits"]
 
 
-def cases_of_bits(plan: dict[str, Any], base: int) -> Iterator[Case]:
+def cases_of_bits(operation: str, plan: dict[str, Any], base: int) -> Iterator[Case]:
     of_both = (4, (8, 3), 2)
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "normal")):
         arrays = attention_arrays(kind, (2,), 3, 150, (16, 40)[index % 2], dtype, base + index)
@@ -35,21 +35,21 @@ def cases_of_bits(plan: dict[str, Any], base: int) -> Iterator[Case]:
         "budget-covers-all": {"budget": 300},
     }
     for name, changed in changes.items():
-        yield Case("RecallCache", f"bits-{name}", arrays, {**plan, "bits": 4, **changed, "pieces": (150, 1, 49)})
+        yield Case(operation, f"bits-{name}", arrays, {**plan, "bits": 4, **changed, "pieces": (150, 1, 49)})
     of_16 = attention_arrays("normal", (2,), 1, 150, 8, "f16", base + 7)
     ends = np.clip(of_16["keys"].astype(np.float32) * 4e4, -65504, 65504).astype(np.float16)
     largest = {**of_16, "keys": ends, "query": of_16["query"] * np.float16(2.0**-12)}
-    yield Case("RecallCache", "bits-largest-f16", largest, {**plan, "bits": 3, "pieces": (150,)})
+    yield Case(operation, "bits-largest-f16", largest, {**plan, "bits": 3, "pieces": (150,)})
 
 
-def refused_bits() -> Iterator[Case]:
+def refused_bits(operation: str) -> Iterator[Case]:
     bits: dict[str, Any] = {"5": 5, "float": 4.0, "bool": True, "text": "4", "one": (4,), "pair-of-16": (4, 16)}
     plan = {"budget": 20, "n_sink": 2, "pieces": (8,)}
     for name, of in bits.items():
-        yield Case("RecallCache", f"refused-bits-{name}", good_tokens(), {**plan, "bits": of}, is_refused=True)
+        yield Case(operation, f"refused-bits-{name}", good_tokens(), {**plan, "bits": of}, is_refused=True)
     for name in ("keys", "values"):
         arrays = good_tokens() | {name: np.full((1, 8, 4), 2e38, np.float32)}
-        yield Case("RecallCache", f"refused-bits-large-{name}", arrays, {**plan, "bits": 8}, is_refused=True)
+        yield Case(operation, f"refused-bits-large-{name}", arrays, {**plan, "bits": 8}, is_refused=True)
 
 
 class OfReadBack(reference.RecallCache):

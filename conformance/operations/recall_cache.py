@@ -63,7 +63,7 @@ def cases(base: int) -> Iterator[Case]:
     }
     for name, changed in changes.items():
         yield Case("RecallCache", name, arrays, {**changed, "pieces": (150, 1, 49)})
-    yield from cases_of_bits(plan, base + 460)
+    yield from cases_of_bits("RecallCache", plan, base + 460)
 
 
 def refused() -> Iterator[Case]:
@@ -71,7 +71,7 @@ def refused() -> Iterator[Case]:
     for name, seed in (("seed", -1), ("seed-of-33-bits", 2**32)):
         wrong = {"budget": 20, "n_sink": 2, "init_seed": seed, "pieces": (8,)}
         yield Case("RecallCache", f"refused-{name}", good_tokens(), wrong, is_refused=True)
-    yield from refused_bits()
+    yield from refused_bits("RecallCache")
 
 
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
