@@ -22,9 +22,7 @@ def cases_of_bits(operation: str, plan: dict[str, Any], base: int) -> Iterator[C
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in ("smooth", "normal")):
         arrays = attention_arrays(kind, (2,), 3, 150, (16, 40)[index % 2], dtype, base + index)
         pieces = ((150,), (101, *[1] * 49), (1, 60, 0, 40, 49))[index // 2]
-        yield Case(
-            "RecallCache", f"bits-{kind}-{dtype}", arrays, {**plan, "bits": of_both[index % 3], "pieces": pieces}
-        )
+        yield Case(operation, f"bits-{kind}-{dtype}", arrays, {**plan, "bits": of_both[index % 3], "pieces": pieces})
     arrays = attention_arrays("smooth", (1, 2), 2, 200, 8, "f32", base + 6)
     changes: dict[str, dict[str, Any]] = {
         "16": {"bits": 16},
