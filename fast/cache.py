@@ -52,7 +52,7 @@ class ClusteredCache(CacheWithBits):
         n_exact: int | None = None,
         backend: AnyBackend = "auto",
     ) -> None:
-        super().__init__(whole_heads, bits, chunk_size, n_sink)
+        super().__init__(whole_heads, bits, chunk_size, n_sink, n_exact)
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
@@ -61,7 +61,7 @@ class ClusteredCache(CacheWithBits):
         self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, n_exact=n_exact, **shared)
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_recent, self.recent_share, self.n_exact, self.backend = n_recent, recent_share, n_exact, backend
+        self.n_recent, self.recent_share, self.backend = n_recent, recent_share, backend
         self.spans: tuple[int, ...] = ()
         self._overwritten: Overwritten | BeforeQuantizing | None = None  # by the last clustering
 

@@ -28,10 +28,17 @@ class CacheWithBits(EntryCache):
     `values` and `counts` are those of all other entries.
     """
 
-    def __init__(self, whole_heads: Sequence[int], bits: int | tuple[int, int], chunk_size: int, n_sink: int) -> None:
-        super().__init__(whole_heads, least_room=min(chunk_size, 64))
+    def __init__(
+        self,
+        whole_heads: Sequence[int],
+        bits: int | tuple[int, int],
+        chunk_size: int,
+        n_sink: int,
+        n_exact: int | None = None,
+    ) -> None:
+        super().__init__(whole_heads, least_room=GROUP if n_exact is not None else min(chunk_size, 64))
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=self.whole_heads)
-        self.n_sink = n_sink
+        self.n_sink, self.n_exact = n_sink, n_exact
         self._packed: PackedBlocks | None = None
 
     @property

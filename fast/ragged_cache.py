@@ -75,7 +75,8 @@ class RaggedCache(RaggedEntries):
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
         self._targets = [entries_of_chunk(ratio, chunk_size) for ratio in self.keep_ratios]
-        super().__init__(n_sink, check_bits_of_entries(bits, chunk_size=chunk_size), min(chunk_size, 64))
+        least_room = GROUP if n_exact is not None else min(chunk_size, 64)
+        super().__init__(n_sink, check_bits_of_entries(bits, chunk_size=chunk_size), least_room)
         shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
         self._rules = SpanRules(chunk_size, min(self._targets), n_sink, n_recent, n_exact=n_exact, **shared)
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
