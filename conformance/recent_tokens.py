@@ -26,7 +26,7 @@ def recent_cases(operation: str, keep: Keep, lead: tuple[int, ...], method: Any,
         for place, kind in enumerate(("smooth", "normal")):
             arrays = attention_arrays(kind, lead, 2, 190, (16, 40)[place], dtype, seed + index)
             changed = {"bits": (4, (8, 3), 2)[index], "pieces": splits[(index + place) % 3]}
-            yield Case(operation, f"recent-{kind}-{dtype}", arrays, {**plan, **changed})
+            yield Case(operation, f"exact-{kind}-{dtype}", arrays, {**plan, **changed})
     arrays = attention_arrays("normal", lead, 2, 190, 16, "f32", seed + 3)
     changes: dict[str, dict[str, Any]] = {
         "of-no-group": {"n_exact": 45, "pieces": (48 + 31,)},
@@ -41,13 +41,13 @@ def recent_cases(operation: str, keep: Keep, lead: tuple[int, ...], method: Any,
         "scale": {"scale": 0.7, "bits": 2},
     }
     for name, changed in changes.items():
-        yield Case(operation, f"recent-{name}", arrays, {**plan, "pieces": (100, 90), **changed})
+        yield Case(operation, f"exact-{name}", arrays, {**plan, "pieces": (100, 90), **changed})
     layer = attention_arrays("smooth", (2, *lead), 2, 190, 8, "f32", seed + 4)  # batch rows and heads
-    yield Case(operation, "recent-and-shared", layer, {**plan, "method": method, "bits": (4, 2), "pieces": (189, 1)})
+    yield Case(operation, "exact-and-shared", layer, {**plan, "method": method, "bits": (4, 2), "pieces": (189, 1)})
     arrays = attention_arrays("normal", lead, 1, 190, 8, "f16", seed + 5)
     ends = np.clip(arrays["keys"].astype(np.float32) * 4e4, -65504, 65504).astype(np.float16)
     largest = {**arrays, "keys": ends, "query": arrays["query"] * np.float16(2.0**-12)}
-    yield Case(operation, "recent-largest-f16", largest, {**plan, "bits": 3, "pieces": (190,)})
+    yield Case(operation, "exact-largest-f16", largest, {**plan, "bits": 3, "pieces": (190,)})
 
 
 def refused_exact(operation: str, rules: dict[str, Any]) -> Iterator[Case]:
