@@ -169,3 +169,9 @@ def test_what_is_read_back_is_float32(cache, is_right, monkeypatch):
 def test_who_shows_no_entries_is_asked_for_attention(monkeypatch):
     report = found_in_cache(WithoutEntries, "ClusteredCache", monkeypatch, mistaken.cases_of)
     assert (report.verdict, report.skipped) == ("agrees", {})
+
+
+def test_no_two_cases_have_one_name():
+    for operation in OPERATIONS:
+        names = [case.name for case in cases_of(operation, 0)]
+        assert len(names) == len(set(names))
