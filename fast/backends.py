@@ -67,7 +67,7 @@ TABLE = {
     "take": Row("plain.selection:take", "kernels.select:take", "cpu.recall:take"),  # of features in bfloat16
     "replace_clusters": Row("plain.tiers:replace_clusters", cpp="cpu.tiers:replace_clusters"),
     "bring": Row("plain.tiers:bring", cpp="cpu.tiers:bring"),
-    "bring_packed": Row("plain.tiers:bring_packed"),
+    "bring_clusters": Row("plain.tiers:bring_clusters"),
 }
 
 

@@ -186,10 +186,10 @@ class RaggedCache(RaggedEntries):
         left = self._lengths_of_rows(self.n_seen, n_chunks, n_behind - n_first)
         after = tuple(n + due for n, due in zip(left, n_due, strict=True))  # before the quantization
         may_be_undone = max(n_leaving, (n_groups - self._n_groups) * GROUP) < UNDO_TOKENS + self.chunk_size
-        if self.bits is not None:
+        self._before = None
+        if self.bits is not None and may_be_undone:
             last = None if self._packed is None else self._packed.last(n_behind // GROUP)
-            before = BeforeRagged(rows, last, self._n_chunks, self._n_groups)
-            self._before = before if may_be_undone else None
+            self._before = BeforeRagged(rows, last, self._n_chunks, self._n_groups)
         leaving = rows.take(starts, n_rows)  # (..., heads, leaving, dim)
         if self.n_exact is not None:
             leaving = self._as_read_back(*leaving, n_behind, n_first)

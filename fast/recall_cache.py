@@ -105,7 +105,8 @@ class RecallCache(RecallTokens):
     @property
     def _keys_like(self) -> Tensor | None:
         """A tensor of the shape of all keys; None at first."""
-        return None if self.like is None else self.like[0]
+        like = self.like
+        return None if like is None else like[0]
 
     def select_clusters(self, query: Float[Tensor, "*lead group dim"]) -> Selection | None:
         """What `query` recalls with the budget that sinks and recent tokens leave; None while there is no body."""

@@ -51,7 +51,6 @@ class CacheWithBits(EntryCache):
 
     @property
     def n_quantized(self) -> int:
-        """Entries that are quantized."""
         return 0 if self.quantized is None else self.quantized[0].shape[-2]
 
     @property
@@ -105,7 +104,8 @@ class CacheWithBits(EntryCache):
         if leaving == 0 or self.quantized is None:
             return
         keys, values, counts = self.quantized
-        read = slice(first := self.n_quantized - self._n_recent_quantized, first + leaving)
+        first = self.n_quantized - self._n_recent_quantized
+        read = slice(first, first + leaving)
         read_keys = within_range(keys[..., read, :], self.keys.dtype)
         read_values = within_range(values[..., read, :], self.values.dtype)
         self._replace(start, start, read_keys, read_values, counts[..., read])

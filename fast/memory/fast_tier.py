@@ -89,8 +89,8 @@ class FastTier:
         else:
             self.bring(held, Exact(first, n_exact, n_sink, 0), first_member, torch.zeros_like(sizes))
             places = first_member, sizes, self.first_row, self.end
-            bring_packed = cell("bring_packed", self.backend)
-            self.first_row, self.end = bring_packed(packed.rows, packed.read, self.held, *places, self.side)
+            bring = cell("bring_clusters", self.backend)
+            self.first_row, self.end = bring(packed.rows, self.held, *places, self.side, packed.read)
         self.n_exact, self.n_clustered = n_exact, n_body
         of_token = self.nbytes_of_token if packed is None else packed.nbytes_of_token
         statistics.nbytes_moved += int(sizes.sum()) * of_token

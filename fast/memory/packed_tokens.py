@@ -15,7 +15,6 @@ from .room import move_to_room, with_room
 __all__ = ["PackedTokens", "as_read_back", "packed_rows", "read_rows"]
 
 LEAST_ROOM = 320  # tokens
-Rows = tuple[UInt8[Tensor, "problems tokens nbytes"], UInt8[Tensor, "problems tokens nbytes"]]
 
 
 class PackedTokens:

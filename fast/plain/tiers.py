@@ -9,7 +9,7 @@ from torch import Tensor
 from ..exact.entries import recalled_places
 from ..exact.tiers import Exact, Replaced
 
-__all__ = ["bring", "bring_packed", "replace_clusters"]
+__all__ = ["bring", "bring_clusters", "replace_clusters"]
 
 
 def replace_clusters(
@@ -58,25 +58,23 @@ def bring(
     first_row, end : with the clusters that came.
     """
     problems = len(sizes)
-    begins = end.unsqueeze(1) + sizes.cumsum(dim=1) - sizes
     rows = torch.arange(exact.first, exact.end, device=sizes.device)
     slow_rows = torch.where(rows < exact.n_sink, rows, rows + exact.n_body)
     copy(source, held, slow_rows.expand(problems, -1), rows.expand(problems, -1), side)
-    copy(source, held, recalled_places(exact.n_sink + first_member, sizes), recalled_places(begins, sizes), side)
-    return torch.where(sizes > 0, begins, first_row), end + sizes.sum(dim=1)
+    return bring_clusters(source, held, exact.n_sink + first_member, sizes, first_row, end, side)
 
 
-def bring_packed(
+def bring_clusters(
     source: tuple[Tensor, ...],
-    read: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
     held: tuple[Tensor, ...],
     first_member: Tensor,
     sizes: Tensor,
     first_row: Tensor,
     end: Tensor,
     side: torch.cuda.Stream | None,
+    read: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda moved: moved,
 ) -> tuple[Tensor, Tensor]:
-    """As `bring`, of clusters alone, from rows of bytes (problems, tokens, .) that `read` makes keys and values of."""
+    """As `bring`, of clusters alone, which begin at `first_member` of rows that `read` makes keys and values of."""
     begins = end.unsqueeze(1) + sizes.cumsum(dim=1) - sizes
     copy(source, held, recalled_places(first_member, sizes), recalled_places(begins, sizes), side, read)
     return torch.where(sizes > 0, begins, first_row), end + sizes.sum(dim=1)

@@ -115,6 +115,8 @@ def test_recent_tokens_are_clustered_as_they_are_read_back(kind, dtype, n_tokens
         array[..., 3 : 3 + n_old, :] = numbers.to(array.dtype)
     expected = make(fast, kind, n_exact=None)
     expected.append(*known)
+    of_exact, _ = fed(make(fast, kind, n_exact=None), [n_tokens], tokens)  # the wrong twin: as they came
+    assert torch.equal(of_exact.entries()[0], expected.entries()[0]) == (n_old == 0)
     n_recent = n_tokens - 3 - cache.n_clustered
     n_read = n_old - cache.n_clustered  # recent tokens that are quantized
     assert expected.n_clustered == cache.n_clustered

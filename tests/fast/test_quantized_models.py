@@ -39,6 +39,9 @@ def test_codes_scales_and_zeros_are_those_of_the_reference(layers, bits):
                 assert_same_bits(ours.scales.float(), theirs.scales)
                 assert_same_bits(ours.zeros, theirs.zeros)
                 assert torch.equal(cell("pack_rows", "cpp")(array, bits), cell("pack_rows", "torch")(array, bits))
+            assert not torch.equal(
+                fast.quantize(values.flip(-1), bits=bits).codes, fast.quantize(values, bits=bits).codes
+            )
             layout = BlockLayout(keys.shape[-1], values.shape[-1], (bits, bits))
             blocks = keys.to(dtype), values.to(dtype), torch.ones(keys.shape[:-1], dtype=torch.int32), layout
             assert torch.equal(cell("pack_blocks", "cpp")(*blocks), cell("pack_blocks", "torch")(*blocks))
