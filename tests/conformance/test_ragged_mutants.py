@@ -67,7 +67,8 @@ def shared_by(share) -> Patch:
 
 def one_chunk(right, held):
     rules, most = held._rules, held._n_chunks + 1
-    held._rules = types.SimpleNamespace(n_chunks=lambda n_seen: min(most, rules.n_chunks(n_seen)))
+    at_most = {"n_chunks": lambda n_seen: min(most, rules.n_chunks(n_seen)), "n_groups": rules.n_groups}
+    held._rules = types.SimpleNamespace(**at_most)
     right(held)
     held._rules = rules
 
