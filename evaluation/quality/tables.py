@@ -30,11 +30,12 @@ def print_summaries(console: Console, summaries: list[dict[str, Any]]) -> None:
 def main_table(summaries: list[dict[str, Any]], setting: str) -> Table:
     caption = (
         "In brackets: 95 % intervals, by resampling contexts (those of exact needles: Wilson's). Entries: stored / "
-        "tokens, mean of layers, sinks and recent tokens included; methods without * are held to the share kept."
+        "tokens, mean of layers, sinks and recent tokens included; methods without * are held to the share kept. Bytes / "
+        "bfloat16: of layers that attend to everything, what is not quantized counted in bfloat16."
     )
     table = Table(title=f"Quality, {setting}", caption=caption, caption_justify="left")
-    columns = ("method", "kept", "entries", "bytes / full", "needles", "token accuracy", "/ full", "exact", "nats")
-    for column in (*columns, "perplexity", "/ full", "attention error", "clustering", "asking"):
+    columns = ("method", "kept", "entries", "bytes / full", "/ bfloat16", "needles", "token accuracy", "/ full", "exact")
+    for column in (*columns, "nats", "perplexity", "/ full", "attention error", "clustering", "asking"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for summary in summaries:
         needles, perplexity = summary.get("needles", {}), summary.get("perplexity", {})
@@ -45,6 +46,7 @@ def main_table(summaries: list[dict[str, Any]], setting: str) -> Table:
             f"{summary['keep']:g}" if method.has_keep else "all",
             f"{summary['entries']:.3f}",
             shown(summary["bytes"]),
+            shown(summary["of_bfloat16"]),
             str(needles.get("n", "")),
             with_interval(needles.get("token_accuracy"), to="-"),
             shown(needles.get("of_full", {}).get("value")),
