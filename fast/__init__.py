@@ -5,6 +5,7 @@ attention outputs agree within the bound of `kvcluster.reference.agreement`. `kv
 cache into transformers models.
 """
 
+from .attended_matching import Attended, attended_matching
 from .attention import attention
 from .bounded_cache import BoundedCache
 from .cache import ClusteredCache
@@ -25,6 +26,7 @@ from .soft_matching import SoftMatching, chunked_soft_matching
 ARRAYS = "torch"  # what `kvcluster check` gives to the names below
 
 __all__ = [
+    "Attended",
     "BoundedCache",
     "ChelseaCache",
     "ClusteredCache",
@@ -37,6 +39,7 @@ __all__ = [
     "Selection",
     "SoftMatching",
     "alternating_partition",
+    "attended_matching",
     "attention",
     "chunked_soft_matching",
     "clustered_attention",

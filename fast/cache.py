@@ -18,12 +18,13 @@ from .memory.span_merging import merge_spans
 from .memory.spans import SpanPlan, SpanRules
 from .methods import Method
 from .quantized_body import CacheWithBits
+from .recent_queries import RecentQueries, WithQueries, check_observable, needs_queries
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache"]
 
 
-class ClusteredCache(CacheWithBits):
+class ClusteredCache(WithQueries, CacheWithBits):
     """A key-value cache in which centroids stand for old tokens: sinks, centroids of whole chunks, recent tokens.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.ClusteredCache`: the same bytes, on the
@@ -56,12 +57,14 @@ class ClusteredCache(CacheWithBits):
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
+        check_observable(method, n_recent, self.whole_heads)
         entries = entries_of_chunk(keep_ratio, chunk_size)
         shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
         self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, n_exact=n_exact, **shared)
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
         self.n_recent, self.recent_share, self.backend = n_recent, recent_share, backend
+        self._queries = RecentQueries(n_sink, n_recent, chunk_size) if needs_queries(method) else None
         self.spans: tuple[int, ...] = ()
         self._overwritten: Overwritten | BeforeQuantizing | None = None  # by the last clustering
 
@@ -97,6 +100,7 @@ class ClusteredCache(CacheWithBits):
         if not self.is_due:
             return
         begun = time.perf_counter()
+        queries = self._queries_of(self._leaving)
         leaving, n_groups = self._leaving, self._rules.n_groups(self.n_seen)
         # entries that are not quantized:  sinks | body | leaving | recent
         #                                              start     stop
@@ -114,7 +118,7 @@ class ClusteredCache(CacheWithBits):
         if may_be_undone and self.bits is None:
             self._overwritten = self._what_is_overwritten(plan, start, stop)
         if leaving and self._rules.entries < self.chunk_size and self._held[0].numel():
-            self._compress(start, stop)
+            self._compress(start, stop, queries)
         if plan.rounds:
             self.work.add(*merge_spans(self._held, plan, self.n_sink, self._rules.entries), 0.0)
         self.spans = plan.spans
@@ -149,6 +153,8 @@ class ClusteredCache(CacheWithBits):
             most = self.n_croppable
             raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
         n_seen = self.n_seen - n_tokens
+        if self._queries is not None:
+            self._queries.crop(n_tokens)
         if n_seen < self._rules.least_seen(self.spans, self.n_seen, self._n_groups):
             self._undo(self._overwritten)
         too_young = max(0, sum(self.spans) - self._rules.n_chunks(n_seen))  # chunks whose tokens are recent again
@@ -205,11 +211,11 @@ class ClusteredCache(CacheWithBits):
         """Groups of 32 tokens that have been quantized, clustered ones included."""
         return 0 if self.n_exact is None else (self.n_clustered + self._n_recent_quantized) // GROUP
 
-    def _compress(self, start: int, stop: int) -> None:
+    def _compress(self, start: int, stop: int, queries: dict[str, Tensor]) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
         in_chunks = self.keys[..., start:stop, :], self.values[..., start:stop, :]
         compressed = self.method.compress(
-            *in_chunks, chunk_size=self.chunk_size, target=self._rules.entries, backend=self.backend
+            *in_chunks, chunk_size=self.chunk_size, target=self._rules.entries, backend=self.backend, **queries
         )
         n_entries = (stop - start) // self.chunk_size * self._rules.entries
         entries = compressed.keys, compressed.values, compressed.counts.unsqueeze(-1)

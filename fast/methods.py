@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .attended_matching import Attended
 from .backends import AnyBackend
 from .distinctive_matching import Distinctive
 from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget
@@ -35,17 +36,19 @@ def compress_heads(
     chunk_size: int,
     heads_of_target: HeadsOfTarget,
     backend: AnyBackend = "auto",
+    **queries: Tensor,
 ) -> list[tuple[Heads, CompressedChunks]]:
     """Whole chunks (..., heads, tokens, dim) of a layer whose heads have targets of their own.
 
     Each head becomes what it would if all heads had its target, as `kvcluster.reference.RaggedCache` has it. A method
-    that can do better than compress all heads for each target has a `compress_heads` of its own.
+    that can do better than compress all heads for each target has a `compress_heads` of its own. `queries` are given to
+    a method that has `needs_queries`, those of each chunk, (..., heads, chunks, queries, dim).
 
     Returns
     -------
     For each target the heads that have it, and what has become of the chunks of these.
     """
-    rules: dict[str, Any] = {"chunk_size": chunk_size, "backend": backend}
+    rules: dict[str, Any] = {"chunk_size": chunk_size, "backend": backend, **queries}
     own = getattr(method, "compress_heads", None)
     if own is not None:
         compressed: list[tuple[Heads, CompressedChunks]] = own(keys, values, heads_of_target=heads_of_target, **rules)
@@ -72,6 +75,7 @@ def chunks_of_heads(chunks: CompressedChunks, keys: Tensor, heads: Heads) -> Com
 METHODS: dict[str, Any] = {
     "soft_matching": SoftMatching,
     "distinctive": Distinctive,
+    "attended": Attended,
 }
 
 

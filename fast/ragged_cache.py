@@ -26,6 +26,7 @@ from .memory.spans import SpanRules
 from .memory.work import ClusteringWork
 from .methods import Method, compress_heads
 from .ragged_entries import RaggedEntries
+from .recent_queries import RecentQueries, WithQueries, check_observable, needs_queries
 from .soft_matching import SoftMatching
 
 __all__ = ["RaggedCache"]
@@ -44,7 +45,7 @@ class BeforeRagged(NamedTuple):
         return self.rows.nbytes + (0 if self.last is None else self.last.blocks.nbytes)
 
 
-class RaggedCache(RaggedEntries):
+class RaggedCache(WithQueries, RaggedEntries):
     """A key-value cache whose head h is head h of a `ClusteredCache` with `keep_ratios[h]`.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.RaggedCache`: the same bytes, on the device
@@ -74,6 +75,7 @@ class RaggedCache(RaggedEntries):
         self.keep_ratios = check_keep_ratios(keep_ratios)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
+        check_observable(method, n_recent)
         self._targets = [entries_of_chunk(ratio, chunk_size) for ratio in self.keep_ratios]
         least_room = GROUP if n_exact is not None else min(chunk_size, 64)
         super().__init__(n_sink, check_bits_of_entries(bits, chunk_size=chunk_size), least_room)
@@ -82,6 +84,7 @@ class RaggedCache(RaggedEntries):
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.method, self.chunk_size, self.backend = method, chunk_size, backend
         self.n_recent, self.recent_share, self.n_exact = n_recent, recent_share, n_exact
+        self._queries = RecentQueries(n_sink, n_recent, chunk_size) if needs_queries(method) else None
         self._n_chunks = 0  # clustered
         self._n_groups = 0  # of 32 tokens that have been quantized, with `n_exact`, clustered ones included
         self._lost: tuple[Tensor, Tensor] | None = None  # keys and values of what the last append clustered
@@ -134,24 +137,9 @@ class RaggedCache(RaggedEntries):
             n_chunks, n_groups = self._before.n_chunks, self._before.n_groups
         return self.n_seen - self._rules.least_seen((1,) * n_chunks, self.n_seen, n_groups)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the next tokens, then cluster what is due.
-
-        Returns `entries` as they were just before this clustering, the new tokens last.
-        """
-        self.extend(keys, values)
-        seen = self.entries()
-        assert seen is not None
-        self.cluster()
-        return seen
-
     def extend(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
-        check_append(keys, values, self.like)
-        check_n_heads(self.keep_ratios, tuple(keys.shape))
-        if self.bits is not None:
-            check_half_range("keys", keys, "to be quantized")
-            check_half_range("values", values, "to be quantized")
+        self._check_new(keys, values)
         n_new = keys.shape[-2]
         before = self.exact_lengths
         after = tuple(n + n_new for n in before)
@@ -162,6 +150,14 @@ class RaggedCache(RaggedEntries):
         rows.write(before, keys.detach(), values.detach())
         self._rows, self._lost, self._before = rows, None, None
         self.n_seen += n_new
+
+    def _check_new(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse tokens that cannot be appended, and with `bits` numbers too large to be quantized."""
+        check_append(keys, values, self.like)
+        check_n_heads(self.keep_ratios, tuple(keys.shape))
+        if self.bits is not None:
+            check_half_range("keys", keys, "to be quantized")
+            check_half_range("values", values, "to be quantized")
 
     @property
     def is_due(self) -> bool:
@@ -174,8 +170,10 @@ class RaggedCache(RaggedEntries):
         if not self.is_due:
             return
         begun = time.perf_counter()
+        n_chunks = self._rules.n_chunks(self.n_seen)
+        queries = self._queries_of((n_chunks - self._n_chunks) * self.chunk_size)
         rows, lengths = self._filled_rows(), self.exact_lengths
-        n_chunks, n_groups = self._rules.n_chunks(self.n_seen), self._rules.n_groups(self.n_seen)
+        n_groups = self._rules.n_groups(self.n_seen)
         n_leaving = (n_chunks - self._n_chunks) * self.chunk_size
         n_behind = self._n_recent_quantized
         n_first = min(n_leaving, n_behind)  # leaving tokens that are quantized
@@ -202,7 +200,7 @@ class RaggedCache(RaggedEntries):
             new.put(head, starts[head], leaving[0][..., head, :, :], leaving[1][..., head, :, :], None)
         if leaving[0].numel() and heads_of_target:
             rules: dict[str, Any] = {"chunk_size": self.chunk_size, "heads_of_target": heads_of_target}
-            for heads, chunks in compress_heads(self.method, *leaving, **rules, backend=self.backend):
+            for heads, chunks in compress_heads(self.method, *leaving, **rules, backend=self.backend, **queries):
                 shape = *leaving[0].shape[:-3], len(heads), -1
                 arrays: Any = chunks.keys, chunks.values, chunks.counts.unsqueeze(-1)
                 of_heads = [array.reshape(*shape, array.shape[-1]) for array in arrays]
@@ -230,6 +228,8 @@ class RaggedCache(RaggedEntries):
             most = self.n_croppable
             raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
         n_seen = self.n_seen - n_tokens
+        if self._queries is not None:
+            self._queries.crop(n_tokens)
         if self._rules.n_chunks(n_seen) < self._n_chunks or self._rules.n_groups(n_seen) < self._n_groups:
             if self._lost is not None:
                 self._undo(*self._lost)

@@ -86,6 +86,25 @@ class RaggedEntries:
         keys, values, _ = self._rows.held
         return keys.shape[:-2].numel() * sum(self.exact_lengths) * (keys.shape[-1] + values.shape[-1])
 
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the next tokens, then cluster what is due.
+
+        Returns `entries` as they were just before this clustering, the new tokens last.
+        """
+        self.extend(keys, values)
+        seen = self.entries()
+        assert seen is not None
+        self.cluster()
+        return seen
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """The first half of `append`: take the next tokens, exact as yet; of a subclass."""
+        raise NotImplementedError
+
+    def cluster(self) -> None:
+        """The second half of `append`: cluster what is due, by the rule of a subclass."""
+        raise NotImplementedError
+
     def attend(
         self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
     ) -> Float[Tensor, "*lead queries dim_value"]:

@@ -64,6 +64,7 @@ budget        the most entries that are stored (ClusterKV: that are attended to)
 keep_ratio    entries kept of a chunk / tokens in it
 """
 
+from .attended_matching import Attended, attended_matching
 from .attention import attention
 from .bounded_cache import BoundedCache
 from .cache import ClusteredCache
@@ -82,6 +83,7 @@ from .similarity import similarity
 from .soft_matching import SoftMatching, chunked_soft_matching
 
 __all__ = [
+    "Attended",
     "BoundedCache",
     "ChelseaCache",
     "ClusteredCache",
@@ -94,6 +96,7 @@ __all__ = [
     "Selection",
     "SoftMatching",
     "alternating_partition",
+    "attended_matching",
     "attention",
     "chunked_soft_matching",
     "clustered_attention",

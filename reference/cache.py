@@ -8,6 +8,7 @@ import numpy as np
 from .arguments import check_integer, check_keep_ratio, check_method, check_recent_share
 from .merging import Clustering, merge
 from .quantized_body import CacheWithBits
+from .recent_queries import check_observable
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache", "Method"]
@@ -76,6 +77,7 @@ class ClusteredCache(CacheWithBits):
         super().__init__(whole_heads, bits, chunk_size, n_sink, n_recent, n_exact)
         check_keep_ratio(keep_ratio)
         check_method(method)
+        check_observable(method, n_recent, self.whole_heads)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
@@ -95,7 +97,8 @@ class ClusteredCache(CacheWithBits):
             return
         stop = start + leaving
         keys, values = self.keys[..., start:stop, :], self.values[..., start:stop, :]
-        clustering = self.method.cluster(keys, values, keep_ratio=self.keep_ratio, chunk_size=self.chunk_size)
+        rules = {"keep_ratio": self.keep_ratio, "chunk_size": self.chunk_size, **self._queries_of(leaving)}
+        clustering = self.method.cluster(keys, values, **rules)
         self._replace(start, stop, merge(keys, clustering), merge(values, clustering), clustering.counts)
         self.n_clustered += leaving
         self._n_body = self._quantize_whole_groups(self.n_sink, self._n_body + clustering.counts.shape[-1])

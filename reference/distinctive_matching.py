@@ -19,7 +19,7 @@ from .chunks import cluster_chunks
 from .merging import Clustering, merge
 from .similarity import similarity
 
-__all__ = ["Distinctive", "distinctive_matching", "distinctiveness"]
+__all__ = ["Distinctive", "distinctive_matching", "distinctiveness", "match_ordinary", "numbers_of_entries"]
 
 WINDOW = 7  # tokens of the moving average; odd
 
@@ -112,18 +112,31 @@ def match_distinctive(keys: np.ndarray, values: np.ndarray, target: int, n_share
     *heads, size, _ = keys.shape
     if target == size:
         return np.broadcast_to(np.arange(size), (*heads, size))
-    n_shared = max(1, min(n_shared, target // 2))
-    n_exact = target - n_shared
-    best_first = np.argsort(-distinctiveness(keys, values), kind="stable")  # stable: of ties, the first
-    exact, ordinary = np.sort(best_first[:n_exact]), np.sort(best_first[n_exact:])
+    n_exact, n_shared = numbers_of_entries(target, n_shared)
+    exact = np.argsort(-distinctiveness(keys, values), kind="stable")[:n_exact]  # stable: of ties, the first
     labels = np.empty((*heads, size), dtype=np.int64)
-    labels[..., exact] = np.arange(n_exact)
-    destinations = np.arange(n_shared) * len(ordinary) // n_shared  # evenly spaced, the first included
     for head in np.ndindex(*heads):
-        head_keys = keys[head][ordinary]
-        match = similarity(head_keys, head_keys[destinations]).argmax(axis=-1)  # argmax: of ties, the first
-        match[destinations] = np.arange(n_shared)  # a destination stays, even if an equal one comes before it
-        labels[head][ordinary] = n_exact + match
+        labels[head] = match_ordinary(keys[head], exact, n_shared)
+    return labels
+
+
+def numbers_of_entries(target: int, n_shared: int) -> tuple[int, int]:
+    """Of the `target` entries of a chunk, how many are exact and how many are shared."""
+    n_shared = max(1, min(n_shared, target // 2))
+    return target - n_shared, n_shared
+
+
+def match_ordinary(
+    keys: Float[np.ndarray, "chunk dim"], exact: Int64[np.ndarray, " exact"], n_shared: int
+) -> Int64[np.ndarray, " chunk"]:
+    """Labels of one head's chunk: the tokens `exact`, in their order, then entries that all others share."""
+    labels = np.empty(len(keys), dtype=np.int64)
+    labels[np.sort(exact)] = np.arange(len(exact))
+    ordinary = np.setdiff1d(np.arange(len(keys)), exact)
+    destinations = np.arange(n_shared) * len(ordinary) // n_shared  # evenly spaced, the first included
+    match = similarity(keys[ordinary], keys[ordinary][destinations]).argmax(axis=-1)  # argmax: of ties, the first
+    match[destinations] = np.arange(n_shared)  # a destination stays, even if an equal one comes before it
+    labels[ordinary] = len(exact) + match
     return labels
 
 

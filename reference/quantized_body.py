@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from .arguments import check_array, check_half_range
-from .entry_cache import EntryCache
 from .quantization import GROUP, check_bits_of_entries, check_n_exact, read_back, within_range
+from .recent_queries import CacheWithQueries
 
 __all__ = ["CacheWithBits"]
 
 
-class CacheWithBits(EntryCache):
+class CacheWithBits(CacheWithQueries):
     """An `EntryCache` that knows how to quantize; which entries, and when, is the rule of a subclass.
 
     Parameters
@@ -61,13 +61,15 @@ class CacheWithBits(EntryCache):
     def nbytes(self) -> int:
         return super().nbytes + self.n_quantized // GROUP * self._nbytes_of_group
 
-    def append(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `EntryCache.append`; with `bits`, numbers must be at most half of the largest float32 number in size."""
+    def append(
+        self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `CacheWithQueries.append`; with `bits`, numbers must be at most half of the largest float32 number in size."""
         if self.bits is not None:
             for name, array in (("keys", keys), ("values", values)):
                 check_array(name, array)
                 check_half_range(name, array, "to be quantized")
-        return super().append(keys, values)
+        return super().append(keys, values, queries)
 
     def entries(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """Keys, values and counts of all entries in their order; keys and values float32 once some are quantized."""

@@ -84,9 +84,12 @@ class RaggedCache:
         return sum(self.caches[ratio].nbytes for ratio in self.keep_ratios) // len(self.keep_ratios)
 
     def append(
-        self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
+        self,
+        keys: Float[np.ndarray, "*lead tokens dim"],
+        values: Float[np.ndarray, "*lead tokens dim_value"],
+        queries: Float[np.ndarray, "*lead group tokens dim"] | None = None,
     ) -> Entries:
-        """Take the next tokens, then cluster what is due. Returns `entries` just before that, the new tokens last.
+        """As `ClusteredCache.append`. Returns `entries` just before the clustering, the new tokens last.
 
         Raises
         ------
@@ -94,7 +97,8 @@ class RaggedCache:
         """
         check_array("keys", keys)
         check_n_heads(self.keep_ratios, keys.shape)
-        return rectangle(self._heads_of({ratio: cache.append(keys, values) for ratio, cache in self.caches.items()}))
+        seen = {ratio: cache.append(keys, values, queries) for ratio, cache in self.caches.items()}
+        return rectangle(self._heads_of(seen))
 
     def attend(
         self, query: Float[np.ndarray, "*lead queries dim"], *, scale: float | None = None
