@@ -22,6 +22,8 @@ def attend(
     Calls with other caches, and those that the layer leaves to it, go to transformers' own `sdpa` function.
     """
     layer = kwargs.pop("kvcluster_layer", None)
+    if layer is not None:
+        layer.observe(query)
     if layer is None or not layer.attends(query.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return layer.attend(query, scale=kwargs["scaling"]).transpose(1, 2), None

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ..arguments import check_method
 from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
 from ..distinctive_matching import Distinctive
@@ -15,6 +14,7 @@ from ..entry_cache import EntryCache
 from ..exact.quantization import GROUP, check_bits_of_entries, check_n_exact
 from ..methods import Method
 from ..ragged_cache import RaggedCache
+from ..recent_queries import needs_queries
 from .bytes_ratio import N_EXACT, chosen_for_bytes
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs
@@ -24,6 +24,8 @@ from .layers import ModelCache, layers_of_model
 from .profiles import Profile
 
 __all__ = ["ClusteredCache"]
+
+NEEDED_FOR_QUERIES = ("sdpa",)  # attention that shows its queries
 
 
 class ClusteredCache(ModelCache):
@@ -53,7 +55,7 @@ class ClusteredCache(ModelCache):
         bytes_ratio: float | None = None,
         budget: int | Sequence[int] | None = None,
         n_dense_layers: int = 0,
-        method: Method = Distinctive(),
+        method: Method | Sequence[Method] = Distinctive(),
         chunk_size: int = 256,
         n_sink: int = 4,
         n_recent: int | None = None,
@@ -80,8 +82,10 @@ class ClusteredCache(ModelCache):
             sequence again, of one for each KV head.
         n_dense_layers : first layers that keep every token (sliding ones are counted, but keep to their window).
         method : how chunks are clustered. `Distinctive()` keeps distinctive tokens exact, which loses far less of what
-            may be asked later: see benchmarks/quality/QUALITY.md. The published method is `SoftMatching()`, in this
-            project's examples with `n_sink=16, n_recent=64`.
+            may be asked later: see benchmarks/quality/QUALITY.md. `Attended()` keeps beside these what the tokens
+            behind a chunk look at, which the text that follows needs; the model must run `sdpa` attention. The
+            published method is `SoftMatching()`, in this project's examples with `n_sink=16, n_recent=64`. May be a
+            sequence, of one method for each layer.
         chunk_size, n_sink, n_recent, recent_share : as in `kvcluster.reference.ClusteredCache`, for every layer;
             `recent_share` may be a sequence, of one number for each layer. Without `n_recent` it is 252, and without
             `recent_share` too, that is a tenth of a single `keep_ratio`, so that the window grows with a long text.
@@ -117,7 +121,6 @@ class ClusteredCache(ModelCache):
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
         config = check_model(model)
-        check_method(method)
         if bytes_ratio is not None:
             if keep_ratio is not None or budget is not None or bits != 16:
                 raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
@@ -129,32 +132,42 @@ class ClusteredCache(ModelCache):
         given |= {"method": method, "chunk_size": chunk_size, "n_recent": n_recent, "recent_share": recent_share}
         given["bits"] = bits
         chosen = choose_layers(model, **given, whole_heads=whole_heads, profile=profile)
+        if chosen.needs_queries:
+            check_model(model, attention=NEEDED_FOR_QUERIES)
         n_recent = N_RECENT if n_recent is None else n_recent
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         of_bits = check_bits_of_entries(bits, chunk_size=chunk_size)
         check_n_exact(n_exact, bits=of_bits, chunk_size=chunk_size, n_recent=n_recent)
 
         def make(index: int) -> EntryCache | RaggedCache:
-            ratio, most, whole, recent = chosen.of_layer[index]
+            ratio, most, whole, recent, how = chosen.of_layer[index]
             if isinstance(ratio, tuple):
                 of_heads: dict[str, Any] = {"recent_share": recent, "bits": bits, "n_exact": n_exact}
-                return RaggedCache(keep_ratios=ratio, method=method, **of_heads, **shared)
+                return RaggedCache(keep_ratios=ratio, method=how, **of_heads, **shared)
             if most is not None:
                 return BoundedCache(budget=most, keep_ratio=ratio, **shared)
             of_layer: dict[str, Any] = {"recent_share": recent, "bits": bits, "n_exact": n_exact}
-            return LayerCache(keep_ratio=ratio, method=method, whole_heads=whole, **of_layer, **shared)
+            return LayerCache(keep_ratio=ratio, method=how, whole_heads=whole, **of_layer, **shared)
 
         are_alike = len(set(chosen.of_layer)) == 1
-        layers = layers_of_model(config, lambda index: ClusteredLayer(partial(make, index), are_alike=are_alike))
+
+        def make_layer(index: int) -> ClusteredLayer:
+            *_, how = chosen.of_layer[index]
+            return ClusteredLayer(partial(make, index), are_alike=are_alike, needs_queries=needs_queries(how))
+
+        layers = layers_of_model(config, make_layer)
         parameters: dict[str, Any] = {
             "keep_ratio": chosen.keep_ratio,
             "budget": budget,
             "n_dense_layers": n_dense_layers,
-            "method": method,
+            "method": chosen.method,
             "recent_share": chosen.recent_share,
             "whole_heads": [list(pair) for pair in whole_heads],
             "bits": list(bits) if isinstance(bits, tuple) else bits,
             "n_exact": n_exact,
             "profile": None,  # what it says is in keep_ratio
         }
-        return cls(layers, ModelHooks.of(model), parameters | shared)
+        cache = cls(layers, ModelHooks.of(model), parameters | shared)
+        if chosen.needs_queries:
+            cache.attention = NEEDED_FOR_QUERIES
+        return cache

@@ -19,8 +19,10 @@ NAMES = ("keys", "values", "counts")
 class ClusteredLayer(EntryLayer):
     """One layer; unless all layers are alike, transformers' one mask does not fit them all."""
 
-    def __init__(self, make: Callable[[], EntryCache | RaggedCache], *, are_alike: bool) -> None:
-        self.make, self.are_alike = make, are_alike
+    def __init__(
+        self, make: Callable[[], EntryCache | RaggedCache], *, are_alike: bool, needs_queries: bool = False
+    ) -> None:
+        self.make, self.are_alike, self.needs_queries = make, are_alike, needs_queries
         super().__init__()
 
     @property
@@ -51,6 +53,11 @@ class ClusteredLayer(EntryLayer):
     def attends(self, queries: int) -> bool:
         """A first call, and all calls without centroids, are left to transformers, so that their bits are stock's."""
         return not self.is_first and not self.has_plain_mask
+
+    def observe(self, query: Tensor) -> None:
+        """Let the caches of all rows see the queries, if their method needs them."""
+        if self.needs_queries:
+            self.cache.observe(query.unflatten(1, (self.kv_heads, -1)))  # (batch, kv_heads, group, queries, dim)
 
     def attend_to(self, cache: EntryCache | RaggedCache, query: Tensor, scale: float) -> Tensor:
         output = cache.attend_rows(self.by_kv_head(query), queries=query.shape[2], scale=scale)

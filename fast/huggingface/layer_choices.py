@@ -5,8 +5,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..arguments import check_method
+from ..attended_matching import Attended
 from ..distinctive_matching import Distinctive
 from ..methods import Method
+from ..recent_queries import needs_queries
 from ..soft_matching import SoftMatching
 from .head_pairs import HeadPairs, heads_of_layers
 from .layers import check_dense_layers
@@ -23,13 +26,20 @@ class LayerChoices(NamedTuple):
 
     Attributes
     ----------
-    of_layer : for each layer its ratio, or those of its KV heads; its budget; its whole heads; its recent share.
-    keep_ratio, recent_share : as they would have to be given, without a profile, to get the same.
+    of_layer : for each layer its ratio, or those of its KV heads; its budget; its whole heads; its recent share; its
+        method.
+    keep_ratio, recent_share, method : as they would have to be given, without a profile, to get the same.
     """
 
-    of_layer: list[tuple[float | tuple[float, ...], int | None, tuple[int, ...], float]]
+    of_layer: list[tuple[float | tuple[float, ...], int | None, tuple[int, ...], float, Method]]
     keep_ratio: Any
     recent_share: Any
+    method: Any
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether any layer has to be given queries."""
+        return any(needs_queries(method) for *_, method in self.of_layer)
 
 
 def choose_layers(
@@ -38,7 +48,7 @@ def choose_layers(
     keep_ratio: Any,
     budget: Any,
     n_dense_layers: int,
-    method: Method,
+    method: Method | Sequence[Method],
     chunk_size: int,
     n_recent: int | None,
     recent_share: Any,
@@ -50,13 +60,16 @@ def choose_layers(
     if keep_ratio is None and budget is None:
         raise ValueError("keep_ratio, bytes_ratio or budget must be given, got none of them")
     n_layers = model.config.num_hidden_layers
+    methods = one_for_each_layer("method", method, n_layers)
+    for each in methods:
+        check_method(each)
     check_dense_layers(n_dense_layers, n_layers)
     heads = heads_of_layers(model, whole_heads)
     if recent_share is None:
         grows = n_recent is None and budget is None and isinstance(keep_ratio, Real)
         recent_share = OF_KEPT_RECENT * min(1.0, float(keep_ratio)) if grows else 0.0
     is_simple = isinstance(keep_ratio, Real) and budget is None and not n_dense_layers and not any(heads)
-    if profile is not None and (profile != "known" or takes_what_ships(model, keep_ratio, method, is_simple)):
+    if profile is not None and (profile != "known" or takes_what_ships(model, keep_ratio, methods, is_simple)):
         if not is_simple:
             raise ValueError(
                 "profile needs a single keep_ratio, no budget, no whole_heads and no n_dense_layers: it tells all "
@@ -65,10 +78,12 @@ def choose_layers(
         found = profile_for(model, profile)
         if found is not None:
             keep_ratio = found.keep_ratios(keep_ratio, chunk_size=chunk_size, n_layers=n_layers)
+            if isinstance(method, Attended):
+                method = methods = methods_of_layers(method, found, n_layers)
     ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
     budgets = one_for_each_layer("budget", budget, n_layers)
     recent_shares = one_for_each_layer("recent_share", recent_share, n_layers)
-    if budget is not None and not isinstance(method, SoftMatching):
+    if budget is not None and not all(isinstance(each, SoftMatching) for each in methods):
         raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
     if budget is not None and len(whole_heads):
         raise ValueError(f"whole_heads must be empty with a budget, got {list(whole_heads)}")
@@ -76,14 +91,14 @@ def choose_layers(
         raise ValueError(f"bits must be 16 with a budget, which merges entries again, got {bits}")
     if budget is not None and any(recent_shares):
         raise ValueError(f"recent_share must be 0 with a budget, got {recent_share}")
-    if bits != 16 and len(whole_heads):
+    if len(whole_heads) and (bits != 16 or any(map(needs_queries, methods))):
         kv_heads = model.config.num_key_value_heads
         pairs = [with_whole_heads(*pair, kv_heads) for pair in zip(ratios, heads, strict=True)]
         ratios, heads = [ratio for ratio, _ in pairs], [rest for _, rest in pairs]
-    of_layer = list(zip(ratios, budgets, heads, recent_shares, strict=True))
-    of_layer[:n_dense_layers] = [(1.0, None, (), 0.0)] * n_dense_layers
+    of_layer = list(zip(ratios, budgets, heads, recent_shares, methods, strict=True))
+    of_layer[:n_dense_layers] = [(1.0, None, (), 0.0, how) for how in methods[:n_dense_layers]]
     check_head_ratios(model, of_layer)
-    return LayerChoices(of_layer, keep_ratio, recent_share)
+    return LayerChoices(of_layer, keep_ratio, recent_share, method)
 
 
 def with_whole_heads(ratio: Any, heads: tuple[int, ...], kv_heads: int) -> tuple[Any, tuple[int, ...]]:
@@ -93,10 +108,18 @@ def with_whole_heads(ratio: Any, heads: tuple[int, ...], kv_heads: int) -> tuple
     return tuple(1.0 if head in heads else ratio for head in range(kv_heads)), ()
 
 
-def takes_what_ships(model: Any, keep_ratio: Any, method: Method, is_simple: bool) -> bool:
+def methods_of_layers(method: Attended, profile: Profile, n_layers: int) -> Any:
+    """`method`, or where the profile says so one for each layer: distinctive matching where the next tokens mislead."""
+    if profile.attended is None:
+        return [method] * n_layers
+    return [method if layer in profile.attended else Distinctive(method.n_shared) for layer in range(n_layers)]
+
+
+def takes_what_ships(model: Any, keep_ratio: Any, methods: list[Method], is_simple: bool) -> bool:
     """Whether the profile that ships for a model, if there is one, is used without being asked for."""
     is_sharded = (getattr(model, "_tp_size", None) or 1) > 1
-    return is_simple and keep_ratio < 1 and isinstance(method, Distinctive) and not is_sharded
+    are_served = all(isinstance(method, Distinctive | Attended) for method in methods)
+    return is_simple and keep_ratio < 1 and are_served and not is_sharded
 
 
 def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
@@ -111,7 +134,7 @@ def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
 def check_head_ratios(model: Any, of_layer: list[tuple[Any, ...]]) -> None:
     """Refuse ratios of single heads where they cannot be served."""
     kv_heads = model.config.num_key_value_heads
-    for index, (ratio, budget, whole_heads, _) in enumerate(of_layer):
+    for index, (ratio, budget, whole_heads, *_) in enumerate(of_layer):
         if not isinstance(ratio, tuple):
             continue
         if len(ratio) != kv_heads:

@@ -225,6 +225,10 @@ class EntryLayer(AnyVersionLayer):
         """As `attend`, of rows without padding to their cache."""
         raise NotImplementedError
 
+    def observe(self, query: Tensor) -> None:
+        """See the queries (batch, heads, queries, dim) of the new tokens, after they were taken; most caches need none.
+        """
+
     def finish(self) -> None:
         """Cluster what is due, now that the new tokens have been attended to."""
         self.cache.cluster()

@@ -44,6 +44,7 @@ class Profile:
     shares : for each of `keeps`, layer and KV head, the part of the head's tokens to keep, in [0, 1]. Over all heads
         their mean is that of `keeps`.
     heads : (layer, KV head), those first that should rather keep every token.
+    attended : of `layers` those where attended matching is better than distinctive matching; None: all.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Profile:
     keeps: tuple[float, ...]
     shares: tuple[tuple[tuple[float, ...], ...], ...]
     heads: tuple[tuple[int, int], ...]
+    attended: tuple[int, ...] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> "Profile":
@@ -79,6 +81,7 @@ class Profile:
             keeps=tuple(float(keep) for keep in result["keeps"]),
             shares=tuple(tuple(tuple(map(float, layer)) for layer in at_keep) for at_keep in result["shares"]),
             heads=tuple((int(layer), int(head)) for layer, head in result["heads"]),
+            attended=None if result.get("attended") is None else tuple(int(layer) for layer in result["attended"]),
         )
         profile.check()
         return profile
@@ -101,6 +104,8 @@ class Profile:
             raise ValueError(f"shares must be in [0, 1], got {min(numbers)} to {max(numbers)}")
         if sorted(self.heads) != [(layer, head) for layer in self.layers for head in range(n_heads)]:
             raise ValueError("heads must be every KV head of every layer, once")
+        if not set(self.attended or ()) <= set(self.layers):
+            raise ValueError(f"attended must be of the layers {self.layers}, got {self.attended}")
 
     def check_model(self, model: Any) -> None:
         """Refuse a model that the profile is not of.

@@ -163,6 +163,17 @@ class RowGroups:
         for cache in self.caches:
             cache.cluster()
 
+    def observe(self, queries: Tensor) -> None:
+        """Let each group see its rows of the `queries` (batch, kv_heads, group, tokens, dim) of the last tokens."""
+        if not self.is_padded:
+            self.groups[0].cache.observe(queries)
+            return
+        for group in self.groups:
+            real = slice(max(0, queries.shape[-2] - group.cache.n_seen), None)
+            rows = queries.index_select(0, group.rows)[..., real, :]
+            if rows.shape[-2]:
+                group.cache.observe(rows)
+
     def spread(self, query: Tensor, attend: Callable[[Any, Tensor], Tensor]) -> Tensor:
         """`attend(cache, query)` of each group for its rows of `query` (batch, heads, queries, dim); 0 for padding."""
         if not self.is_padded:

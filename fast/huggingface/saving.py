@@ -152,7 +152,10 @@ def described(file: Any, path: str | Path) -> dict[str, Any]:
 
 def spelled_method(parameters: dict[str, Any]) -> dict[str, Any]:
     """The method among the parameters of `for_model`, if there is one, as JSON has it."""
-    return {"method": spelled(parameters["method"])} if "method" in parameters else {}
+    if "method" not in parameters:
+        return {}
+    method = parameters["method"]
+    return {"method": [spelled(each) for each in method] if isinstance(method, list) else spelled(method)}
 
 
 def parameters_of(description: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -167,7 +170,9 @@ def parameters_of(description: dict[str, Any], path: str | Path) -> dict[str, An
         n_shared = parameters.pop("n_shared")
         parameters["method"] = SoftMatching() if n_shared is None else Distinctive(n_shared)
     elif "method" in parameters:
-        parameters["method"] = method_of(**parameters["method"])
+        method = parameters["method"]
+        of_layers = isinstance(method, list)
+        parameters["method"] = [method_of(**each) for each in method] if of_layers else method_of(**method)
     if description["class"] == "ClusteredCache":
         parameters.setdefault("profile", None)  # 0.3: all heads alike
     for name, without in (("mass", None), ("is_centred", False)):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..arguments import check_keep_ratio, entries_of_chunk
 from ..methods import Method, method_of
+from ..recent_queries import needs_queries
 from .rule import PageRule
 
 __all__ = ["Settings", "check_engine", "check_layer", "settings_of"]
@@ -47,14 +48,17 @@ class Settings:
 
         Raises
         ------
-        ValueError : an unknown name, or a parameter that the method has not.
+        ValueError : an unknown name, or a parameter that the method has not; a method that needs queries.
         """
         spelled: dict[str, Any] = self.method if isinstance(self.method, dict) else {"name": self.method}
         if spelled.get("name") == "chunked":
             spelled = {**spelled, "name": "soft_matching"}
         if self.n_shared is not None:
             spelled = {**spelled, "n_shared": self.n_shared}
-        return method_of(**spelled)
+        method = method_of(**spelled)
+        if needs_queries(method):
+            raise ValueError(f"method must be one that needs no queries, which vLLM does not show, got {method}")
+        return method
 
     def rule(self, page: int) -> PageRule:
         """The rule for pages of `page` tokens.
