@@ -162,7 +162,7 @@ class WithQueries:
         ------
         RuntimeError : the queries of some tokens were not observed. The cache is then as it was.
         """
-        if self._queries is None:
+        if self._queries is None or leaving == 0:
             return {}
         if self._queries.n_seen != self.n_seen:
             raise RuntimeError(

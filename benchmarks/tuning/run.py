@@ -25,6 +25,8 @@ MODELS = ("smollm2", "gemma3-270m")
 RESULTS = Path(__file__).resolve().parent / "results"
 SHIPPED = ROOT / "fast" / "huggingface" / "profiles.json"
 FIELDS = ("name", "weights", "layers", "keeps", "shares", "heads", "rule", "settings", "command", "kvcluster")
+# Layers in which attended matching did no harm, by `python benchmarks/attended/run.py --part tuning`; else all.
+ATTENDED = {"gemma3-270m": [5, 17]}
 
 
 def main() -> None:
@@ -47,7 +49,11 @@ def main() -> None:
 
 def shipped(results: list[dict[str, Any]]) -> str:
     """The text of the file that ships: JSON, a result of `kvcluster tune` a line, with those fields that matter."""
-    lines = [json.dumps({name: result[name] for name in FIELDS}) for result in results]
+    lines = []
+    for result in results:
+        layers = ATTENDED.get(result["settings"]["model"])
+        line = {name: result[name] for name in FIELDS} | ({} if layers is None else {"attended": layers})
+        lines.append(json.dumps(line))
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 

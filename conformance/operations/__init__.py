@@ -14,6 +14,7 @@ FILES = (
     "similarity",
     "chunked_soft_matching",
     "distinctive_matching",
+    "attended_matching",
     "merge",
     "attention",
     "clustered_attention",

@@ -1,0 +1,163 @@
+"""What a context keeps if a chunk's tokens are chosen by what the next tokens look at: `make bench-attended`.
+
+Attended matching beside distinctive matching, with the shares of each model's profile, exact and in four bits, needles
+and perplexity, the question after the compression: docs/attended.md. Which layers of a model profit is found on the
+first half of the text (`--part tuning`). Every run is kept as sums of its context, and only what is missing there runs:
+after a change to a method, remove its lines.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # of a script only its own folder is on the path
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.published.run import without_texts
+from benchmarks.published.tables import TITLES
+from kvcluster.evaluation.models import load_model
+from kvcluster.evaluation.pages import fill, table
+from kvcluster.evaluation.quality import needle_cases, run_all, summarize
+from kvcluster.evaluation.quality.methods import METHODS, Method, shipped, with_growing_window
+from kvcluster.evaluation.report import with_interval
+from kvcluster.evaluation.runs import Runs
+from kvcluster.evaluation.texts import built_in_text, encode
+from kvcluster.fast import Attended, Distinctive
+from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
+from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
+
+__all__ = ["main"]
+
+HERE = Path(__file__).resolve().parent
+PAGE = ROOT / "docs" / "attended.md"
+MODELS = "smollm2", "gemma3-270m"
+PARTS = "reporting", "tuning"  # of the text
+SHORT, LONG = 4096, 16384
+N_CONTEXTS = {SHORT: 4, LONG: 2}
+KINDS = {"distinctive": "distinctive matching", "attended": "attended matching"}
+N_EXACT = 32  # tokens, in four bits
+Where = tuple[int, ...] | None  # layers with attended matching; None: as the profile says
+
+
+def cache_by(kind: str, bits: int, where: Where) -> Callable[[Any, float, int], ClusteredCache]:
+    """Caches by distinctive or by attended matching with the shares of the model's profile."""
+
+    def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
+        ratio, sizes = with_growing_window(keep, n_tokens, OF_KEPT_RECENT)
+        how: dict[str, Any] = {**sizes, "bits": bits, "n_exact": None if bits == 16 else N_EXACT}
+        method: Any = Distinctive() if kind == "distinctive" else Attended()
+        if where is not None:
+            layers = range(model.config.num_hidden_layers)
+            method = [Attended() if layer in where else Distinctive() for layer in layers]
+        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, profile=shipped(model), **how)
+
+    return make
+
+
+def method(kind: str, bits: int, where: Where = None) -> Method:
+    return Method(cache_by(kind, bits, where), kind, is_blind=kind == "distinctive", profile=shipped)
+
+
+BOTH = {f"{kind}-{bits}": method(kind, bits) for kind in KINDS for bits in (16, 4)}
+PAIRS = [("distinctive-16", keep) for keep in (0.25, 0.156, 0.1)] + [("attended-16", keep) for keep in (0.25, 0.156, 0.1)]
+PAIRS += [(f"{kind}-4", keep) for kind in KINDS for keep in (0.25, 0.2, 0.14)]
+LONG_PAIRS = [(f"{kind}-16", keep) for kind in KINDS for keep in (0.25, 0.1)] + [(f"{kind}-4", 0.25) for kind in KINDS]
+WHERE = {  # layers that are tried on the first half of the text
+    "smollm2": [(), tuple(range(30))],
+    "gemma3-270m": [(), (5,), (11,), (17,), (5, 17), (5, 11, 17)],
+}
+
+
+def main() -> None:
+    """Measure what is missing, fill in the page, print its tables."""
+    parser = argparse.ArgumentParser(description="Attended matching: docs/attended.md.")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="of the text; layers are chosen on the latter")
+    parser.add_argument("--longest", type=int, default=LONG, help="tokens of the longest contexts that are read")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
+    if not arguments.page_only:
+        for name in arguments.models:
+            measure(name, arguments.part, arguments.longest)
+    tables: dict[str, str] = {}
+    for name in MODELS:
+        runs = Runs(results(name, PARTS[0])).all
+        tables[name] = model_table(name, [run for run in runs if run["n_tokens"] < LONG], SHORT)
+        tables[f"layers-{name}"] = layers_table(name, Runs(results(name, PARTS[1])).all)
+    longer = [run for run in Runs(results(MODELS[1], PARTS[0])).all if run["n_tokens"] >= LONG]
+    tables["longer"] = model_table(MODELS[1], longer, LONG)
+    PAGE.write_text(fill(PAGE.read_text(), tables))
+    console = Console()
+    for name, markdown in tables.items():
+        console.print(f"\n{name}", Markdown(markdown))
+
+
+def results(name: str, part: str) -> Path:
+    return HERE / "results" / (f"{name}.jsonl" if part == PARTS[0] else f"{name}-{part}.jsonl")
+
+
+def measure(name: str, part: str, longest: int) -> None:
+    """Every pair on every context of a part of the text."""
+    model, tokenizer = load_model(name, MODEL_TYPES)
+    tokens, runs = encode(tokenizer, built_in_text()), Runs(results(name, part), without_texts)
+    methods, work = METHODS | BOTH, [(SHORT, PAIRS)]
+    if part != PARTS[0]:
+        tried = {in_words(where): method("attended", 16, where) for where in WHERE[name]}
+        methods, work = methods | tried, [(SHORT, [(each, 0.25) for each in tried])]
+    elif name == MODELS[1] and longest >= LONG:
+        work.append((LONG, LONG_PAIRS))
+    with Progress() as progress:
+        for n_tokens, pairs in work:
+            sizes: dict[str, Any] = {"lengths": [n_tokens], "n_contexts": N_CONTEXTS[n_tokens], "n_following": 512}
+            cases = needle_cases(tokenizer, tokens, part, **sizes)
+            pairs = [("full", 1.0), *pairs]
+            bar = progress.add_task(f"{name}, {n_tokens:,} tokens", total=len(cases) * len(pairs))
+            run_all(model, tokenizer, cases, pairs, runs, methods=methods, on_run=lambda bar=bar: progress.advance(bar))
+
+
+def in_words(where: tuple[int, ...]) -> str:
+    if len(where) > 5:
+        return "all layers"
+    return f"layers {', '.join(map(str, where))}" if where else "no layer"
+
+
+def model_table(name: str, runs: list[dict[str, Any]], n_tokens: int) -> str:
+    """A row for each method and number of entries or bits, over the full cache's, as Markdown."""
+    rows = []
+    for summary in sorted(summarize(runs), key=lambda each: -(each["of_bfloat16"] or 0)):
+        kind, _, bits = summary["method"].partition("-")
+        if kind in KINDS:
+            scores = [with_interval(summary[part]["of_full"], to="-") for part in ("needles", "perplexity")]
+            said = "exact" if bits == "16" else f"{bits} bits"
+            rows.append([f"{summary['of_bfloat16']:.3f}", f"{summary['entries']:.3f}", f"{KINDS[kind]}, {said}", *scores])
+    head = ["bytes", "entries", "what", "needles", "perplexity"]
+    return f"{TITLES[name]}, {n_tokens:,} tokens:\n\n" + table(head, rows)
+
+
+def layers_table(name: str, runs: list[dict[str, Any]]) -> str:
+    """A row for each choice of layers with attended matching, a quarter kept, as Markdown."""
+    rows = [
+        [summary["method"], *(with_interval(summary[part]["of_full"], to="-") for part in ("needles", "perplexity"))]
+        for summary in summarize(runs)
+        if summary["method"] != "full"
+    ]
+    return f"{TITLES[name]}:\n\n" + table(["attended matching in", "needles", "perplexity"], rows)
+
+
+if __name__ == "__main__":
+    main()
