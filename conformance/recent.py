@@ -56,7 +56,7 @@ def boundaries_at_zero(case: Case) -> Case:
 
 
 class ByArrival(reference.ClusteredCache):  # single tokens cluster nothing: what is due waits for the next prompt
-    def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
+    def append(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None) -> Any:
         n_recent, self.n_recent = self.n_recent, 2**40 if keys.shape[-2] == 1 else self.n_recent
         entries = super().append(keys, values)
         self.n_recent = n_recent

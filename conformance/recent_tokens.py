@@ -62,7 +62,7 @@ def refused_exact(operation: str, rules: dict[str, Any]) -> Iterator[Case]:
 class FromExactTokens(reference.ClusteredCache):
     """Exact tokens are kept apart until they are clustered, which no small cache can."""
 
-    def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
+    def append(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None) -> Any:
         kept = getattr(self, "kept", (keys[..., :0, :], values[..., :0, :]))
         self.kept = tuple(np.concatenate(pair, axis=-2) for pair in zip(kept, (keys, values), strict=True))
         self.n_before = self._n_recent_quantized

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -42,7 +42,7 @@ class Attended:
     ) -> CompressedChunks:
         """Whole chunks in `target` clusters, which are fewer than `chunk_size`."""
         heads_of_target = {target: all_heads(keys)}
-        how = {"chunk_size": chunk_size, "backend": backend}
+        how: Any = {"chunk_size": chunk_size, "backend": backend}
         [(_, compressed)] = self.compress_heads(keys, values, queries=queries, heads_of_target=heads_of_target, **how)
         return compressed
 
@@ -122,6 +122,6 @@ def attended_matching(
         labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
         return Clustering(labels, torch.ones_like(labels))
     in_chunks = [array[..., :body, :].detach() for array in (keys, values)]
-    rules = {"chunk_size": chunk_size, "target": target}
+    rules: Any = {"chunk_size": chunk_size, "target": target}
     compressed = method.compress(*in_chunks, queries=queries.detach(), **rules, backend=backend)
     return Clustering(*clustering_of_chunks(compressed, lead, body, tokens - body))

@@ -39,7 +39,9 @@ TABLE = {
     "distinctiveness": Row(
         "plain.distinctive_matching:scores", "kernels.distinctive_matching:scores", "cpu.distinctive_matching:scores"
     ),
-    "attention_margins": Row("plain.attended_matching:attention_margins", cpp="cpu.attended_matching:attention_margins"),
+    "attention_margins": Row(
+        "plain.attended_matching:attention_margins", cpp="cpu.attended_matching:attention_margins"
+    ),
     "distinctive_matching": Row("plain.distinctive_matching:compress", "kernels.distinctive_matching:compress"),
     "pooled_matching": Row(
         "plain.pooled_matching:compress_entries",

@@ -211,7 +211,7 @@ class ClusteredCache(WithQueries, CacheWithBits):
         """Groups of 32 tokens that have been quantized, clustered ones included."""
         return 0 if self.n_exact is None else (self.n_clustered + self._n_recent_quantized) // GROUP
 
-    def _compress(self, start: int, stop: int, queries: dict[str, Tensor]) -> None:
+    def _compress(self, start: int, stop: int, queries: dict[str, Any]) -> None:
         """Cluster the chunks from entry `start` to `stop`; their spans follow one another from `start`."""
         in_chunks = self.keys[..., start:stop, :], self.values[..., start:stop, :]
         compressed = self.method.compress(

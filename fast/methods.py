@@ -22,10 +22,11 @@ __all__ = ["METHODS", "Method", "compress_heads", "method_of", "spelled"]
 class Method(Protocol):
     """What clusters the chunks of a cache."""
 
-    def compress(
-        self, keys: Tensor, values: Tensor, *, chunk_size: int, target: int, backend: AnyBackend = "auto"
-    ) -> CompressedChunks:
-        """Whole chunks in `target` clusters, which are fewer than `chunk_size`."""
+    def compress(self, *arrays: Any, **rules: Any) -> CompressedChunks:
+        """Whole chunks of keys and values in `target` clusters, which are fewer than `chunk_size`.
+
+        `chunk_size`, `target` and `backend` come by name, and the `queries` of chunks if it has `needs_queries`.
+        """
 
 
 def compress_heads(
@@ -36,7 +37,7 @@ def compress_heads(
     chunk_size: int,
     heads_of_target: HeadsOfTarget,
     backend: AnyBackend = "auto",
-    **queries: Tensor,
+    **queries: Any,
 ) -> list[tuple[Heads, CompressedChunks]]:
     """Whole chunks (..., heads, tokens, dim) of a layer whose heads have targets of their own.
 

@@ -199,8 +199,8 @@ class RaggedCache(WithQueries, RaggedEntries):
         for head in heads_of_target.pop(self.chunk_size, ()):
             new.put(head, starts[head], leaving[0][..., head, :, :], leaving[1][..., head, :, :], None)
         if leaving[0].numel() and heads_of_target:
-            rules: dict[str, Any] = {"chunk_size": self.chunk_size, "heads_of_target": heads_of_target}
-            for heads, chunks in compress_heads(self.method, *leaving, **rules, backend=self.backend, **queries):
+            rules: dict[str, Any] = {"chunk_size": self.chunk_size, "heads_of_target": heads_of_target, **queries}
+            for heads, chunks in compress_heads(self.method, *leaving, backend=self.backend, **rules):
                 shape = *leaving[0].shape[:-3], len(heads), -1
                 arrays: Any = chunks.keys, chunks.values, chunks.counts.unsqueeze(-1)
                 of_heads = [array.reshape(*shape, array.shape[-1]) for array in arrays]

@@ -108,8 +108,12 @@ class WithQueries:
 
     method: Any
     n_seen: int
-    n_clustered: int
     _queries: RecentQueries | None
+
+    @property
+    def n_clustered(self) -> int:
+        """Tokens of clustered chunks; of a subclass."""
+        raise NotImplementedError
 
     @property
     def queries(self) -> Float[Tensor, "*lead group n dim"] | None:
@@ -155,7 +159,7 @@ class WithQueries:
         assert self._queries is not None
         self._queries.observe(queries, self.n_clustered)
 
-    def _queries_of(self, leaving: int) -> dict[str, Tensor]:
+    def _queries_of(self, leaving: int) -> dict[str, Any]:
         """What a method that needs queries is given for the chunks of `leaving` tokens.
 
         Raises

@@ -27,19 +27,21 @@ The cache as the paper has it, as far as that is known:
 14. `pooled_matching`                 all chunks of a head compete for the merges
 15. `chelsea_cache`                   compressed to a budget of prompt and generation, when that is exceeded
 
-KV heads with shares of their own, for a model whose heads differ, and entries in few bits:
+KV heads with shares of their own, for a model whose heads differ, entries in few bits, and what is looked at:
 
 16. `ragged_cache`                    each head as in a cache with its own keep_ratio
 17. `quantization`, `quantized_body`  32 numbers with a scale of their own (of caches 9 and 16)
+18. `attended_matching`               tokens that the next ones look at stay exact, beside those that stand out
+19. `recent_queries`                  the few queries that a cache remembers for that (of caches 9 and 16)
 
 And the other way to cluster, which forgets nothing (ClusterKV, arXiv:2412.03213):
 
-18. `kmeans`              clusters of keys that point in similar directions
-19. `cluster_scores`      how near a cluster lies to a query
-20. `selection`           a budget of tokens, spent on the nearest clusters
-21. `recall`              attention to the tokens of these clusters
-22. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
-23. `recall_cache`        all of it online
+20. `kmeans`              clusters of keys that point in similar directions
+21. `cluster_scores`      how near a cluster lies to a query
+22. `selection`           a budget of tokens, spent on the nearest clusters
+23. `recall`              attention to the tokens of these clusters
+24. `segments`, `sampling`  which tokens are clustered together, when, and where their clusters begin
+25. `recall_cache`        all of it online
 
 `arguments` holds the checks of inputs, `agreement` the error bound that every other implementation of attention is held
 to. SPECIFICATION.md states all this in words, and `kvcluster.conformance` checks other implementations against it.

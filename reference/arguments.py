@@ -10,7 +10,6 @@ __all__ = [
     "check_array",
     "check_attention",
     "check_budget",
-    "check_chunk_queries",
     "check_clustering",
     "check_counts",
     "check_half_range",
@@ -23,9 +22,7 @@ __all__ = [
     "check_method",
     "check_n_clusters",
     "check_n_heads",
-    "check_no_queries",
     "check_pair",
-    "check_queries",
     "check_recent_share",
     "check_scored",
     "check_seed",
@@ -121,46 +118,6 @@ def check_array(name: str, array: np.ndarray) -> None:
         raise ValueError(f"{name} must have dim >= 1, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} NaN or infinite values")
-
-
-def check_no_queries(queries: object, method: object) -> None:
-    """Refuse queries where the method needs none."""
-    if queries is not None:
-        raise ValueError(f"queries must be None with a method that needs none, got them with {method!r}")
-
-
-def check_queries(queries: np.ndarray | None, keys: np.ndarray, old: np.ndarray | None) -> np.ndarray:
-    """The queries (..., group, tokens, dim) of the tokens of `keys`; refuse others than fit them and the old ones."""
-    if queries is None:
-        raise ValueError("queries must be given with a method that needs them, got None")
-    check_array("queries", queries)
-    check_dtype_of_keys(queries, keys)
-    *lead, tokens, dim = keys.shape
-    if queries.ndim != keys.ndim + 1 or (*queries.shape[:-3], *queries.shape[-2:]) != (*lead, tokens, dim):
-        raise ValueError(f"queries must be (..., group, tokens, dim) for keys {keys.shape}, got shape {queries.shape}")
-    if queries.shape[-3] < 1:
-        raise ValueError(f"queries must have at least one in a group, got shape {queries.shape}")
-    if old is not None and queries.shape[-3] != old.shape[-3]:
-        raise ValueError(f"queries must be in groups of {old.shape[-3]} as before, got groups of {queries.shape[-3]}")
-    return queries
-
-
-def check_dtype_of_keys(queries: np.ndarray, keys: np.ndarray) -> None:
-    """Refuse queries of another dtype than keys."""
-    if queries.dtype != keys.dtype:
-        raise ValueError(f"queries must have the dtype of keys, {keys.dtype.name}, got {queries.dtype.name}")
-
-
-def check_chunk_queries(queries: np.ndarray, keys: np.ndarray, chunk_size: int) -> None:
-    """Refuse queries that are not (..., chunks, queries, dim), at least one for each whole chunk of keys."""
-    check_array("queries", queries)
-    check_dtype_of_keys(queries, keys)
-    *lead, tokens, dim = keys.shape
-    expected = (*lead, tokens // chunk_size, dim)
-    if queries.ndim != keys.ndim + 1 or (*queries.shape[:-2], queries.shape[-1]) != expected:
-        raise ValueError(f"queries must be (..., chunks, queries, dim) as {expected}, got shape {queries.shape}")
-    if queries.shape[-2] < 1:
-        raise ValueError(f"queries must be at least one for each chunk, got shape {queries.shape}")
 
 
 def check_pair(a: np.ndarray, b: np.ndarray) -> None:

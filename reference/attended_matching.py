@@ -1,11 +1,11 @@
 """Attended matching: exact stay the tokens that the next ones look at, and the distinctive ones; others share entries.
 
-All of it is our choice; no paper defines it. Distinctive matching keeps what a later question may ask for. The text that
-goes on needs other tokens: those that are looked at again and again. Which these are is seen while a chunk is still
-recent, by the queries of the tokens behind it: an observation window, as in SnapKV (arXiv:2404.14469), but of every
-chunk. A query asks a token for more than any other token of the chunk if their dot product is larger. So a token's score
-is the most by which it surpasses the best of the others, over all queries: no softmax, hence no exponential, and no
-scale; the order of softmax weights depends on these differences alone.
+All of it is our choice; no paper defines it. Distinctive matching keeps what a later question may ask for. The text
+that goes on needs other tokens: those that are looked at again and again. Which these are is seen while a chunk is
+still recent, by the queries of the tokens behind it: an observation window, as in SnapKV (arXiv:2404.14469), but one
+for every chunk. A query attends more to a token than to another if its dot product with that key is larger. So a
+token's score is the most by which it surpasses the best of the others, over all queries: differences that softmax
+weights depend on, without an exponential, whose last bits differ from machine to machine.
 """
 
 import math
@@ -15,10 +15,11 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from .arguments import check_append, check_chunk_queries, check_integer, check_keep_ratio, check_share
+from .arguments import check_append, check_integer, check_keep_ratio, check_share
 from .chunks import cluster_chunks, entries_of_chunk
 from .distinctive_matching import distinctiveness, match_ordinary, numbers_of_entries
 from .merging import Clustering
+from .recent_queries import check_chunk_queries
 from .similarity import halving_sum
 
 __all__ = ["Attended", "attended_matching", "attention_margins"]

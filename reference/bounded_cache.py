@@ -51,13 +51,15 @@ class BoundedCache(ClusteredCache):
         self.budget = budget
         self._spans: list[int] = []  # chunks of each span
 
-    def append(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `ClusteredCache.append`, but the budget is kept after every single token.
+    def append(
+        self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `ClusteredCache.append`, but the budget is kept after every single token; `queries` must be None.
 
         What is returned holds all the new tokens, even beyond the budget.
         """
         check_append(keys, values, (self.keys, self.values))
-        super().append(keys[..., :0, :], values[..., :0, :])  # a first append sets shapes and dtypes
+        super().append(keys[..., :0, :], values[..., :0, :], queries)  # a first append sets shapes and dtypes
         seen = self._with(keys, values)
         for token in range(keys.shape[-2]):
             super().append(keys[..., token : token + 1, :], values[..., token : token + 1, :])

@@ -1,14 +1,11 @@
 """The online cache: tokens arrive, grow old, and are clustered chunk by chunk."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
-
-import numpy as np
+from typing import Any, Protocol, runtime_checkable
 
 from .arguments import check_integer, check_keep_ratio, check_method, check_recent_share
 from .merging import Clustering, merge
 from .quantized_body import CacheWithBits
-from .recent_queries import check_observable
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache", "Method"]
@@ -18,7 +15,7 @@ __all__ = ["ClusteredCache", "Method"]
 class Method(Protocol):
     """What decides which tokens of a chunk share an entry: `SoftMatching()`, `Distinctive()`, or another."""
 
-    def cluster(self, keys: np.ndarray, values: np.ndarray, *, keep_ratio: float, chunk_size: int) -> Clustering: ...
+    def cluster(self, *arrays: Any, **rules: Any) -> Clustering: ...  # keys, values; keep_ratio and chunk_size
 
 
 class ClusteredCache(CacheWithBits):
@@ -74,16 +71,14 @@ class ClusteredCache(CacheWithBits):
         bits: int | tuple[int, int] = 16,
         n_exact: int | None = None,
     ) -> None:
-        super().__init__(whole_heads, bits, chunk_size, n_sink, n_recent, n_exact)
+        super().__init__(method, whole_heads, bits, chunk_size, n_sink, n_recent, n_exact)
         check_keep_ratio(keep_ratio)
         check_method(method)
-        check_observable(method, n_recent, self.whole_heads)
         check_integer("chunk_size", chunk_size, least=1)
         check_integer("n_sink", n_sink, least=0)
         check_integer("n_recent", n_recent, least=0)
         check_recent_share(recent_share)
-        self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_recent, self.recent_share = n_recent, recent_share
+        self.keep_ratio, self.chunk_size, self.recent_share = keep_ratio, chunk_size, recent_share
         self.n_clustered, self._n_body = 0, 0  # tokens; entries of the body, but for quantized ones
 
     def _cluster_what_is_due(self) -> None:

@@ -1,6 +1,7 @@
 """A cache whose old entries are quantized: 32 in a row, as soon as there are so many."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ class CacheWithBits(CacheWithQueries):
 
     Parameters
     ----------
+    method, n_recent : as in `CacheWithQueries`.
     whole_heads : as in `EntryCache`; none with fewer bits than 16.
     bits : 8, 4, 3 or 2, or a pair of these for keys and for values; 16: nothing is quantized.
     chunk_size : the most tokens that an entry can stand for; below 32,768 with fewer bits, as counts get 16.
@@ -34,6 +36,7 @@ class CacheWithBits(CacheWithQueries):
 
     def __init__(
         self,
+        method: Any,
         whole_heads: Sequence[int],
         bits: int | tuple[int, int],
         chunk_size: int,
@@ -41,7 +44,7 @@ class CacheWithBits(CacheWithQueries):
         n_recent: int,
         n_exact: int | None,
     ) -> None:
-        super().__init__(whole_heads)
+        super().__init__(method, n_recent, whole_heads)
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=whole_heads)
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.n_sink, self.n_exact = n_sink, n_exact
@@ -64,7 +67,7 @@ class CacheWithBits(CacheWithQueries):
     def append(
         self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `CacheWithQueries.append`; with `bits`, numbers must be at most half of the largest float32 number in size."""
+        """As `CacheWithQueries.append`; with `bits`, numbers must be at most half of the largest of float32 in size."""
         if self.bits is not None:
             for name, array in (("keys", keys), ("values", values)):
                 check_array(name, array)

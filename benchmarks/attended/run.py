@@ -71,7 +71,9 @@ def method(kind: str, bits: int, where: Where = None) -> Method:
 
 
 BOTH = {f"{kind}-{bits}": method(kind, bits) for kind in KINDS for bits in (16, 4)}
-PAIRS = [("distinctive-16", keep) for keep in (0.25, 0.156, 0.1)] + [("attended-16", keep) for keep in (0.25, 0.156, 0.1)]
+PAIRS = [("distinctive-16", keep) for keep in (0.25, 0.156, 0.1)] + [
+    ("attended-16", keep) for keep in (0.25, 0.156, 0.1)
+]
 PAIRS += [(f"{kind}-4", keep) for kind in KINDS for keep in (0.25, 0.2, 0.14)]
 LONG_PAIRS = [(f"{kind}-16", keep) for kind in KINDS for keep in (0.25, 0.1)] + [(f"{kind}-4", 0.25) for kind in KINDS]
 WHERE = {  # layers that are tried on the first half of the text
@@ -144,7 +146,9 @@ def model_table(name: str, runs: list[dict[str, Any]], n_tokens: int) -> str:
         if kind in KINDS:
             scores = [with_interval(summary[part]["of_full"], to="-") for part in ("needles", "perplexity")]
             said = "exact" if bits == "16" else f"{bits} bits"
-            rows.append([f"{summary['of_bfloat16']:.3f}", f"{summary['entries']:.3f}", f"{KINDS[kind]}, {said}", *scores])
+            rows.append(
+                [f"{summary['of_bfloat16']:.3f}", f"{summary['entries']:.3f}", f"{KINDS[kind]}, {said}", *scores]
+            )
     head = ["bytes", "entries", "what", "needles", "perplexity"]
     return f"{TITLES[name]}, {n_tokens:,} tokens:\n\n" + table(head, rows)
 

@@ -33,7 +33,7 @@ PLAN = {"keep_ratio": 0.4, "chunk_size": 20, "n_shared": 3}
 
 
 def cases(base: int) -> Iterator[Case]:
-    settings = ((0.4, 20, 3, 0.5), (0.25, 16, 4, 0.7), (0.5, 9, 40, 1.0), (0.1, 8, 1, 0.5), (1.0, 8, 4, 0.5))
+    settings: Any = ((0.4, 20, 3, 0.5), (0.25, 16, 4, 0.7), (0.5, 9, 40, 1.0), (0.1, 8, 1, 0.5), (1.0, 8, 4, 0.5))
     settings += ((0.7, 13, 2, 0.3), (0.6, 33, 2, 0.0))
     for index, (dtype, kind) in enumerate((d, k) for d in DTYPES for k in KINDS):
         keep_ratio, chunk_size, n_shared, share = settings[index % len(settings)]
@@ -73,7 +73,11 @@ def refused() -> Iterator[Case]:
     keys, bad = refused_arrays()
     rule: dict[str, Any] = {"keep_ratio": 0.5, "chunk_size": 4}
     queries = np.ones((*keys.shape[:-2], keys.shape[-2] // 4, 3, keys.shape[-1]), keys.dtype)
-    wrong = {"queries-dim": queries[..., :-1], "queries-chunks": queries[..., :-1, :, :], "no-queries": queries[..., :0, :]}
+    wrong = {
+        "queries-dim": queries[..., :-1],
+        "queries-chunks": queries[..., :-1, :, :],
+        "no-queries": queries[..., :0, :],
+    }
     wrong |= {"queries-nan": queries * np.float32(np.nan), "queries-dtype": queries.astype(np.float16)}
     calls = [(name, array, queries, rule) for name, array in bad.items()]
     calls += [(name, keys, array, rule) for name, array in wrong.items()]
@@ -102,7 +106,7 @@ def decisions(case: Case) -> Iterator[str]:
     target = entries_of_chunk(case.parameters["keep_ratio"], chunk_size)
     n_exact, n_shared = numbers_of_entries(target, case.parameters.get("n_shared", 4))
     n_attended = math.floor(share * n_exact)
-    yield f"a chunk becomes {target} entries: {n_attended} attended, {n_exact - n_attended} distinctive, {n_shared} shared"
+    yield f"of {target} entries {n_attended} are attended, {n_exact - n_attended} distinctive, {n_shared} shared"
     for chunk in range(keys.shape[-2] // chunk_size if target < chunk_size else 0):
         span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
         chunk_keys, chunk_values = keys[..., span, :], values[..., span, :]
@@ -149,7 +153,9 @@ def of_length_1(array: np.ndarray) -> np.ndarray:
 def matched_by(*, rounded: Callable[[float], int] = math.floor, of_target: bool = False, last: bool = False) -> Any:
     """`match_attended` with another number of attended tokens, or ties to the last token."""
 
-    def match(keys: np.ndarray, values: np.ndarray, margins: np.ndarray, target: int, share: float, n: int) -> np.ndarray:
+    def match(
+        keys: np.ndarray, values: np.ndarray, margins: np.ndarray, target: int, share: float, n: int
+    ) -> np.ndarray:
         if target == keys.shape[-2]:
             return right_match(keys, values, margins, target, share, n)
         n_exact, n_shared = numbers_of_entries(target, n)
@@ -188,7 +194,9 @@ def match_distinctive_first(
     return labels
 
 
-def with_queries_of_the_first_chunk(keys: np.ndarray, values: np.ndarray, queries: np.ndarray, **rules: Any) -> Clustering:
+def with_queries_of_the_first_chunk(
+    keys: np.ndarray, values: np.ndarray, queries: np.ndarray, **rules: Any
+) -> Clustering:
     return right_matching(keys, values, np.broadcast_to(queries[..., :1, :, :], queries.shape), **rules)
 
 
@@ -218,7 +226,7 @@ OPERATION = Operation(
             margins_by(lambda keys, queries: np.zeros(keys.shape[:-1])),
         ),
         Mistake(
-            "a token's score is its largest dot product: it is by how much that surpasses all other tokens' of the chunk",
+            "a token's score is its largest dot product: it is by how much that surpasses those of all other tokens",
             "20.2",
             margins_by(lambda keys, queries: dots(keys, queries).max(axis=-2)),
         ),

@@ -186,7 +186,7 @@ def budget_beside_sinks(case: Case) -> Case:
 class BudgetAtTheEnd(reference.BoundedCache):
     """Spans are merged when an append is done, not after each of its tokens."""
 
-    def append(self, keys: np.ndarray, values: np.ndarray) -> Any:
+    def append(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None) -> Any:
         return reference.ClusteredCache.append(self, keys, values)
 
 

@@ -158,7 +158,7 @@ class OfSome(reference.RaggedCache):
         """The heads whose tokens are clustered with this ratio."""
         return [*range(len(self.keep_ratios))]
 
-    def append(self, keys: np.ndarray, values: np.ndarray) -> Entries:
+    def append(self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None) -> Entries:
         parts = ((ratio, self.seen(ratio)) for ratio in self.caches)
         made = {r: self.caches[r].append(keys[..., heads, :, :], values[..., heads, :, :]) for r, heads in parts}
         return right_rectangle(self._heads_of(made))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvcluster.fast import Distinctive, SoftMatching
+from kvcluster.fast import Attended, Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, RecallCache, known_profile
 from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
 from kvcluster.fast.methods import Method as ClusteringMethod
@@ -127,15 +127,17 @@ def shipped(model: Any) -> Profile:
         raise ValueError(str(error)) from error
 
 
-def distinctive_heads(profile_of: Callable[[Any], Profile]) -> Callable[[Any, float, int], ClusteredCache]:
-    """Caches by distinctive matching whose KV heads have the shares of a profile; at least a tenth is recent.
+def by_shares(
+    method: ClusteringMethod, profile_of: Callable[[Any], Profile]
+) -> Callable[[Any, float, int], ClusteredCache]:
+    """Caches by `method` whose KV heads have the shares of a profile; at least a tenth is recent.
 
     As `ClusteredCache.for_model` makes them, but that here what is kept has recent tokens included.
     """
 
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
         ratio, sizes = with_growing_window(keep, n_tokens, OF_KEPT_RECENT)
-        return ClusteredCache.for_model(model, keep_ratio=ratio, profile=profile_of(model), **sizes)
+        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, profile=profile_of(model), **sizes)
 
     return make
 
@@ -211,9 +213,14 @@ def by_profile(profile_of: Callable[[Any], Profile]) -> dict[str, Method]:
         "chelsea": of(chelsea(0.04, profile_of), "the published method, as far as known: 4 % of the KV heads whole"),
         "chelsea-10": of(chelsea(0.1, profile_of), "the same, a tenth of the KV heads whole"),
         "distinctive-heads": Method(
-            distinctive_heads(profile_of),
+            by_shares(Distinctive(n_shared=4), profile_of),
             "distinctive matching, KV heads share by the model's profile",
             is_blind=True,
+            profile=profile_of,
+        ),
+        "attended": Method(
+            by_shares(Attended(), profile_of),
+            "attended matching, KV heads share by the model's profile",
             profile=profile_of,
         ),
         "distinctive-10": of(

@@ -30,11 +30,21 @@ def print_summaries(console: Console, summaries: list[dict[str, Any]]) -> None:
 def main_table(summaries: list[dict[str, Any]], setting: str) -> Table:
     caption = (
         "In brackets: 95 % intervals, by resampling contexts (those of exact needles: Wilson's). Entries: stored / "
-        "tokens, mean of layers, sinks and recent tokens included; methods without * are held to the share kept. Bytes / "
-        "bfloat16: of layers that attend to everything, what is not quantized counted in bfloat16."
+        "tokens, mean of layers, sinks and recent tokens included; methods without * are held to the share kept. Bytes "
+        "over bfloat16: of layers that attend to everything, what is not quantized counted in bfloat16."
     )
     table = Table(title=f"Quality, {setting}", caption=caption, caption_justify="left")
-    columns = ("method", "kept", "entries", "bytes / full", "/ bfloat16", "needles", "token accuracy", "/ full", "exact")
+    columns = (
+        "method",
+        "kept",
+        "entries",
+        "bytes / full",
+        "/ bfloat16",
+        "needles",
+        "token accuracy",
+        "/ full",
+        "exact",
+    )
     for column in (*columns, "nats", "perplexity", "/ full", "attention error", "clustering", "asking"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for summary in summaries:

@@ -226,8 +226,7 @@ class EntryLayer(AnyVersionLayer):
         raise NotImplementedError
 
     def observe(self, query: Tensor) -> None:
-        """See the queries (batch, heads, queries, dim) of the new tokens, after they were taken; most caches need none.
-        """
+        """See the queries (batch, heads, queries, dim) of the new tokens, after `update`; most caches need none."""
 
     def finish(self) -> None:
         """Cluster what is due, now that the new tokens have been attended to."""

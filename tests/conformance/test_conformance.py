@@ -29,7 +29,7 @@ from kvcluster.conformance.port import tensor_of
 
 # Operations, parameters, and a name, that the first cases did not have; those of heads with shares; those of few bits.
 LATER = {"ChelseaCache", "new-defaults", "whole_heads", "init_seed", "is_per_query_head", "is_exact_counted"}
-OF_SHARES, NEWEST = {"RaggedCache", "recent_share"}, {"bits"}
+OF_SHARES, OF_BITS, NEWEST = {"RaggedCache", "recent_share"}, {"bits"}, {"attended_matching"}
 
 # What the message must say of each mutant, where the mistake is; the others' operations have a cause of their own.
 CAUSES = {
@@ -202,12 +202,13 @@ def test_a_counterexample_is_small_and_says_what_the_reference_decides(monkeypat
 @pytest.mark.parametrize(
     ("digest", "left_out"),
     [
-        ("8468b9dea3e91f2a", LATER | OF_SHARES | NEWEST),
-        ("57ac335f903c4a40", OF_SHARES | NEWEST),
-        ("277e4b510516d034", NEWEST),
-        ("e0639d886cd868de", set()),
+        ("8468b9dea3e91f2a", LATER | OF_SHARES | OF_BITS | NEWEST),
+        ("57ac335f903c4a40", OF_SHARES | OF_BITS | NEWEST),
+        ("277e4b510516d034", OF_BITS | NEWEST),
+        ("e0639d886cd868de", NEWEST),
+        ("603240c5f83b4cc8", set()),
     ],
-    ids=["first", "before-shares", "before-bits", "all"],
+    ids=["first", "before-shares", "before-bits", "before-queries", "all"],
 )
 def test_cases_are_the_same_to_the_last_bit_on_every_machine(digest, left_out):
     """Digests of all inputs, and of those of earlier versions, each made once."""

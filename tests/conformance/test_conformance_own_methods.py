@@ -215,7 +215,10 @@ OLD_DEFAULTS = {"chunk_size": 64, "n_sink": 4, "n_recent": 64}
 
 def test_earlier_cases_are_what_they_were():
     """Made once, before there were cases of ours: files of them stay right."""
-    later, digest = ("distinctive_matching", "ChelseaCache", "RaggedCache", "quantize"), hashlib.sha256()
+    later, digest = (
+        ("attended_matching", "distinctive_matching", "ChelseaCache", "RaggedCache", "quantize"),
+        hashlib.sha256(),
+    )
     for case in all_cases():
         if case.operation not in later and not OPERATIONS[case.operation].has_option(case):
             if case.name == "new-defaults":

@@ -1,4 +1,4 @@
-"""Attended matching: what the next tokens look at stays exact; caches that are given queries; NumPy and torch to the bit."""
+"""Attended matching: what the next tokens look at stays exact; caches that are given queries; to the bit."""
 
 import importlib
 import inspect
@@ -156,7 +156,12 @@ SIZES += [{"bits": 3, "n_exact": 32, "n_recent": 64}]
 def test_caches_do_not_depend_on_how_tokens_arrive(kind, changes):
     given = tokens(2, 3)
     expected = fed(make(reference, kind, **changes), given, [400])
-    for package, pieces in ((reference, [1] * 100 + [300]), (fast, [400]), (fast, [13] * 30 + [10]), (fast, [0, 399, 1])):
+    for package, pieces in (
+        (reference, [1] * 100 + [300]),
+        (fast, [400]),
+        (fast, [13] * 30 + [10]),
+        (fast, [0, 399, 1]),
+    ):
         assert_same(fed(make(package, kind, **changes), given, pieces), expected)
 
 
@@ -184,9 +189,7 @@ def test_a_chunk_is_matched_by_the_queries_behind_it():
     assert not np.array_equal(other.keys, expected.keys)
     span = slice(3, 3 + 64)
     queries = given[2][..., [3 + 64 + 31, 3 + 64 + 63, 3 + 64 + 95], :].reshape(3, 1, 6, 16)
-    by_hand = reference.attended_matching(
-        given[0][:, span], given[1][:, span], queries, keep_ratio=0.3, chunk_size=64
-    )
+    by_hand = reference.attended_matching(given[0][:, span], given[1][:, span], queries, keep_ratio=0.3, chunk_size=64)
     assert np.array_equal(expected.counts[:, 3:23], by_hand.counts)
 
 
@@ -236,7 +239,10 @@ def test_wrong_queries_are_refused_and_nothing_is_lost(package):
     with pytest.raises(ValueError, match="keys must be finite"):
         cache.append(*map(convert, (keys[:, :7] * np.inf, values[:, :7], queries[..., :7, :])))
     more = tokens(3, n=200, seed=2)
-    assert_same(fed(cache, more, [200]), fed(fed(make(reference, "ClusteredCache"), (keys, values, queries), [100]), more, [200]))
+    assert_same(
+        fed(cache, more, [200]),
+        fed(fed(make(reference, "ClusteredCache"), (keys, values, queries), [100]), more, [200]),
+    )
     without = make(package, "ClusteredCache", method=package.Distinctive())
     with pytest.raises(ValueError, match="queries must be None"):
         without.append(*map(convert, (keys, values, queries)))

@@ -127,10 +127,13 @@ WRONG = {
     "each head for itself": ("total = total + (", "total = ("),
     "no moving average": ("range(WINDOW)", "range(3, 4)"),
     "the likeliest": ("np.argsort(-distinctiveness", "np.argsort(distinctiveness"),
-    "ordinary tokens in order of likeness": (", np.sort(best_first[n_exact:])", ", best_first[n_exact:]"),
+    "ordinary tokens in reverse": (
+        "np.setdiff1d(np.arange(len(keys)), exact)",
+        "np.setdiff1d(np.arange(len(keys)), exact)[::-1]",
+    ),
     "the first tokens as destinations": ("* len(ordinary) // n_shared", ""),
     "destinations may leave": ("match[destinations] = np.arange(n_shared)", "pass"),
-    "one shared entry less": ("n_exact = target - n_shared", "n_shared -= 1; n_exact = target - n_shared"),
+    "one shared entry less": ("return target - n_shared, n_shared", "return target - n_shared + 1, n_shared - 1"),
 }
 
 

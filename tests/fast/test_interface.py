@@ -8,7 +8,7 @@ import pytest
 
 from kvcluster import fast, reference
 
-DATA = {"Clustering", "Clusters", "Distinctive", "Selection", "SoftMatching"}  # dataclasses
+DATA = {"Attended", "Clustering", "Clusters", "Distinctive", "Selection", "SoftMatching"}  # dataclasses
 
 
 def in_fresh_interpreter(code):

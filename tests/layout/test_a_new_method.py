@@ -12,9 +12,9 @@ from sources import ROOT, installed_files
 EXAMPLE = Path(__file__).with_name("new_method")
 MOST = 6
 SECTION = """
-## 20 `neighbour_merging`
+## 21 `neighbour_merging`
 
-**20.1** Token `t` of a chunk of `size` tokens goes to entry `floor(t * target / size)`.
+**21.1** Token `t` of a chunk of `size` tokens goes to entry `floor(t * target / size)`.
 """
 EDITS = {  # of existing files: what stands there, and what stands there afterwards
     "reference/SPECIFICATION.md": [("\n## 16 ", f"{SECTION}\n## 16 ")],
@@ -28,7 +28,10 @@ EDITS = {  # of existing files: what stands there, and what stands there afterwa
         ('    "distinctive": Distinctive,\n', '    "distinctive": Distinctive,\n    "neighbours": Neighbours,\n'),
     ],
     "evaluation/quality/methods.py": [
-        ("from kvcluster.fast import Distinctive,", "from kvcluster.fast import Distinctive, Neighbours,"),
+        (
+            "from kvcluster.fast import Attended, Distinctive,",
+            "from kvcluster.fast import Attended, Distinctive, Neighbours,",
+        ),
         (
             '    "recall": Method(',
             '    "neighbours": Method(alike(Neighbours()), "runs", is_blind=True),\n    "recall": Method(',

@@ -11,7 +11,7 @@ from sources import files
 from kvcluster import fast, reference
 from kvcluster.fast.huggingface import ClusteredCache
 
-METHODS = ("Distinctive", "SoftMatching")
+METHODS = ("Attended", "Distinctive", "SoftMatching")
 
 
 def fields(method):

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "reference" / "SPECIFICATION.md").read_text()
 NAMES = """Arrays and dtypes, Arithmetic, `alternating_partition`, `similarity`, `chunked_soft_matching`, `merge`,
 `attention`, `clustered_attention`, `ClusteredCache`, `kmeans`, `select_clusters`, `recall_attention`, `RecallCache`,
-Errors, Agreement of attention outputs, `distinctive_matching`, `ChelseaCache`, `RaggedCache`, `quantize` and `bits`"""
+Errors, Agreement of attention outputs, `distinctive_matching`, `ChelseaCache`, `RaggedCache`, `quantize` and `bits`,
+`attended_matching`"""
 SECTIONS = [f"{number} {name}" for number, name in enumerate(re.split(r",\s", NAMES), 1)]
 KNOWN = {
     f"{path.relative_to(ROOT)}::{node.name}"

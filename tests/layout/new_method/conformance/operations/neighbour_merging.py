@@ -39,12 +39,12 @@ def longest_last(keys: np.ndarray, target: int) -> np.ndarray:
 
 MISTAKES = (
     Mistake(
-        "runs are counted from the end: from the beginning", "20.1", (("neighbour_merging", "runs", longest_last),)
+        "runs are counted from the end: from the beginning", "21.1", (("neighbour_merging", "runs", longest_last),)
     ),
 )
 OPERATION = Operation(
     name="neighbour_merging",
-    section=20,
+    section=21,
     results=("labels", "counts"),
     cases=cases,
     refused=refused,
