@@ -40,7 +40,9 @@ TABLE = {
         "plain.distinctive_matching:scores", "kernels.distinctive_matching:scores", "cpu.distinctive_matching:scores"
     ),
     "attention_margins": Row(
-        "plain.attended_matching:attention_margins", cpp="cpu.attended_matching:attention_margins"
+        "plain.attended_matching:attention_margins",
+        "kernels.attended_matching:attention_margins",
+        "cpu.attended_matching:attention_margins",
     ),
     "distinctive_matching": Row("plain.distinctive_matching:compress", "kernels.distinctive_matching:compress"),
     "pooled_matching": Row(

@@ -51,12 +51,13 @@ def few_programs(monkeypatch):
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from kvcluster.fast.kernels import assign, attention, likeness, match, merge, score, select
+    from kvcluster.fast.kernels import assign, attended_matching, attention, likeness, match, merge, score, select
 
     for module, name in (
         (match, "BLOCK_ROWS"),
         (match, "BLOCK_COLUMNS"),
         (score, "BLOCK_SOURCES"),
+        (attended_matching, "BLOCK_TOKENS"),
         (assign, "BLOCK_ROWS"),
         (assign, "BLOCK_COLUMNS"),
         (assign, "BLOCK_SCORED"),

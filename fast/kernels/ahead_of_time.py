@@ -19,6 +19,9 @@ from .assign import BLOCK_ROWS as assign_rows
 from .assign import BLOCK_SCORED as assign_scored
 from .assign import N_STAGES as assign_stages
 from .assign import columns_of, filter_kernel, settle_kernel, warps_of
+from .attended_matching import BLOCK_TOKENS as DOTS_TOKENS
+from .attended_matching import N_WARPS as dots_warps
+from .attended_matching import dots_kernel
 from .attention import N_STAGES, ROWS, SPLIT, entries_of_step, split_kernel
 from .attention import N_WARPS as attention_warps
 from .combine import combine_kernel
@@ -47,19 +50,20 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 5.3e12),
 }
 KERNELS = (
-    *("match", "score", "likeness", "merge", "merge_weighted"),
+    *("match", "score", "likeness", "dots", "merge", "merge_weighted"),
     *("attend", "attend_ragged", "attend_packed", "combine", "assign", "settle", "select", "recall"),
 )
 TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # The problem whose bytes are counted.
 # Strides that are multiples of 16 in a contiguous cache.
-STRIDES = {"stride_batch", "stride_head", "stride_problem", "stride_token", "block_batch"} | {
+STRIDES = {"stride_batch", "stride_head", "stride_chunk", "stride_problem", "stride_token", "block_batch"} | {
     f"{array}_{axis}" for array in ("key", "value") for axis in ("batch", "head", "entry")
 }
 HEADS, TOKENS, CHUNK_SIZE, GROUP = 8, 32_768, 64, 4
 TOKENS_PER_CLUSTER, RECALLED = 8, 1024  # of a recall cache
 BITS = 4, 4  # of keys and of values
+QUERIES = 7  # that look at a chunk, of each query head
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,10 @@ def sources(dtype: str, backend: str, dim: int) -> Iterator[tuple[str, ASTSource
     types = chunk | {"array": TYPES[dtype], "means": "*fp32", "similarity_out": "*fp64"}
     blocks = {"SIZE": CHUNK_SIZE, "ROWS": BLOCK_TOKENS}
     yield "likeness", source(likeness_kernel, types, in_chunk | blocks), {"num_warps": likeness_warps}
+    types = {"keys": TYPES[dtype], "queries": TYPES[dtype], "dots_out": "*fp64", "n_queries": "i32"}
+    types |= dict.fromkeys(("stride_chunk", "stride_token"), "i32")
+    blocks = {"SIZE": CHUNK_SIZE, "ROWS": DOTS_TOKENS}
+    yield "dots", source(dots_kernel, types, in_chunk | blocks), {"num_warps": dots_warps}
     types = {"array": TYPES[dtype], "members": "*i64", "first_member": "*i64", "counts": "*i64", "means": "*fp32"}
     types |= dict.fromkeys(("n_entries", "heads", "tokens"), "i32") | strides
     for kernel, has_weights in (("merge", False), ("merge_weighted", True)):
@@ -218,7 +226,7 @@ def compile_one(kernel: str, code: ASTSource, options: dict[str, int], dtype: st
 
 def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     """All keys once; then for match 9 bytes a source, for score 16; for merge 8 a token (12 with its weight), 16 an
-    entry, and centroids; for likeness 8 a token, and the mean of each chunk.
+    entry, and centroids; for likeness 8 a token, and the mean of each chunk; for dots 8 a token and query.
 
     In attention all keys, values and counts, or the blocks that hold them, and the partial results, which are what is
     combined. To assign, all keys, the centroids of every segment, and 9 bytes a token; to select, all features and 8
@@ -235,6 +243,8 @@ def bytes_moved(kernel: str, dtype: str, dim: int) -> int:
     keys = HEADS * TOKENS * dim * ITEM_BYTES[dtype]
     if kernel == "likeness":
         return keys + HEADS * TOKENS * 8 + HEADS * TOKENS // CHUNK_SIZE * dim * 4
+    if kernel == "dots":
+        return keys + HEADS * TOKENS * GROUP * QUERIES * 8
     entries = HEADS * TOKENS // 2  # after the first round; as many sources
     if kernel in ("match", "score"):
         return keys + entries * (9 if kernel == "match" else 16)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from ..exact.margins import largest_margins
 from ..exact.similarity import halving_sum
 
 __all__ = ["attention_margins"]
@@ -26,7 +27,5 @@ def attention_margins(
         wide = some_keys.double()
         for query in some_queries.double().unbind(dim=1):  # (chunks, dim)
             dots = halving_sum(wide * query.unsqueeze(1))  # (chunks, chunk)
-            (best, second), (place, _) = (x.unbind(dim=-1) for x in dots.topk(2, dim=-1))
-            others = best.unsqueeze(-1).expand_as(dots).scatter(-1, place.unsqueeze(-1), second.unsqueeze(-1))
-            torch.maximum(into, dots - others, out=into)
+            torch.maximum(into, largest_margins(dots.unsqueeze(1)), out=into)
     return margins

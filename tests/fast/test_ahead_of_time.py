@@ -53,7 +53,7 @@ def test_kernels_compile_without_spilling(target, dim):
     """With heads of 256 features, as Gemma's are, some blocks ask for more shared memory, and get it everywhere."""
     every, most = compiled(CODE, target, dim), shared_memory(target, dim)
     assert len(every) == 3 * len({made["kernel"] for made in every})
-    names = {"match", "score", "likeness", "merge", "merge_weighted"}
+    names = {"match", "score", "likeness", "dots", "merge", "merge_weighted"}
     names |= {"attend", "attend_ragged", "attend_packed", "combine", "assign", "settle", "select", "recall"}
     assert names == {made["kernel"] for made in every}
     for made in every:
