@@ -44,8 +44,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "attended.md"
 MODELS = "smollm2", "gemma3-270m"
 PARTS = "reporting", "tuning"  # of the text
-SHORT, LONG = 4096, 16384
-N_CONTEXTS = {SHORT: 4, LONG: 2}
+N_TOKENS, N_CONTEXTS = 4096, 4
 KINDS = {"distinctive": "distinctive matching", "attended": "attended matching"}
 N_EXACT = 32  # tokens, in four bits
 Where = tuple[int, ...] | None  # layers with attended matching; None: as the profile says
@@ -75,11 +74,7 @@ PAIRS = [("distinctive-16", keep) for keep in (0.25, 0.156, 0.1)] + [
     ("attended-16", keep) for keep in (0.25, 0.156, 0.1)
 ]
 PAIRS += [(f"{kind}-4", keep) for kind in KINDS for keep in (0.25, 0.2, 0.14)]
-LONG_PAIRS = [(f"{kind}-16", keep) for kind in KINDS for keep in (0.25, 0.1)] + [(f"{kind}-4", 0.25) for kind in KINDS]
-WHERE = {  # layers that are tried on the first half of the text
-    "smollm2": [(), tuple(range(30))],
-    "gemma3-270m": [(), (5,), (11,), (17,), (5, 17), (5, 11, 17)],
-}
+WHERE = [(), (5,), (11,), (17,), (5, 17), (5, 11, 17)]  # layers of Gemma that are tried on the first half of the text
 
 
 def main() -> None:
@@ -87,7 +82,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Attended matching: docs/attended.md.")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="of the text; layers are chosen on the latter")
-    parser.add_argument("--longest", type=int, default=LONG, help="tokens of the longest contexts that are read")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
@@ -95,14 +89,12 @@ def main() -> None:
     disable_progress_bar()
     if not arguments.page_only:
         for name in arguments.models:
-            measure(name, arguments.part, arguments.longest)
+            measure(name, arguments.part)
     tables: dict[str, str] = {}
     for name in MODELS:
         runs = Runs(results(name, PARTS[0])).all
-        tables[name] = model_table(name, [run for run in runs if run["n_tokens"] < LONG], SHORT)
-        tables[f"layers-{name}"] = layers_table(name, Runs(results(name, PARTS[1])).all)
-    longer = [run for run in Runs(results(MODELS[1], PARTS[0])).all if run["n_tokens"] >= LONG]
-    tables["longer"] = model_table(MODELS[1], longer, LONG)
+        tables[name] = model_table(name, runs)
+    tables[f"layers-{MODELS[1]}"] = layers_table(MODELS[1], Runs(results(MODELS[1], PARTS[1])).all)
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
     for name, markdown in tables.items():
@@ -113,54 +105,58 @@ def results(name: str, part: str) -> Path:
     return HERE / "results" / (f"{name}.jsonl" if part == PARTS[0] else f"{name}-{part}.jsonl")
 
 
-def measure(name: str, part: str, longest: int) -> None:
+def measure(name: str, part: str) -> None:
     """Every pair on every context of a part of the text."""
     model, tokenizer = load_model(name, MODEL_TYPES)
     tokens, runs = encode(tokenizer, built_in_text()), Runs(results(name, part), without_texts)
-    methods, work = METHODS | BOTH, [(SHORT, PAIRS)]
+    cases = needle_cases(tokenizer, tokens, part, lengths=[N_TOKENS], n_contexts=N_CONTEXTS, n_following=512)
+    methods, pairs = BOTH, PAIRS
     if part != PARTS[0]:
-        tried = {in_words(where): method("attended", 16, where) for where in WHERE[name]}
-        methods, work = methods | tried, [(SHORT, [(each, 0.25) for each in tried])]
-    elif name == MODELS[1] and longest >= LONG:
-        work.append((LONG, LONG_PAIRS))
+        methods = {in_words(where): method("attended", 16, where) for where in WHERE}
+        pairs = [(each, 0.25) for each in methods]
+    pairs = [("full", 1.0), *pairs]
     with Progress() as progress:
-        for n_tokens, pairs in work:
-            sizes: dict[str, Any] = {"lengths": [n_tokens], "n_contexts": N_CONTEXTS[n_tokens], "n_following": 512}
-            cases = needle_cases(tokenizer, tokens, part, **sizes)
-            pairs = [("full", 1.0), *pairs]
-            bar = progress.add_task(f"{name}, {n_tokens:,} tokens", total=len(cases) * len(pairs))
-            run_all(model, tokenizer, cases, pairs, runs, methods=methods, on_run=lambda bar=bar: progress.advance(bar))
+        bar = progress.add_task(f"{name}, {part}", total=len(cases) * len(pairs))
+        how: dict[str, Any] = {"methods": METHODS | methods, "on_run": lambda: progress.advance(bar)}
+        run_all(model, tokenizer, cases, pairs, runs, **how)
 
 
 def in_words(where: tuple[int, ...]) -> str:
-    if len(where) > 5:
-        return "all layers"
     return f"layers {', '.join(map(str, where))}" if where else "no layer"
 
 
-def model_table(name: str, runs: list[dict[str, Any]], n_tokens: int) -> str:
+def model_table(name: str, runs: list[dict[str, Any]]) -> str:
     """A row for each method and number of entries or bits, over the full cache's, as Markdown."""
     rows = []
     for summary in sorted(summarize(runs), key=lambda each: -(each["of_bfloat16"] or 0)):
         kind, _, bits = summary["method"].partition("-")
         if kind in KINDS:
-            scores = [with_interval(summary[part]["of_full"], to="-") for part in ("needles", "perplexity")]
             said = "exact" if bits == "16" else f"{bits} bits"
             rows.append(
-                [f"{summary['of_bfloat16']:.3f}", f"{summary['entries']:.3f}", f"{KINDS[kind]}, {said}", *scores]
+                [
+                    f"{summary['of_bfloat16']:.3f}",
+                    f"{summary['entries']:.3f}",
+                    f"{KINDS[kind]}, {said}",
+                    *scores_of(summary),
+                ]
             )
     head = ["bytes", "entries", "what", "needles", "perplexity"]
-    return f"{TITLES[name]}, {n_tokens:,} tokens:\n\n" + table(head, rows)
+    return f"{TITLES[name]}:\n\n" + table(head, rows)
+
+
+def scores_of(summary: dict[str, Any]) -> list[str]:
+    """Needles and perplexity over the full cache's."""
+    return [with_interval(summary[part]["of_full"], to="-") for part in ("needles", "perplexity")]
 
 
 def layers_table(name: str, runs: list[dict[str, Any]]) -> str:
     """A row for each choice of layers with attended matching, a quarter kept, as Markdown."""
     rows = [
-        [summary["method"], *(with_interval(summary[part]["of_full"], to="-") for part in ("needles", "perplexity"))]
+        [summary["method"], str(summary["n_contexts"]), *scores_of(summary)]
         for summary in summarize(runs)
         if summary["method"] != "full"
     ]
-    return f"{TITLES[name]}:\n\n" + table(["attended matching in", "needles", "perplexity"], rows)
+    return f"{TITLES[name]}:\n\n" + table(["attended matching in", "contexts", "needles", "perplexity"], rows)
 
 
 if __name__ == "__main__":

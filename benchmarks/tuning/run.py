@@ -25,7 +25,7 @@ MODELS = ("smollm2", "gemma3-270m")
 RESULTS = Path(__file__).resolve().parent / "results"
 SHIPPED = ROOT / "fast" / "huggingface" / "profiles.json"
 FIELDS = ("name", "weights", "layers", "keeps", "shares", "heads", "rule", "settings", "command", "kvcluster")
-# Layers in which attended matching did no harm, by `python benchmarks/attended/run.py --part tuning`; else all.
+# Layers with attended matching, where the text gains and needles lose little (benchmarks/attended, tuning); else all.
 ATTENDED = {"gemma3-270m": [5, 17]}
 
 
