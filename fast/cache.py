@@ -131,6 +131,8 @@ class ClusteredCache(WithQueries, CacheWithBits):
             self._quantize(self.n_sink, end - self.n_sink, n_behind)
             n_old = (n_groups * GROUP - self.n_clustered - n_behind) if self.n_exact is not None else 0
             self._quantize(self.n_sink + (end - self.n_sink) % GROUP, n_old)
+        if self._queries is not None and not may_be_undone:
+            self._queries.forget(self.n_clustered)
         self.work.seconds += time.perf_counter() - begun
         if self._held[0].shape[-2] > self._with_room(self._n_stored + self.chunk_size):
             self._move_to_room_for(self._n_stored)

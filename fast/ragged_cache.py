@@ -214,6 +214,8 @@ class RaggedCache(WithQueries, RaggedEntries):
         else:
             self._lost = leaving if may_be_undone else None
         self._rows, self._n_chunks, self._n_groups = new, n_chunks, n_groups
+        if self._queries is not None and not may_be_undone:
+            self._queries.forget(self.n_clustered)
         self.work.seconds += time.perf_counter() - begun
 
     def crop(self, n_tokens: int) -> None:

@@ -19,7 +19,7 @@ class RecentQueries:
     """Queries of every 32nd token behind the sinks, of those that chunks will still be matched by.
 
     Defined by `kvcluster.reference.recent_queries.CacheWithQueries`. Those that the reference forgets after an append
-    are kept until the next one, for `crop`.
+    are kept until the next one, for `crop`, where it could undo the append.
 
     Attributes
     ----------
@@ -80,6 +80,12 @@ class RecentQueries:
         of_chunks = self._held.index_select(-2, chosen.flatten().to(self._held.device))
         of_chunks = of_chunks.unflatten(-2, chosen.shape).movedim(-4, -3)  # (*lead, chunks, group, queries, dim)
         return of_chunks.reshape(*lead, len(chosen), group * chosen.shape[1], dim)
+
+    @on_ordinary_tensors
+    def forget(self, n_clustered: int) -> None:
+        """Hold no more than `needed`, now that no append can be undone that clustered so many tokens."""
+        needed = self.needed(n_clustered)
+        self._held = None if needed is None else needed.clone()
 
     def crop(self, n_tokens: int) -> None:
         """Forget those of the last `n_tokens` tokens."""

@@ -207,6 +207,17 @@ def test_crop_undoes_what_was_clustered(kind, changes):
 
 
 @pytest.mark.parametrize("kind", ["ClusteredCache", "RaggedCache"])
+def test_queries_that_nothing_needs_are_freed(kind):
+    """After a long prompt at once, which cannot be undone; after a short one `crop` may need them."""
+    given = tokens(2, 3, n=2000)
+    cache, pieces = (fed(make(fast, kind), given, sizes) for sizes in ([2000], [1900, 100]))
+    assert cache._queries.held.shape == cache.queries.shape
+    assert cache._queries.held.untyped_storage().nbytes() == cache.queries.nbytes
+    assert pieces._queries.held.shape[-2] > pieces.queries.shape[-2]
+    assert torch.equal(pieces.queries, cache.queries)
+
+
+@pytest.mark.parametrize("kind", ["ClusteredCache", "RaggedCache"])
 def test_selected_and_restored_caches_go_on_alike(kind):
     given = tokens(2, 3)
     cache, more = fed(make(fast, kind), given, [390, 10]), tokens(2, 3, n=150, seed=1)
