@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, check_share, entries_of_chunk
 from .backends import AnyBackend, cell, choose
-from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, clustering_of_chunks, of_heads
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, cluster_chunks, of_heads
 from .exact.distinctiveness import numbers_of_entries
 from .merging import Clustering
 from .recent_queries import check_chunk_queries
@@ -62,25 +63,19 @@ class Attended:
         compress = cell("distinctive_matching", chosen)
         compressed = []
         for target, heads in heads_of_target.items():
-            some_keys, some_values = of_heads(heads, keys, values)
+            in_heads = of_heads(heads, keys, values, queries.flatten(-3, -2))
+            some_keys, some_values = in_heads[:2]
             n_attended = math.floor(float(self.share) * numbers_of_entries(target, self.n_shared)[0])
             scores = distinctive.unsqueeze(1).expand(-1, len(heads), -1, -1)  # (layers, heads, chunks, chunk)
             if n_attended:
                 in_chunks = some_keys.reshape(-1, chunk_size, keys.shape[-1])
-                of_chunks = queries_of_heads(queries, heads).flatten(0, -3)
+                of_chunks = in_heads[2].reshape(-1, *queries.shape[-2:])
                 margins = cell("attention_margins", chosen)(in_chunks, of_chunks).view(scores.shape)
                 scores = with_attended_first(scores, margins, n_attended)
             each_alone = (x.reshape(-1, 1, *x.shape[-2:]) for x in (some_keys, some_values))  # a layer of one head
             rules = {"target": target, "n_shared": self.n_shared}
             compressed.append((heads, compress(scores.flatten(0, 1), *each_alone, **rules)))
         return compressed
-
-
-def queries_of_heads(queries: Float[Tensor, "*lead chunks queries dim"], heads: Heads) -> Tensor:
-    """Those of these heads alone, copied if these are not all; without an axis of heads there is one."""
-    if queries.ndim < 4 or len(heads) == queries.shape[-4]:
-        return queries
-    return queries.index_select(-4, torch.tensor(heads, device=queries.device))
 
 
 def with_attended_first(
@@ -115,13 +110,6 @@ def attended_matching(
     method = Attended(share, n_shared)
     check_chunk_queries(queries, keys, chunk_size)
     choose("distinctiveness", backend, keys, values)  # also where there is nothing to do
-    *lead, tokens, _ = keys.shape
     target = entries_of_chunk(keep_ratio, chunk_size)
-    body = tokens // chunk_size * chunk_size
-    if target == chunk_size or body == 0:
-        labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
-        return Clustering(labels, torch.ones_like(labels))
-    in_chunks = [array[..., :body, :].detach() for array in (keys, values)]
-    rules: Any = {"chunk_size": chunk_size, "target": target}
-    compressed = method.compress(*in_chunks, queries=queries.detach(), **rules, backend=backend)
-    return Clustering(*clustering_of_chunks(compressed, lead, body, tokens - body))
+    compress = partial(method.compress, queries=queries.detach(), backend=backend)
+    return Clustering(*cluster_chunks(compress, keys, values, chunk_size=chunk_size, target=target))

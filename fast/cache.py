@@ -18,7 +18,7 @@ from .memory.span_merging import merge_spans
 from .memory.spans import SpanPlan, SpanRules
 from .methods import Method
 from .quantized_body import CacheWithBits
-from .recent_queries import RecentQueries, WithQueries, check_observable, needs_queries
+from .recent_queries import WithQueries, queries_for
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache"]
@@ -57,14 +57,13 @@ class ClusteredCache(WithQueries, CacheWithBits):
         check_keep_ratio(keep_ratio)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
-        check_observable(method, n_recent, self.whole_heads)
         entries = entries_of_chunk(keep_ratio, chunk_size)
         shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
         self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, n_exact=n_exact, **shared)
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
         self.n_recent, self.recent_share, self.backend = n_recent, recent_share, backend
-        self._queries = RecentQueries(n_sink, n_recent, chunk_size) if needs_queries(method) else None
+        self._queries = queries_for(method, n_sink, n_recent, chunk_size, self.whole_heads)
         self.spans: tuple[int, ...] = ()
         self._overwritten: Overwritten | BeforeQuantizing | None = None  # by the last clustering
 
@@ -100,8 +99,8 @@ class ClusteredCache(WithQueries, CacheWithBits):
         if not self.is_due:
             return
         begun = time.perf_counter()
-        queries = self._queries_of(self._leaving)
         leaving, n_groups = self._leaving, self._rules.n_groups(self.n_seen)
+        queries = self._queries_of(leaving)
         # entries that are not quantized:  sinks | body | leaving | recent
         #                                              start     stop
         start = self.n_sink + self.n_body - self._n_body_quantized

@@ -1,14 +1,14 @@
 """Distinctive matching on torch tensors: the reference's decisions, to the bit."""
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
 from .backends import AnyBackend, cell, choose
-from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, clustering_of_chunks, of_heads
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, cluster_chunks, of_heads
 from .merging import Clustering
 
 __all__ = ["Distinctive", "distinctive_matching"]
@@ -78,12 +78,6 @@ def distinctive_matching(
     check_integer("chunk_size", chunk_size, least=1)
     method = Distinctive(n_shared)
     choose("distinctiveness", backend, keys, values)  # also where there is nothing to do
-    *lead, tokens, _ = keys.shape
     target = entries_of_chunk(keep_ratio, chunk_size)
-    body = tokens // chunk_size * chunk_size
-    if target == chunk_size or body == 0:
-        labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
-        return Clustering(labels, torch.ones_like(labels))
-    in_chunks = [array[..., :body, :].detach() for array in (keys, values)]
-    compressed = method.compress(*in_chunks, chunk_size=chunk_size, target=target, backend=backend)
-    return Clustering(*clustering_of_chunks(compressed, lead, body, tokens - body))
+    compress = partial(method.compress, backend=backend)
+    return Clustering(*cluster_chunks(compress, keys, values, chunk_size=chunk_size, target=target))

@@ -26,7 +26,7 @@ from .memory.spans import SpanRules
 from .memory.work import ClusteringWork
 from .methods import Method, compress_heads
 from .ragged_entries import RaggedEntries
-from .recent_queries import RecentQueries, WithQueries, check_observable, needs_queries
+from .recent_queries import WithQueries, queries_for
 from .soft_matching import SoftMatching
 
 __all__ = ["RaggedCache"]
@@ -75,7 +75,6 @@ class RaggedCache(WithQueries, RaggedEntries):
         self.keep_ratios = check_keep_ratios(keep_ratios)
         check_method(method)
         check_integer("chunk_size", chunk_size, least=1)
-        check_observable(method, n_recent)
         self._targets = [entries_of_chunk(ratio, chunk_size) for ratio in self.keep_ratios]
         least_room = GROUP if n_exact is not None else min(chunk_size, 64)
         super().__init__(n_sink, check_bits_of_entries(bits, chunk_size=chunk_size), least_room)
@@ -84,7 +83,7 @@ class RaggedCache(WithQueries, RaggedEntries):
         check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self.method, self.chunk_size, self.backend = method, chunk_size, backend
         self.n_recent, self.recent_share, self.n_exact = n_recent, recent_share, n_exact
-        self._queries = RecentQueries(n_sink, n_recent, chunk_size) if needs_queries(method) else None
+        self._queries = queries_for(method, n_sink, n_recent, chunk_size)
         self._n_chunks = 0  # clustered
         self._n_groups = 0  # of 32 tokens that have been quantized, with `n_exact`, clustered ones included
         self._lost: tuple[Tensor, Tensor] | None = None  # keys and values of what the last append clustered

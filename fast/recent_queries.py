@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import check_array, check_integer, dtype_name
 from .memory.ordinary import on_ordinary_tensors
 
-__all__ = ["QUERY_STEP", "RecentQueries", "WithQueries", "check_chunk_queries", "check_observable", "needs_queries"]
+__all__ = ["QUERY_STEP", "WithQueries", "check_chunk_queries", "needs_queries", "queries_for"]
 
 QUERY_STEP = 32  # as in the reference
 
@@ -24,12 +24,13 @@ class RecentQueries:
     Attributes
     ----------
     n_seen : tokens whose queries have been observed.
+    held : all that are kept; None at first.
     """
 
     def __init__(self, n_sink: int, n_recent: int, chunk_size: int) -> None:
         self.n_sink, self.n_recent, self.chunk_size = n_sink, n_recent, chunk_size
         self.n_seen = 0
-        self._held: Float[Tensor, "*lead group n dim"] | None = None  # the last ones sampled
+        self.held: Float[Tensor, "*lead group n dim"] | None = None
 
     def first_needed(self, n_clustered: int) -> int:
         """Number of the first sampled token that a chunk will be matched by: behind the one that comes next."""
@@ -40,26 +41,21 @@ class RecentQueries:
 
     def needed(self, n_clustered: int) -> Float[Tensor, "*lead group n dim"] | None:
         """As `queries` of the reference; None at first."""
-        if self._held is None:
+        if self.held is None:
             return None
         n = max(0, self.n_sampled(self.n_seen) - self.first_needed(n_clustered))
-        return self._held[..., self._held.shape[-2] - n :, :]
-
-    @property
-    def held(self) -> Float[Tensor, "*lead group n dim"] | None:
-        """All that are kept; None at first."""
-        return self._held
+        return self.held[..., self.held.shape[-2] - n :, :]
 
     @property
     def nbytes_reserved(self) -> int:
-        return 0 if self._held is None else self._held.untyped_storage().nbytes()
+        return 0 if self.held is None else self.held.untyped_storage().nbytes()
 
     @on_ordinary_tensors
     def observe(self, queries: Float[Tensor, "*lead group tokens dim"], n_clustered: int) -> None:
         """Take those of the next tokens, while so many are clustered."""
         n_new, before = queries.shape[-2], self.n_sampled(self.n_seen)
         after = self.n_sampled(self.n_seen + n_new)
-        held = self._held
+        held = self.held
         if held is None or after > before:
             sampled = torch.arange(before, after) * QUERY_STEP + (QUERY_STEP - 1 + self.n_sink - self.n_seen)
             new = queries.detach().index_select(-2, sampled.to(queries.device))
@@ -67,17 +63,17 @@ class RecentQueries:
                 n_kept = min(held.shape[-2], max(0, before - self.first_needed(n_clustered)))
                 new = torch.cat([held[..., held.shape[-2] - n_kept :, :], new], dim=-2)
             held = new
-        self._held, self.n_seen = held, self.n_seen + n_new
+        self.held, self.n_seen = held, self.n_seen + n_new
 
     def of_chunks(self, n_clustered: int, leaving: int) -> Float[Tensor, "*lead chunks queries dim"]:
         """What the chunks of `leaving` tokens behind the clustered ones are matched by; the last one is repeated."""
-        assert self._held is not None
-        *lead, group, n, dim = self._held.shape
+        assert self.held is not None
+        *lead, group, n, dim = self.held.shape
         ends = n_clustered + self.chunk_size * (1 + torch.arange(leaving // self.chunk_size)).unsqueeze(-1)
         first, stop = ends // QUERY_STEP, (ends + self.n_recent) // QUERY_STEP
         chosen = torch.minimum(first + torch.arange(int((stop - first).max())), stop - 1)
         chosen = chosen - (self.n_sampled(self.n_seen) - n)  # (chunks, queries)
-        of_chunks = self._held.index_select(-2, chosen.flatten().to(self._held.device))
+        of_chunks = self.held.index_select(-2, chosen.flatten().to(self.held.device))
         of_chunks = of_chunks.unflatten(-2, chosen.shape).movedim(-4, -3)  # (*lead, chunks, group, queries, dim)
         return of_chunks.reshape(*lead, len(chosen), group * chosen.shape[1], dim)
 
@@ -85,25 +81,25 @@ class RecentQueries:
     def forget(self, n_clustered: int) -> None:
         """Hold no more than `needed`, now that no append can be undone that clustered so many tokens."""
         needed = self.needed(n_clustered)
-        self._held = None if needed is None else needed.clone()
+        self.held = None if needed is None else needed.clone()
 
     def crop(self, n_tokens: int) -> None:
         """Forget those of the last `n_tokens` tokens."""
         n_lost = self.n_sampled(self.n_seen) - self.n_sampled(self.n_seen - n_tokens)
-        if self._held is not None:
-            self._held = self._held[..., : self._held.shape[-2] - n_lost, :]
+        if self.held is not None:
+            self.held = self.held[..., : self.held.shape[-2] - n_lost, :]
         self.n_seen -= n_tokens
 
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis."""
-        if self._held is not None:
-            self._held = self._held.index_select(0, indices)
+        if self.held is not None:
+            self.held = self.held.index_select(0, indices)
 
     @on_ordinary_tensors
     def restore(self, queries: Float[Tensor, "*lead group n dim"], n_seen: int) -> None:
         """Hold a copy of what `needed` gave after `n_seen` tokens."""
-        self._held, self.n_seen = queries.clone(), n_seen
+        self.held, self.n_seen = queries.clone(), n_seen
 
 
 class WithQueries:
@@ -204,13 +200,22 @@ def needs_queries(method: Any) -> bool:
     return bool(getattr(method, "needs_queries", False))
 
 
-def check_observable(method: Any, n_recent: int, whole_heads: Sequence[int] = ()) -> None:
-    """Refuse a recent window without a sampled token, and whole heads, where the method needs queries."""
-    if needs_queries(method):
-        check_integer("n_recent", n_recent, least=QUERY_STEP)
-        if whole_heads:
-            rule = "whole_heads must be empty with a method that needs queries: use RaggedCache and a ratio of 1"
-            raise ValueError(f"{rule}, got {list(whole_heads)}")
+def queries_for(
+    method: Any, n_sink: int, n_recent: int, chunk_size: int, whole_heads: Sequence[int] = ()
+) -> RecentQueries | None:
+    """What a cache remembers for a method; None for one that needs no queries.
+
+    Raises
+    ------
+    ValueError : queries are needed, and the recent window may have no sampled token, or heads are whole.
+    """
+    if not needs_queries(method):
+        return None
+    check_integer("n_recent", n_recent, least=QUERY_STEP)
+    if whole_heads:
+        rule = "whole_heads must be empty with a method that needs queries: use RaggedCache and a ratio of 1"
+        raise ValueError(f"{rule}, got {list(whole_heads)}")
+    return RecentQueries(n_sink, n_recent, chunk_size)
 
 
 def check_no_queries(queries: object, method: object) -> None:

@@ -33,6 +33,19 @@ class CacheWithQueries(EntryCache):
     -----
     A chunk is matched by the queries of the first `n_recent` tokens behind it, which have always been seen when it
     leaves the recent window. So the cache does not depend on how the tokens arrived.
+
+    Examples
+    --------
+    140 tokens of one KV head, whose group has two query heads: four sinks, two chunks of 32, 72 recent tokens. Each
+    chunk was matched by two of the 72 behind it, so by four queries. One sampled token stands behind the next chunk.
+
+    >>> from kvcluster.reference import Attended, ClusteredCache
+    >>> cache = ClusteredCache(keep_ratio=0.25, method=Attended(), chunk_size=32, n_sink=4, n_recent=72)
+    >>> rng = np.random.default_rng(0)
+    >>> keys, queries = (rng.standard_normal(shape).astype(np.float32) for shape in ((140, 8), (2, 140, 8)))
+    >>> _ = cache.append(keys, keys, queries)
+    >>> cache.n_clustered, cache.queries.shape
+    (64, (2, 1, 8))
     """
 
     n_sink: int

@@ -2,9 +2,12 @@
 
 import functools
 import importlib
+import inspect
 import itertools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -56,3 +59,14 @@ def made_with(place: str, **changes: Callable) -> Patch:
         right(held, **given | {name: change(given) for name, change in changes.items()})
 
     return put(init, f"{place}.__init__")
+
+
+def twin_of(module: types.ModuleType, *changes: tuple[str, str]) -> dict[str, Any]:
+    """The names of `module` with other words in the place of some, which its source then has once."""
+    source = inspect.getsource(module)
+    for right, wrong in changes:
+        assert source.count(right) == 1, right
+        source = source.replace(right, wrong)
+    twin = {"__name__": module.__name__, "__package__": module.__package__}
+    exec(compile(source, module.__name__, "exec"), twin)
+    return twin

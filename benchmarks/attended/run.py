@@ -9,7 +9,6 @@ after a change to a method, remove its lines.
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +23,40 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.lengths.run import PARTS
 from benchmarks.published.run import without_texts
 from benchmarks.published.tables import TITLES
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.pages import fill, table
 from kvcluster.evaluation.quality import needle_cases, run_all, summarize
-from kvcluster.evaluation.quality.methods import METHODS, Method, shipped, with_growing_window
+from kvcluster.evaluation.quality.methods import METHODS, Method, by_shares, shipped
 from kvcluster.evaluation.report import with_interval
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast import Attended, Distinctive
-from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
-from kvcluster.fast.huggingface.layer_choices import OF_KEPT_RECENT
 
 __all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "attended.md"
 MODELS = "smollm2", "gemma3-270m"
-PARTS = "reporting", "tuning"  # of the text
 N_TOKENS, N_CONTEXTS = 4096, 4
 KINDS = {"distinctive": "distinctive matching", "attended": "attended matching"}
-N_EXACT = 32  # tokens, in four bits
-Where = tuple[int, ...] | None  # layers with attended matching; None: as the profile says
-
-
-def cache_by(kind: str, bits: int, where: Where) -> Callable[[Any, float, int], ClusteredCache]:
-    """Caches by distinctive or by attended matching with the shares of the model's profile."""
-
-    def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
-        ratio, sizes = with_growing_window(keep, n_tokens, OF_KEPT_RECENT)
-        how: dict[str, Any] = {**sizes, "bits": bits, "n_exact": None if bits == 16 else N_EXACT}
-        method: Any = Distinctive() if kind == "distinctive" else Attended()
-        if where is not None:
-            layers = range(model.config.num_hidden_layers)
-            method = [Attended() if layer in where else Distinctive() for layer in layers]
-        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, profile=shipped(model), **how)
-
-    return make
-
-
-def method(kind: str, bits: int, where: Where = None) -> Method:
-    return Method(cache_by(kind, bits, where), kind, is_blind=kind == "distinctive", profile=shipped)
-
-
-BOTH = {f"{kind}-{bits}": method(kind, bits) for kind in KINDS for bits in (16, 4)}
-PAIRS = [("distinctive-16", keep) for keep in (0.25, 0.156, 0.1)] + [
-    ("attended-16", keep) for keep in (0.25, 0.156, 0.1)
-]
-PAIRS += [(f"{kind}-4", keep) for kind in KINDS for keep in (0.25, 0.2, 0.14)]
-WHERE = [(), (5,), (11,), (17,), (5, 17), (5, 11, 17)]  # layers of Gemma that are tried on the first half of the text
+METHOD: dict[str, Any] = {"distinctive": Distinctive(), "attended": Attended()}
+BITS: dict[int, dict[str, Any]] = {16: {}, 4: {"bits": 4, "n_exact": 32}}
+# What is compared, and layers of Gemma that are tried on the first half of the text.
+BOTH = {
+    f"{kind}-{bits}": Method(
+        by_shares(METHOD[kind], shipped, **how), said, is_blind=kind != "attended", profile=shipped
+    )
+    for kind, said in KINDS.items()
+    for bits, how in BITS.items()
+}
+KEPT = {16: (0.25, 0.156, 0.1), 4: (0.25, 0.2, 0.14)}
+PAIRS = [(f"{kind}-{bits}", keep) for bits, keeps in KEPT.items() for kind in KINDS for keep in keeps]
+WHERE = [(), (5,), (11,), (17,), (5, 17), (5, 11, 17)]
+N_LAYERS = 18
 
 
 def main() -> None:
@@ -90,10 +72,7 @@ def main() -> None:
     if not arguments.page_only:
         for name in arguments.models:
             measure(name, arguments.part)
-    tables: dict[str, str] = {}
-    for name in MODELS:
-        runs = Runs(results(name, PARTS[0])).all
-        tables[name] = model_table(name, runs)
+    tables = {name: model_table(name, Runs(results(name, PARTS[0])).all) for name in MODELS}
     tables[f"layers-{MODELS[1]}"] = layers_table(MODELS[1], Runs(results(MODELS[1], PARTS[1])).all)
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
@@ -112,13 +91,20 @@ def measure(name: str, part: str) -> None:
     cases = needle_cases(tokenizer, tokens, part, lengths=[N_TOKENS], n_contexts=N_CONTEXTS, n_following=512)
     methods, pairs = BOTH, PAIRS
     if part != PARTS[0]:
-        methods = {in_words(where): method("attended", 16, where) for where in WHERE}
+        methods = {
+            in_words(where): Method(by_shares(with_attended(where), shipped), "", profile=shipped) for where in WHERE
+        }
         pairs = [(each, 0.25) for each in methods]
     pairs = [("full", 1.0), *pairs]
     with Progress() as progress:
         bar = progress.add_task(f"{name}, {part}", total=len(cases) * len(pairs))
         how: dict[str, Any] = {"methods": METHODS | methods, "on_run": lambda: progress.advance(bar)}
         run_all(model, tokenizer, cases, pairs, runs, **how)
+
+
+def with_attended(where: tuple[int, ...]) -> list[Any]:
+    """A method for each layer of Gemma: attended matching in those."""
+    return [METHOD["attended" if layer in where else "distinctive"] for layer in range(N_LAYERS)]
 
 
 def in_words(where: tuple[int, ...]) -> str:

@@ -24,11 +24,8 @@ from .distinctive_matching import keys_and_values, likeness_to_rounded_mean
 __all__ = ["OPERATION"]
 
 MODULE = sys.modules["kvcluster.reference.attended_matching"]  # the name alone is the function
-right_matching, right_match, right_margins = (
-    reference.attended_matching,
-    MODULE.match_attended,
-    MODULE.attention_margins,
-)
+right_matching = reference.attended_matching
+right_match, right_margins = MODULE.match_attended, MODULE.attention_margins
 PLAN = {"keep_ratio": 0.4, "chunk_size": 20, "n_shared": 3}
 
 
@@ -150,24 +147,33 @@ def of_length_1(array: np.ndarray) -> np.ndarray:
     return np.divide(array, lengths, out=np.zeros(array.shape), where=lengths != 0)
 
 
-def matched_by(*, rounded: Callable[[float], int] = math.floor, of_target: bool = False, last: bool = False) -> Any:
-    """`match_attended` with another number of attended tokens, or ties to the last token."""
+def matched_by(
+    *,
+    rounded: Callable[[float], int] = math.floor,
+    of_target: bool = False,
+    last: bool = False,
+    is_distinctive_first: bool = False,
+) -> tuple[Patch, ...]:
+    """`match_attended` with another number of attended tokens, ties to the last token, or the other choice first."""
 
     def match(
         keys: np.ndarray, values: np.ndarray, margins: np.ndarray, target: int, share: float, n: int
     ) -> np.ndarray:
-        if target == keys.shape[-2]:
+        *heads, size, _ = keys.shape
+        if target == size:
             return right_match(keys, values, margins, target, share, n)
         n_exact, n_shared = numbers_of_entries(target, n)
         n_attended = min(n_exact, rounded(share * (target if of_target else n_exact)))
-        first = np.argsort(-MODULE.distinctiveness(keys, values), kind="stable")
-        labels = np.empty(keys.shape[:-1], dtype=np.int64)
-        for head in np.ndindex(*keys.shape[:-2]):
-            size = keys.shape[-2]
+        n_first = n_exact - n_attended if is_distinctive_first else n_attended
+        distinctive = np.argsort(-MODULE.distinctiveness(keys, values), kind="stable")
+        labels = np.empty((*heads, size), dtype=np.int64)
+        for head in np.ndindex(*heads):
             attended = np.argsort(-margins[head], kind="stable")
-            attended = (size - 1 - np.argsort(-margins[head][::-1], kind="stable") if last else attended)[:n_attended]
-            others = first[~np.isin(first, attended)][: n_exact - n_attended]
-            labels[head] = match_ordinary(keys[head], np.concatenate([attended, others]), n_shared)
+            if last:
+                attended = size - 1 - np.argsort(-margins[head][::-1], kind="stable")
+            first, then = (distinctive, attended) if is_distinctive_first else (attended, distinctive)
+            others = then[~np.isin(then, first[:n_first])]
+            labels[head] = match_ordinary(keys[head], np.append(first[:n_first], others)[:n_exact], n_shared)
         return labels
 
     return in_module("match_attended", match)
@@ -176,22 +182,6 @@ def matched_by(*, rounded: Callable[[float], int] = math.floor, of_target: bool 
 def match_with_shared_margins(keys: np.ndarray, values: np.ndarray, margins: np.ndarray, *rules: Any) -> np.ndarray:
     together = margins if margins.ndim == 1 else np.broadcast_to(margins.max(axis=0), margins.shape)
     return right_match(keys, values, together, *rules)
-
-
-def match_distinctive_first(
-    keys: np.ndarray, values: np.ndarray, margins: np.ndarray, target: int, share: float, n: int
-) -> np.ndarray:
-    if target == keys.shape[-2]:
-        return right_match(keys, values, margins, target, share, n)
-    n_exact, n_shared = numbers_of_entries(target, n)
-    distinctive = np.argsort(-MODULE.distinctiveness(keys, values), kind="stable")
-    distinctive = distinctive[: n_exact - math.floor(share * n_exact)]
-    labels = np.empty(keys.shape[:-1], dtype=np.int64)
-    for head in np.ndindex(*keys.shape[:-2]):
-        attended = np.argsort(-margins[head], kind="stable")
-        others = attended[~np.isin(attended, distinctive)][: n_exact - len(distinctive)]
-        labels[head] = match_ordinary(keys[head], np.concatenate([distinctive, others]), n_shared)
-    return labels
 
 
 def with_queries_of_the_first_chunk(
@@ -260,7 +250,7 @@ OPERATION = Operation(
         Mistake(
             "the distinctive tokens are chosen first: they are chosen among those that are left",
             "20.3",
-            in_module("match_attended", match_distinctive_first),
+            matched_by(is_distinctive_first=True),
         ),
         Mistake("share is of all entries: it is of the exact ones", "20.3", matched_by(of_target=True)),
         Mistake("share is rounded up: it is rounded down", "20.3", matched_by(rounded=math.ceil)),

@@ -1,7 +1,7 @@
 """The methods that can be compared, by name: a new one is one line of `METHODS`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from kvcluster.fast.methods import Method as ClusteringMethod
 
 from ..layers import full_layers
 
-__all__ = ["METHODS", "Method", "body_entries", "chunked_keep_ratio", "with_profile"]
+__all__ = ["METHODS", "Method", "body_entries", "by_shares", "chunked_keep_ratio", "with_profile"]
 
 CHUNKED: dict[str, Any] = {"chunk_size": 256, "n_sink": 16, "n_recent": 64}
 EXACT = 16 + 64  # sinks and recent tokens of the published cache
@@ -128,16 +128,17 @@ def shipped(model: Any) -> Profile:
 
 
 def by_shares(
-    method: ClusteringMethod, profile_of: Callable[[Any], Profile]
+    method: ClusteringMethod | Sequence[ClusteringMethod], profile_of: Callable[[Any], Profile], **how: Any
 ) -> Callable[[Any, float, int], ClusteredCache]:
-    """Caches by `method` whose KV heads have the shares of a profile; at least a tenth is recent.
+    """Caches by `method`, or one for each layer, whose KV heads have the shares of a profile; a tenth is recent.
 
     As `ClusteredCache.for_model` makes them, but that here what is kept has recent tokens included.
     """
 
     def make(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
         ratio, sizes = with_growing_window(keep, n_tokens, OF_KEPT_RECENT)
-        return ClusteredCache.for_model(model, keep_ratio=ratio, method=method, profile=profile_of(model), **sizes)
+        how_kept = {"keep_ratio": ratio, "profile": profile_of(model), **sizes, **how}
+        return ClusteredCache.for_model(model, method=method, **how_kept)
 
     return make
 

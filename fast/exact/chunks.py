@@ -1,5 +1,6 @@
 """What becomes of chunks of tokens, whichever method clustered them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ __all__ = [
     "HeadsOfTarget",
     "all_heads",
     "alternating_halves",
+    "cluster_chunks",
     "clustering_of_chunks",
     "count_members",
     "join",
@@ -43,6 +45,22 @@ class CompressedChunks:
     values: Float32[Tensor, "chunks entries dim_value"] | None
     n_rows: int
     n_scored_rows: int
+
+
+def cluster_chunks(
+    compress: Callable[..., CompressedChunks], keys: Tensor, values: Tensor, *, chunk_size: int, target: int
+) -> tuple[Int64[Tensor, "*lead tokens"], Int64[Tensor, "*lead entries"]]:
+    """Labels and counts of all tokens: whole chunks by `compress`, which is given `chunk_size` and `target` too.
+
+    A trailing partial chunk is left as it is, and so are all tokens where chunks become no fewer entries.
+    """
+    *lead, tokens, _ = keys.shape
+    body = tokens // chunk_size * chunk_size
+    if target == chunk_size or body == 0:
+        labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
+        return labels, torch.ones_like(labels)
+    in_chunks = (array[..., :body, :].detach() for array in (keys, values))
+    return clustering_of_chunks(compress(*in_chunks, chunk_size=chunk_size, target=target), lead, body, tokens - body)
 
 
 def clustering_of_chunks(

@@ -13,7 +13,7 @@ from kvcluster.conformance.operations import OPERATIONS
 
 ONLY = ("attended_matching",)
 MARGINS = "plain/attended_matching.attention_margins", "cpu/attended_matching.attention_margins"
-FIRST, OF_HEADS = "attended_matching.with_attended_first", "attended_matching.queries_of_heads"
+FIRST, COMPRESS = "attended_matching.with_attended_first", "attended_matching.Attended.compress_heads"
 
 
 def dots(keys, queries):
@@ -36,9 +36,8 @@ def all_heads_alike(right, scores, margins, n_attended):
     return right(scores, margins.amax(dim=1, keepdim=True).expand(margins.shape), n_attended)
 
 
-def first_chunk_for_all(right, queries, heads):
-    chosen = right(queries, heads)
-    return chosen[..., :1, :, :].expand(chosen.shape).contiguous()
+def first_chunk_for_all(right, *arrays, queries, **rules):
+    return right(*arrays, queries=queries[..., :1, :, :].expand(queries.shape), **rules)
 
 
 CAUSES = {
@@ -69,7 +68,7 @@ MUTANTS = (
     Mutant("the least attended", ONLY, put(lambda right, *arrays: -right(*arrays), *MARGINS)),
     Mutant("heads alike", ONLY, put(all_heads_alike, FIRST)),
     Mutant("last of ties", ONLY, put(last_of_ties, FIRST)),
-    Mutant("queries of the first chunk", ONLY, put(first_chunk_for_all, OF_HEADS)),
+    Mutant("queries of the first chunk", ONLY, put(first_chunk_for_all, COMPRESS)),
 )
 
 

@@ -1,7 +1,6 @@
 """Attended matching: what the next tokens look at stays exact; caches that are given queries; to the bit."""
 
 import importlib
-import inspect
 import itertools
 
 import numpy as np
@@ -9,8 +8,10 @@ import pytest
 import torch
 from agreement import assert_same_bits
 from inputs import DTYPES, KINDS, make_keys, to_torch
+from patches import twin_of
 
 from kvcluster import fast, reference
+from kvcluster.fast import recent_queries
 from kvcluster.fast.backends import cell
 from kvcluster.reference.attended_matching import attention_margins
 
@@ -56,10 +57,10 @@ def test_margins_have_the_same_bits(dim, dtype):
 
 
 def test_margins_by_brute_force():
-    keys, _, queries = arrays("normal", (30, 8), 30, n_queries=6)
-    dots = queries[0].astype(np.float64) @ keys.astype(np.float64).T  # (queries, tokens)
+    keys, _, queries = (np.rint(4 * array) for array in arrays("normal", (30, 8), 30, n_queries=6))
+    dots = queries[0] @ keys.T  # (queries, tokens): of whole numbers, exact
     expected = [max(row[t] - max(np.delete(row, t)) for row in dots) for t in range(30)]
-    assert np.abs(attention_margins(keys, queries[0]) - expected).max() < 1e-12
+    assert np.array_equal(attention_margins(keys, queries[0]), expected)
 
 
 def test_half_is_attended_and_half_is_distinctive():
@@ -105,11 +106,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_twins_are_told_apart(name):
-    source = inspect.getsource(MODULE)
-    right, wrong = WRONG[name]
-    assert source.count(right) == 1
-    twin = {"__name__": MODULE.__name__, "__package__": MODULE.__package__}
-    exec(compile(source.replace(right, wrong), name, "exec"), twin)
+    twin = twin_of(MODULE, WRONG[name])
     are_same = []
     for kind in ("normal", "smooth"):
         given = arrays(kind, (2, 3, 67, 16), 20)
@@ -163,6 +160,24 @@ def test_caches_do_not_depend_on_how_tokens_arrive(kind, changes):
         (fast, [0, 399, 1]),
     ):
         assert_same(fed(make(package, kind, **changes), given, pieces), expected)
+
+
+WRONG_CACHES = {
+    "sampled from each append's first token": ("sampled.to(queries.device)", "sampled - sampled[0]"),
+    "the token before": ("sampled.to(queries.device)", "sampled - 1"),
+    "the chunk's own queries": ("* (1 + torch.arange", "* (torch.arange"),
+    "all recent tokens": ("(ends + self.n_recent) // QUERY_STEP", "self.n_sampled(self.n_seen) + 0 * ends"),
+    "heads and chunks exchanged": (".movedim(-4, -3)", ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CACHES)
+def test_wrong_twins_of_caches_are_told_apart(name, monkeypatch):
+    wrong = twin_of(recent_queries, WRONG_CACHES[name])["RecentQueries"]
+    monkeypatch.setattr(recent_queries, "RecentQueries", wrong)
+    given = tokens(2, 3)
+    cache, expected = (fed(make(package, "ClusteredCache"), given, [400]) for package in (fast, reference))
+    assert not torch.equal(cache.keys, torch.from_numpy(expected.keys))
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (0, 3)])

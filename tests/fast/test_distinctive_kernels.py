@@ -1,12 +1,11 @@
 """Distinctive matching by Triton kernels, interpreted where there is no GPU: the reference's bits."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
 from inputs import DTYPES, DTYPES_AND_KINDS, make_keys, skip_what_the_interpreter_misreads, to_torch
+from patches import twin_of
 
 from kvcluster import fast, reference
 from kvcluster.fast.kernels import distinctive_matching as distinctive
@@ -115,11 +114,7 @@ WRONG = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_twins_of_the_kernels_are_told_apart(name, monkeypatch):
-    source = inspect.getsource(distinctive)
-    right, wrong = WRONG[name]
-    assert source.count(right) == 1
-    twin = {"__name__": distinctive.__name__, "__package__": distinctive.__package__}
-    exec(compile(source.replace(right, wrong), name, "exec"), twin)
+    twin = twin_of(distinctive, WRONG[name])
     keys, values = pair("near_ties" if "float32" in name else "signs", (1, 2, 60, 4))
     assert_kernels_agree(keys, values, **SETTINGS)
     for function in ("scores", "compress"):

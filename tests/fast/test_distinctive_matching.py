@@ -13,6 +13,7 @@ from caches import make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, KINDS, make_keys, to_numpy, to_torch
+from patches import twin_of
 
 from kvcluster import fast, reference
 from kvcluster.reference.distinctive_matching import distinctiveness
@@ -139,11 +140,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_twins_are_told_apart(name):
-    source = inspect.getsource(MODULE)
-    right, wrong = WRONG[name]
-    assert source.count(right) == 1
-    twin = {"__name__": MODULE.__name__, "__package__": MODULE.__package__}
-    exec(compile(source.replace(right, wrong), name, "exec"), twin)
+    twin = twin_of(MODULE, WRONG[name])
     are_same = []
     for keys, values in (pair("normal", (2, 3, 67, 16)), pair("smooth", (2, 3, 67, 16)), [np.ones((67, 8), "f4")] * 2):
         made = twin["distinctive_matching"](keys, values, **SETTINGS)

@@ -1,13 +1,13 @@
 """Pooled matching: torch, Triton (interpreted where there is no GPU) and C++ against the reference, to the bit."""
 
 import dataclasses
-import inspect
 
 import numpy as np
 import pytest
 import torch
 from agreement import assert_same_bits
 from inputs import DTYPES, KINDS, make_keys, skip_what_the_interpreter_misreads, slowly, to_torch
+from patches import twin_of
 from products import prefer_the_last
 from stored_entries import DEVICE, agrees, assert_agrees, compressed, stored
 
@@ -194,13 +194,7 @@ WRONG = {
 
 def twin_of_the_reference(name):
     """The reference with one mistake."""
-    source = inspect.getsource(definition)
-    for right, wrong in WRONG[name]:
-        assert source.count(right) == 1
-        source = source.replace(right, wrong)
-    twin = {"__name__": definition.__name__, "__package__": definition.__package__}
-    exec(compile(source, name, "exec"), twin)
-    return twin["compress_entries"]
+    return twin_of(definition, *WRONG[name])["compress_entries"]
 
 
 @pytest.mark.parametrize("name", WRONG)

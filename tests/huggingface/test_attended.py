@@ -59,9 +59,25 @@ def test_every_layer_is_matched_by_its_own_queries():
         expected = expected_of(model, tokens, index)
         assert_same(layer, expected)
         assert layer.cache.nbytes == expected.nbytes
-    other = ClusteredCache.for_model(model, method=Distinctive(), **SIZES)
-    model(tokens, past_key_values=other)
-    assert not torch.equal(other.layers[0].keys, cache.layers[0].keys)
+
+
+WRONG = {
+    "no queries": lambda right, layer, query: right(layer, torch.zeros_like(query)),
+    "heads dealt out": lambda right, layer, query: right(layer, query[:, [0, 2, 1, 3]]),
+    "of another row": lambda right, layer, query: right(layer, query.flip(0)),
+    "in another order": lambda right, layer, query: right(layer, query.flip(2)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_queries_are_told_apart(name, monkeypatch):
+    right = ClusteredLayer.observe
+    monkeypatch.setattr(ClusteredLayer, "observe", lambda layer, query: WRONG[name](right, layer, query))
+    model, tokens = tiny_llama(), random_tokens(400, batch=2)
+    cache = ClusteredCache.for_model(model, method=Attended(), **SIZES)
+    model(tokens, past_key_values=cache)
+    assert not torch.equal(cache.layers[0].keys, torch.from_numpy(expected_of(model, tokens, 0).keys))
 
 
 @torch.no_grad()
