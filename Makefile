@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
 CACHES := $(CURDIR)/.cache
+# Where a process dies, xdist would start another and then wait for ever: the run ends instead, and names the test.
+IN_TWO := -n 2 --dist loadgroup --max-worker-restart 0
 # For packages and for what builds them, which newer versions of pip keep apart.
 export PIP_CONSTRAINT := $(CURDIR)/requirements/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
@@ -27,11 +29,11 @@ demo: install ## a real Llama on a clustered cache, checked by the reference
 	$(BIN)/kvcluster demo
 
 test: lint ## everything: lint, types, all tests; those of the vLLM plugin if `make vllm` has been run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest $(IN_TWO)
 	if [ -e .venv-vllm/.installed ]; then $(MAKE) test-vllm; fi
 
 check: lint ## lint, types and the quick tests, for daily work
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest $(IN_TWO) -m 'not slow'
 
 notebooks: install ## the tutorials in JupyterLab; more of its options in LAB_OPTIONS
 	$(BIN)/jupyter lab --notebook-dir $(CURDIR) --LabApp.default_url=/lab/tree/notebooks \
@@ -94,7 +96,7 @@ test-versions: $(patsubst requirements/transformers-%.txt,$(CACHES)/versions/%/.
 test-versions: ## the tests of the transformers side on every supported version
 	for folder in $(^D); do \
 		echo "transformers $$(basename $$folder)"; \
-		PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider tests/huggingface || exit 1; \
+		PYTHONPATH=$$folder $(BIN)/python -m pytest -q $(IN_TWO) -p no:cacheprovider tests/huggingface || exit 1; \
 	done
 
 $(CACHES)/versions/%/.installed: requirements/transformers-%.txt .venv/.installed

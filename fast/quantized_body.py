@@ -13,6 +13,7 @@ from .exact.blocks import put_in
 from .exact.quantization import GROUP, check_bits_of_entries, within_range
 from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
+from .memory.ragged import check_rooms
 
 __all__ = ["CacheWithBits"]
 
@@ -101,6 +102,7 @@ class CacheWithBits(EntryCache):
         keys, values, counts = map(in_heads, self._held)  # (batch, heads, room, .)
         firsts = tuple(range(0, keys.shape[1] * keys.shape[2], keys.shape[2]))
         lengths = (self._n_stored,) * len(firsts)
+        check_rooms(lengths, (keys.shape[2],) * len(firsts))
         keys, values, counts = (x.flatten(1, 2) for x in (keys, values, counts))
         attend = implementation("attend_packed", "auto", query, keys, values)
         scale = query.shape[-1] ** -0.5 if scale is None else scale

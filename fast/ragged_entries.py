@@ -12,7 +12,7 @@ from .entry_cache import with_batch
 from .exact.quantization import GROUP, within_range
 from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
-from .memory.ragged import RaggedRows, empty_rows
+from .memory.ragged import RaggedRows, check_rooms, empty_rows
 from .memory.room import with_room
 
 __all__ = ["RaggedEntries"]
@@ -119,6 +119,7 @@ class RaggedEntries:
     ) -> Float[Tensor, "batch heads rows dim_value"]:
         """As `attend_entries`, each head to what it stores, in one call."""
         rows = self._filled_rows()
+        check_rooms(self.exact_lengths, rows.rooms)
         keys, values, counts = rows.in_rows()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._packed is not None:

@@ -4,6 +4,7 @@
     python tests/machines.py --quick               without the slow ones
     python tests/machines.py tests/fast -k twin    of which pytest is told what it is to run
     python tests/machines.py --instructions oldest --threads 2    one run
+    python tests/machines.py --memory tests/fast    the package's C++ is stopped where it leaves its memory
 
 Libraries that choose their code by the processor are told to do without its newer instructions. The package's own C++
 is compiled for the processor as it is, in every run. A test that fails in one run only is a test of the processor.
@@ -12,6 +13,7 @@ is compiled for the processor as it is, in every run. A test that fails in one r
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,16 +76,40 @@ def environment_of(instructions: str, threads: int) -> dict[str, str]:
     }
 
 
-def run_tests(instructions: str, threads: int, arguments: list[str]) -> Outcome:
+def sanitized(folder: Path) -> dict[str, str]:
+    """The environment in which C++ that leaves its memory, or overflows, ends the process and says so in `folder`."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise SystemExit("--memory needs g++")
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan", "libubsan")
+    ]
+    with_checks = folder / "g++"
+    with_checks.write_text(f'#!/bin/sh\nexec {compiler} -fsanitize=address,undefined -g1 "$@"\n')
+    with_checks.chmod(0o755)
+    said = f"log_path={folder / 'found'}:halt_on_error=1"
+    return {
+        "CXX": str(with_checks),
+        "LD_PRELOAD": " ".join(libraries),  # Python itself is not compiled with them
+        "ASAN_OPTIONS": f"{said}:detect_leaks=0",
+        "UBSAN_OPTIONS": said,
+    }
+
+
+def run_tests(instructions: str, threads: int, arguments: list[str], *, checks_memory: bool = False) -> Outcome:
     """Pytest in a process of its own, which may say on the terminal what it has to say."""
+    environment = environment_of(instructions, threads)
     with tempfile.TemporaryDirectory() as folder:
+        if checks_memory:
+            environment |= sanitized(Path(folder))
         report = Path(folder) / "report.xml"
-        options = ["-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+        options = ["-q", "-n", "2", "--dist", "loadgroup", "--max-worker-restart", "0", "-p", "no:cacheprovider"]
         options += ["-o", "junit_family=xunit1", f"--junitxml={report}"]
         began = time.perf_counter()
-        made = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *arguments], cwd=ROOT, env=environment_of(instructions, threads)
-        )
+        made = subprocess.run([sys.executable, "-m", "pytest", *options, *arguments], cwd=ROOT, env=environment)
+        for found in Path(folder).glob("found*"):
+            print(found.read_text())
         seconds = time.perf_counter() - began
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     failed = [
@@ -100,8 +126,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="without the slow tests")
     parser.add_argument("--instructions", action="append", choices=INSTRUCTIONS, help="may be repeated; all by default")
     parser.add_argument("--threads", action="append", type=int, help="may be repeated; 1 and 2 by default")
+    parser.add_argument("--memory", action="store_true", help="one run, in which C++ that leaves its memory fails")
     chosen, arguments = parser.parse_known_args()
     arguments += ["-m", "not slow"] if chosen.quick else []
+    if chosen.memory:
+        return 0 if run_tests("native", 2, arguments, checks_memory=True).has_passed else 1
     console, runs = Console(), {}
     for instructions in chosen.instructions or INSTRUCTIONS:
         for threads in chosen.threads or (1, 2):

@@ -35,8 +35,9 @@ struct Logarithms {
     Logarithms() {
         for (int count = 0; count < TABLE; count++) of[count] = static_cast<float>(std::log(static_cast<double>(count)));
     }
-    float operator()(int32_t count) const {
-        return count < TABLE ? of[count] : static_cast<float>(std::log(static_cast<double>(count)));
+    float operator()(int32_t count) const {  // nan below 0, where nothing may be looked up
+        const bool is_in_table = static_cast<uint32_t>(count) < TABLE;
+        return is_in_table ? of[count] : static_cast<float>(std::log(static_cast<double>(count)));
     }
 };
 const Logarithms log_of_count;

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..exact.blocks import put_in
 from .ordinary import on_ordinary_tensors
 
-__all__ = ["RaggedRows", "empty_rows"]
+__all__ = ["RaggedRows", "check_rooms", "empty_rows"]
 
 
 class RaggedRows(NamedTuple):
@@ -117,6 +117,13 @@ class RaggedRows(NamedTuple):
         """The rows `indices` of the first axis."""
         keys, values, counts = (tensor.index_select(0, indices) for tensor in self.held)
         return RaggedRows((keys, values, counts), self.rooms)
+
+
+def check_rooms(lengths: Sequence[int], rooms: Sequence[int]) -> None:
+    """Refuse heads of more rows than they have memory: compiled code would read what lies behind it."""
+    for head, (n, room) in enumerate(zip(lengths, rooms, strict=True)):
+        if n > room:
+            raise IndexError(f"head {head} of this cache should have {n} rows, but its memory has {room}")
 
 
 @on_ordinary_tensors
