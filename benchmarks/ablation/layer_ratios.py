@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcluster.evaluation.quality.methods import DISTINCTIVE, body_ratio
+from kvcluster.fast import Distinctive
 from kvcluster.fast.arguments import check_integer, check_keep_ratio
 from kvcluster.fast.huggingface import ClusteredCache
 
@@ -88,4 +89,4 @@ def distinctive_layers(model: Any, keep: float, n_tokens: int) -> ClusteredCache
     ratios = layer_ratios(
         READING_LAYERS, n_layers=model.config.num_hidden_layers, keep_ratio=body_ratio(keep, n_tokens)
     )
-    return ClusteredCache.for_model(model, keep_ratio=ratios, **DISTINCTIVE)
+    return ClusteredCache.for_model(model, keep_ratio=ratios, method=Distinctive(), **DISTINCTIVE)

@@ -16,17 +16,18 @@ from kvcluster.fast.huggingface import ClusteredCache, RecallCache
 __all__ = ["RECALL", "VARIANTS"]
 
 LARGEST_CHUNK, FIFTH = 1024, 0.2
-ALIKE: dict[str, Any] = {"method": Distinctive(n_shared=4), "profile": None}
+METHOD = Distinctive(n_shared=4)
+ALIKE: dict[str, Any] = {"method": METHOD, "profile": None}
 
 
 def with_fixed_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     ratio = body_ratio(keep, n_tokens)
-    return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **DISTINCTIVE)
+    return ClusteredCache.for_model(model, keep_ratio=ratio, method=METHOD, profile=shipped(model), **DISTINCTIVE)
 
 
 def with_twice_the_window(model: Any, keep: float, n_tokens: int) -> ClusteredCache:
     ratio, sizes = with_growing_window(keep, n_tokens, FIFTH)
-    return ClusteredCache.for_model(model, keep_ratio=ratio, profile=shipped(model), **sizes)
+    return ClusteredCache.for_model(model, keep_ratio=ratio, method=METHOD, profile=shipped(model), **sizes)
 
 
 def with_window_alone(model: Any, keep: float, n_tokens: int) -> ClusteredCache:

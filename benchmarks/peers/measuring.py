@@ -15,16 +15,26 @@ __all__ = ["measure", "measure_question_first"]
 
 
 def measure(
-    model: Any, cache: Any, case: Case, key: dict[str, Any], *, seconds: float, bits: int | None = None
+    model: Any,
+    cache: Any,
+    case: Case,
+    key: dict[str, Any],
+    *,
+    seconds: float,
+    bits: int | None = None,
+    n_kept: list[float] | None = None,
 ) -> dict[str, Any]:
-    """Question later: of one cache of the context; `seconds` it took to compress. With `bits` it is quantized first."""
-    n_stored, nbytes = stored(cache, key, len(case.tokens))
+    """Question later: of one cache of the context; `seconds` it took to compress. With `bits` it is quantized first.
+
+    `n_kept`: entries of each layer, on average over its KV heads, of a cache that holds more and hides it.
+    """
+    n_stored, nbytes = stored(cache, key, len(case.tokens)) if n_kept is None else kept(cache, key, n_kept)
     if bits is not None:
         quantize(cache, bits)
     begun = time.perf_counter()
     scores = score_needles(model, cache, case.needles, nbytes=nbytes)
     nll = following_nll(model, cache, case.following)
-    n_numbers = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
+    n_numbers = nbytes // cache.layers[0].keys.itemsize
     of_number = 16 if bits is None else bits + 1  # with scale and least number of each group
     return result_of(case, key, n_stored, nbytes, scores) | {
         "nbytes_bfloat16": n_numbers * of_number // 8,
@@ -73,7 +83,16 @@ def stored(cache: Any, key: dict[str, Any], n_tokens: int) -> tuple[list[int], i
     return n_stored, sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
 
-def result_of(case: Case, key: dict[str, Any], n_stored: list[int], nbytes: int, scores: list[Any]) -> dict[str, Any]:
+def kept(cache: Any, key: dict[str, Any], n_kept: list[float]) -> tuple[list[float], int]:
+    """As `stored`, of entries that are seen; a layer may have more than its part if the others have less."""
+    n_seen = cache.get_seq_length()
+    if sum(n_kept) > key["keep"] * n_seen * len(n_kept) + 1:
+        raise RuntimeError(f"{key['method']} must keep {key['keep']:g} of {n_seen} entries, got {n_kept}")
+    of_entry = [x.nbytes // x.shape[-2] for layer in cache.layers for x in (layer.keys, layer.values)]
+    return n_kept, round(sum(n_kept) * sum(of_entry) / len(n_kept))
+
+
+def result_of(case: Case, key: dict[str, Any], n_stored: list[Any], nbytes: int, scores: list[Any]) -> dict[str, Any]:
     return {
         "key": key,
         "task": case.task,

@@ -8,6 +8,8 @@ all presses and ratios.
 With `--both-settings` a press is also given context and question, as it would be with the question in the prompt, anew
 for each needle; the question is read once for all presses and ratios. Results go into a file of their own, and the
 presses are by default those that papers compare with.
+
+With `--rereading` presses run that read the context again, and nothing is freed: see `rereading.py`.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.peers.compressing import Context, Prompt, compress, read_context, read_question
 from benchmarks.peers.measuring import measure, measure_question_first
 from benchmarks.peers.presses import COMPARED, IN_BITS, PRESSES
+from benchmarks.peers.rereading import REREADING, hidden_from_questions, read_again
 from benchmarks.quality.cases import add_case_arguments, cases_of
 from kvcluster.evaluation.models import load_llama, smollm2_folder
 from kvcluster.evaluation.quality import Case
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--presses", nargs="+", choices=PRESSES, metavar="NAME")
     parser.add_argument("--both-settings", action="store_true", help="compress after each question too")
     parser.add_argument("--bits", type=int, metavar="N", help="quantize what is left as KIVI would")
+    parser.add_argument("--rereading", action="store_true", help="presses that read the context again instead")
     add_case_arguments(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="kept from run to run: results/runs.jsonl or both-settings.jsonl"
@@ -63,6 +67,14 @@ def main() -> None:
     disable_progress_bar()
     model, tokenizer = load_llama(smollm2_folder())
     cases = cases_of(arguments, tokenizer)
+    if arguments.rereading:
+        runs = Runs(arguments.json or RESULTS / "rereading.jsonl", condense)
+        with Progress() as progress:
+            task = progress.add_task("kvpress, reading again", total=len(cases) * (1 + len(REREADING)))
+            for case in cases:
+                for _ in run_case_rereading(model, tokenizer, case, runs, arguments.keep):
+                    progress.advance(task)
+        return
     presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
     arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
     is_both, bits = arguments.both_settings, arguments.bits
@@ -112,6 +124,22 @@ def run_case_question_first(model: Any, case: Case, runs: Runs, names: list[str]
             caches, seconds = compress_all(model, name, missing, prompts, seed=case.number)
         for key in missing:  # each key's caches are used up and go
             runs.add(measure_question_first(model, caches.pop(0), prompts, case, key, seconds=seconds))
+        yield
+
+
+def run_case_rereading(model: Any, tokenizer: Any, case: Case, runs: Runs, keeps: list[float]) -> Iterator[None]:
+    """As `run_case`, of presses that read the context again."""
+    shared = shared_key(model, case)
+    for key in missing_keys(runs, FULL, keeps, shared):
+        runs.add(measure(model, read_context(model, case.tokens).cache, case, key, seconds=0.0))
+    yield
+    for name, make in REREADING.items():
+        for key in missing_keys(runs, name, keeps, shared):
+            begun = time.perf_counter()
+            hidden = read_again(model, tokenizer, make(1 - key["keep"]), case.tokens)
+            seconds = time.perf_counter() - begun
+            with hidden_from_questions(model, hidden):
+                runs.add(measure(model, hidden.cache, case, key, seconds=seconds, n_kept=hidden.n_kept))
         yield
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
-from ..distinctive_matching import Distinctive
 from ..entry_cache import EntryCache
 from ..exact.quantization import GROUP, check_bits_of_entries, check_n_exact
 from ..methods import Method
@@ -19,13 +18,11 @@ from .bytes_ratio import N_EXACT, chosen_for_bytes
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs
 from .hooks import ModelHooks, check_model
-from .layer_choices import N_RECENT, choose_layers
+from .layer_choices import N_RECENT, NEEDED_FOR_QUERIES, choose_layers
 from .layers import ModelCache, layers_of_model
 from .profiles import Profile
 
 __all__ = ["ClusteredCache"]
-
-NEEDED_FOR_QUERIES = ("sdpa",)  # attention that shows its queries
 
 
 class ClusteredCache(ModelCache):
@@ -55,7 +52,7 @@ class ClusteredCache(ModelCache):
         bytes_ratio: float | None = None,
         budget: int | Sequence[int] | None = None,
         n_dense_layers: int = 0,
-        method: Method | Sequence[Method] = Distinctive(),
+        method: Method | Sequence[Method] | None = None,
         chunk_size: int = 256,
         n_sink: int = 4,
         n_recent: int | None = None,
@@ -85,7 +82,8 @@ class ClusteredCache(ModelCache):
             may be asked later: see benchmarks/quality/QUALITY.md. `Attended()` keeps beside these what the tokens
             behind a chunk look at, which the text that follows needs; the model must run `sdpa` attention. The
             published method is `SoftMatching()`, in this project's examples with `n_sink=16, n_recent=64`. May be a
-            sequence, of one method for each layer.
+            sequence, of one method for each layer. None: `Attended()` in the layers where the profile says that it
+            loses less, if `keep_ratio` is 0.1 or more and the model runs `sdpa`; else `Distinctive()`.
         chunk_size, n_sink, n_recent, recent_share : as in `kvcluster.reference.ClusteredCache`, for every layer;
             `recent_share` may be a sequence, of one number for each layer. Without `n_recent` it is 252, and without
             `recent_share` too, that is a tenth of a single `keep_ratio`, so that the window grows with a long text.
@@ -100,7 +98,7 @@ class ClusteredCache(ModelCache):
             recent tokens stay exact.
         profile : shares out `keep_ratio`, then the mean of all KV heads, among them: a file that `kvcluster tune`
             wrote, or what `Profile.read` made of it. "known": the one that ships for this model, where `keep_ratio` is
-            a single number below 1, the method is `Distinctive` and nothing else tells layers or heads apart; for a
+            a single number below 1, the method is one of these two and nothing else tells layers or heads apart; for a
             model without one all heads are alike, and the log says once where a profile would come from. None: all
             heads are alike.
 
@@ -110,7 +108,8 @@ class ClusteredCache(ModelCache):
             of range; neither `keep_ratio` nor `bytes_ratio` nor `budget`; `bytes_ratio` with what follows from it; a
             budget with another method, with bits, with whole heads or with ratios for each head; a sequence of another
             length than the model's layers or KV heads; a profile of another model, or one where something else tells
-            layers or heads apart; heads that differ in a model that is sharded; else as `heads_of_layers`.
+            layers or heads apart; heads that differ, or a method that chooses for all of them together, in a model
+            that is sharded; else as `heads_of_layers`.
         FileNotFoundError : no such profile.
 
         Examples

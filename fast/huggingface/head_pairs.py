@@ -38,6 +38,11 @@ def heads_of_layers(model: Any, whole_heads: HeadPairs) -> list[tuple[int, ...]]
         if head in heads[layer]:
             raise ValueError(f"whole_heads must be different pairs, got {(layer, head)} twice")
         heads[layer].append(head)
-    if any(heads) and (getattr(model, "_tp_size", None) or 1) > 1:
+    if any(heads) and is_sharded(model):
         raise ValueError(f"whole_heads must be empty for a model whose KV heads are sharded, got {list(whole_heads)}")
     return [tuple(sorted(of_layer)) for of_layer in heads]
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether each process has but some of the KV heads."""
+    return (getattr(model, "_tp_size", None) or 1) > 1

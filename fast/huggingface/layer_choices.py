@@ -9,15 +9,17 @@ from ..arguments import check_method
 from ..attended_matching import Attended
 from ..distinctive_matching import Distinctive
 from ..methods import Method
-from ..recent_queries import needs_queries
+from ..recent_queries import QUERY_STEP, needs_queries
 from ..soft_matching import SoftMatching
-from .head_pairs import HeadPairs, heads_of_layers
+from .head_pairs import HeadPairs, heads_of_layers, is_sharded
 from .layers import check_dense_layers
 from .profiles import Profile, profile_for
 
-__all__ = ["N_RECENT", "OF_KEPT_RECENT", "LayerChoices", "choose_layers"]
+__all__ = ["NEEDED_FOR_QUERIES", "N_RECENT", "OF_KEPT_RECENT", "LayerChoices", "choose_layers"]
 
 N_RECENT = 252  # with 4 sinks a whole chunk of 256
+NEEDED_FOR_QUERIES = ("sdpa",)  # attention that shows its queries
+LEAST_ATTENDED = 0.1  # with fewer entries of a chunk there are too few exact ones to share out: docs/attended.md
 OF_KEPT_RECENT = 0.1  # the least of the recent tokens / what is kept of a long text: more loses needles
 
 
@@ -48,7 +50,7 @@ def choose_layers(
     keep_ratio: Any,
     budget: Any,
     n_dense_layers: int,
-    method: Method | Sequence[Method],
+    method: Method | Sequence[Method] | None,
     chunk_size: int,
     n_recent: int | None,
     recent_share: Any,
@@ -60,6 +62,8 @@ def choose_layers(
     if keep_ratio is None and budget is None:
         raise ValueError("keep_ratio, bytes_ratio or budget must be given, got none of them")
     n_layers = model.config.num_hidden_layers
+    is_chosen = method is not None
+    method = Distinctive() if method is None else method
     methods = one_for_each_layer("method", method, n_layers)
     for each in methods:
         check_method(each)
@@ -77,6 +81,8 @@ def choose_layers(
             )
         found = profile_for(model, profile)
         if found is not None:
+            if not is_chosen and takes_attended(model, found, keep_ratio, n_recent):
+                method = Attended()
             keep_ratio = found.keep_ratios(keep_ratio, chunk_size=chunk_size, n_layers=n_layers)
             if isinstance(method, Attended):
                 method = methods = methods_of_layers(method, found, n_layers)
@@ -98,6 +104,8 @@ def choose_layers(
     of_layer = list(zip(ratios, budgets, heads, recent_shares, methods, strict=True))
     of_layer[:n_dense_layers] = [(1.0, None, (), 0.0, how) for how in methods[:n_dense_layers]]
     check_head_ratios(model, of_layer)
+    if is_sharded(model):
+        check_heads_are_apart(of_layer)
     return LayerChoices(of_layer, keep_ratio, recent_share, method)
 
 
@@ -115,11 +123,17 @@ def methods_of_layers(method: Attended, profile: Profile, n_layers: int) -> Any:
     return [method if layer in profile.attended else Distinctive(method.n_shared) for layer in range(n_layers)]
 
 
+def takes_attended(model: Any, profile: Profile, keep_ratio: float, n_recent: int | None) -> bool:
+    """Whether attended matching is what loses least, and can be served, where no method is asked for."""
+    has_queries = n_recent is None or n_recent >= QUERY_STEP
+    shows_queries = model.config._attn_implementation in NEEDED_FOR_QUERIES
+    return bool(profile.attended) and keep_ratio >= LEAST_ATTENDED and has_queries and shows_queries
+
+
 def takes_what_ships(model: Any, keep_ratio: Any, methods: list[Method], is_simple: bool) -> bool:
     """Whether the profile that ships for a model, if there is one, is used without being asked for."""
-    is_sharded = (getattr(model, "_tp_size", None) or 1) > 1
     are_served = all(isinstance(method, Distinctive | Attended) for method in methods)
-    return is_simple and keep_ratio < 1 and are_served and not is_sharded
+    return is_simple and keep_ratio < 1 and are_served and not is_sharded(model)
 
 
 def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
@@ -145,5 +159,13 @@ def check_head_ratios(model: Any, of_layer: list[tuple[Any, ...]]) -> None:
                 "keep_ratio must be one number for a layer with a budget or whole_heads (1 is a whole head), got "
                 f"{ratio} in layer {index}"
             )
-        if (getattr(model, "_tp_size", None) or 1) > 1:
+        if is_sharded(model):
             raise ValueError(f"keep_ratio must be one number for a layer whose KV heads are sharded, got {ratio}")
+
+
+def check_heads_are_apart(of_layer: list[tuple[Any, ...]]) -> None:
+    """Refuse methods that choose for all KV heads of a layer together, where each process has but some of them."""
+    for ratio, *_, method in of_layer:
+        if ratio != 1 and not isinstance(method, SoftMatching):
+            rule = "method must be SoftMatching() for a model whose KV heads are sharded"
+            raise ValueError(f"{rule}, as others choose tokens for all heads of a layer together, got {method}")

@@ -44,7 +44,8 @@ class Profile:
     shares : for each of `keeps`, layer and KV head, the part of the head's tokens to keep, in [0, 1]. Over all heads
         their mean is that of `keeps`.
     heads : (layer, KV head), those first that should rather keep every token.
-    attended : of `layers` those where `Attended()` takes the place of distinctive matching; None: all.
+    attended : of `layers` those where `Attended()` loses less than distinctive matching; None: not measured, and
+        `Attended()` is used in all layers if it is asked for, in none if not.
     """
 
     name: str

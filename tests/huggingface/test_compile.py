@@ -12,7 +12,7 @@ from inputs import slowly
 from models import greedy, random_tokens, tiny_llama
 from transformers import CompileConfig
 
-from kvcluster.fast import SoftMatching
+from kvcluster.fast import Attended, SoftMatching
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache
 
 PARAMETERS = {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()}
@@ -25,10 +25,13 @@ MAKE = {
     "ragged": lambda model: ClusteredCache.for_model(
         model, **PARAMETERS | {"keep_ratio": [[0.2, 0.7]] * len(model.model.layers)}
     ),
+    "attended": lambda model: ClusteredCache.for_model(
+        model, **PARAMETERS | {"method": Attended(n_shared=1), "n_recent": 32}
+    ),
     "recall": lambda model: RecallCache.for_model(model, **RECALLED),
     "stock": lambda model: None,
 }
-CACHES = pytest.mark.parametrize("name", ["clustered", "ragged", "chelsea", "recall"])
+CACHES = pytest.mark.parametrize("name", ["clustered", "ragged", "attended", "chelsea", "recall"])
 COMPILER = next(filter(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"]), None)
 
 
@@ -47,7 +50,7 @@ def check_in_turns(model):
     plain = tiny_llama(layers=1)
     expected = {name: generate(plain, name) for name in MAKE}
     assert len({tuple(tokens.flatten().tolist()) for tokens in expected.values()}) == len(MAKE)
-    for name in ("stock", "clustered", "stock", "recall", "chelsea", "clustered"):
+    for name in ("stock", "clustered", "stock", "recall", "attended", "chelsea", "clustered"):
         assert torch.equal(generate(model, name), expected[name]), name
         gc.collect()  # the hooks go with the cache
 

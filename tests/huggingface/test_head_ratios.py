@@ -5,7 +5,7 @@ import torch
 from families import MODELS, tiny
 from models import greedy, random_tokens, tiny_llama
 
-from kvcluster.fast import SoftMatching
+from kvcluster.fast import Attended, Distinctive, SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
 
 SMALL = {"chunk_size": 16, "n_sink": 2, "n_recent": 8}
@@ -56,6 +56,19 @@ def test_ratios_of_heads_are_refused_on_a_sharded_model():
     model._tp_size = 2
     with pytest.raises(ValueError, match="keep_ratio must be one number for a layer whose KV heads are sharded"):
         ClusteredCache.for_model(model, keep_ratio=[[0.5, 0.2], 0.5, 0.5], **SMALL)
+
+
+@pytest.mark.parametrize("method", [{}, {"method": Distinctive()}, {"method": Attended()}])
+def test_methods_that_choose_for_all_heads_together_are_refused_on_a_sharded_model(method):
+    model = tiny_llama()
+    model._tp_size = 2
+    rule = (
+        r"method must be SoftMatching\(\) for a model whose KV heads are sharded, as others choose tokens for all heads"
+    )
+    with pytest.raises(ValueError, match=rule):
+        ClusteredCache.for_model(model, keep_ratio=0.5, **method)
+    ClusteredCache.for_model(model, keep_ratio=0.5, method=SoftMatching())
+    ClusteredCache.for_model(model, keep_ratio=1, bits=4)
 
 
 def test_the_recent_window_grows_with_the_text_unless_its_size_is_given():

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from kvcluster import reference
 from kvcluster.evaluation.models import load_model
-from kvcluster.fast import RaggedCache, SoftMatching
+from kvcluster.fast import Attended, Distinctive, RaggedCache, SoftMatching
 from kvcluster.fast.huggingface import (
     ClusteredCache,
     Profile,
@@ -227,6 +227,36 @@ def test_without_a_profile_the_log_says_once_where_one_would_come_from(ships, ca
     assert "all KV heads keep the same share" in record.message
     assert "`kvcluster tune MODEL --json FILE` makes a profile, to be given as profile=FILE" in record.message
     assert cache.parameters["keep_ratio"] == 0.5
+
+
+WITHOUT = {
+    "fewer entries": ({"keep_ratio": 0.09}, {}),
+    "a small window": ({"n_recent": 31}, {}),
+    "eager": ({}, {"attention": "eager"}),
+    "no profile": ({"profile": None}, {}),
+    "another method": ({"method": SoftMatching()}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", [None, *WITHOUT])
+def test_attended_matching_is_the_default_where_the_profile_says_so(kind, tmp_path):
+    parameters, options = ({}, {}) if kind is None else WITHOUT[kind]
+    model, path = tiny_llama(**options), tmp_path / "tuned.json"
+    path.write_text(json.dumps(result_for(model, attended=[0, 2])))
+    sizes = {"keep_ratio": 0.1, "n_recent": 32, "profile": path}
+    cache = ClusteredCache.for_model(model, **SMALL | sizes | parameters)
+    expected = parameters.get("method", Distinctive())
+    methods = [expected] * 3 if kind else [Attended(), Distinctive(), Attended()]
+    given = cache.parameters["method"]
+    assert (given if isinstance(given, list) else [given] * 3) == methods
+
+
+def test_a_profile_that_does_not_say_leaves_attended_matching_to_who_asks_for_it(path):
+    model = tiny_llama()
+    sizes = SMALL | {"keep_ratio": 0.3, "n_recent": 32, "profile": path}
+    assert ClusteredCache.for_model(model, **sizes).parameters["method"] == Distinctive()
+    asked = ClusteredCache.for_model(model, **sizes, method=Attended())
+    assert asked.parameters["method"] == [Attended()] * 3
 
 
 def test_a_saved_cache_is_that_of_its_profile_whatever_ships(ships, path, tmp_path, monkeypatch):
