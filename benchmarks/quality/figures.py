@@ -15,9 +15,9 @@ from kvcluster.evaluation.quality.figures import save
 
 __all__ = ["draw_depths", "draw_frontier"]
 
-OUR_COLOURS, OUR_MARKERS = (BLUE, VERMILION, BLACK), "oDs"
+OUR_COLOURS, OUR_MARKERS = (BLUE, VERMILION, BLACK, PURPLE), "oDsh"
 MOST_PERPLEXITY = 1.25  # drawn, over the full cache's
-COLOURS, MARKERS = (GREEN, PURPLE, ORANGE, SKY, GREY), "^vP*X<>dp"  # no two alike, up to 45 presses
+COLOURS, MARKERS = (GREEN, ORANGE, SKY, GREY), "^vP*X<>dp"  # no two alike, up to 36 presses
 
 
 def draw_frontier(path: Path, results: Results, ours: list[str], title: str) -> None:

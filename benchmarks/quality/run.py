@@ -37,7 +37,7 @@ __all__ = ["main", "read_results"]
 
 HERE = Path(__file__).resolve().parent
 PEERS, PUBLISHED = HERE.parent / "peers", HERE.parent / "published"
-OURS = ("chunked", "distinctive", "distinctive-heads")
+OURS = ("chunked", "distinctive", "distinctive-heads", "attended")
 TIMED_KEEP = 0.25
 
 

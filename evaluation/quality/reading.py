@@ -6,6 +6,8 @@ of arXiv:2506.11418v1 has it). So the first token of an answer comes from the ex
 later ones from what the cache stores.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,11 +26,15 @@ KEPT_BYTES = 2**32  # the most that full caches of prompts may take, which are k
 
 
 class Context:
-    """Tokens and transformers' own cache of them, `full`, for which the model reads them when it is first needed."""
+    """Tokens and transformers' own cache of them, `full`, for which the model reads them when it is first needed.
+
+    `queries` of each layer are known once a method that sees them has read the tokens; None of a layer that has none.
+    """
 
     def __init__(self, model: Any, tokens: list[int]) -> None:
         self.model, self.tokens = model, tokens
         self.asked: dict[tuple[int, ...], Asked] = {}
+        self.queries: list[Tensor | None] | None = None
 
     @cached_property
     def full(self) -> Any:
@@ -41,7 +47,10 @@ class Context:
             return self.full
         if method.is_blind:
             return fill(cache, self.full)
-        return prefill(self.model, lambda model: cache, self.tokens)
+        if self.queries is not None:
+            return fill(cache, self.full, queries=self.queries)
+        with watched(cache) as self.queries:
+            return prefill(self.model, lambda model: cache, self.tokens)
 
     @torch.inference_mode()
     def ask(self, question: list[int]) -> "Asked":
@@ -67,6 +76,31 @@ class Context:
         if (len(self.asked) + 1) * nbytes <= KEPT_BYTES:
             self.asked[tuple(question)] = asked
         return asked
+
+
+@contextmanager
+def watched(cache: Any) -> Iterator[list[Tensor | None]]:
+    """The queries that each layer of a cache of ours is shown meanwhile, in one call of the model."""
+    queries: list[Tensor | None] = [None] * len(cache.layers)
+
+    def watch(index: int, layer: Any) -> None:
+        observe = layer.observe
+
+        def observe_and_keep(query: Tensor) -> None:
+            queries[index] = query
+            observe(query)
+
+        layer.observe = observe_and_keep
+
+    layers = [layer for layer in cache.layers if not layer.is_sliding]
+    for index, layer in enumerate(cache.layers):
+        if not layer.is_sliding:
+            watch(index, layer)
+    try:
+        yield queries
+    finally:
+        for layer in layers:
+            del layer.observe
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ that read one question too is made for that one alone, see `reading`, and is use
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +50,16 @@ def prefill(model: Any, make: Callable[[Any], Any], tokens: list[int]) -> Any:
 
 
 @torch.inference_mode()
-def fill(cache: Any, full: Any, *, on_layer: Callable[[], object] = lambda: None) -> Any:
+def fill(
+    cache: Any,
+    full: Any,
+    *,
+    queries: Sequence[Tensor | None] | None = None,
+    on_layer: Callable[[], object] = lambda: None,
+) -> Any:
     """`cache`, one of ours and empty, with the tokens of `full`, transformers' own: as if the model had read them.
 
-    `on_layer` is called after each layer.
+    `queries` of each layer, (1, heads, tokens, dim), are for methods that see them; `on_layer` is called after each.
 
     A first call attends to its tokens exactly, whatever the cache; so keys and values are the same, bit for bit.
     Layers with a sliding window are transformers' own in both: `cache` gets copies of them.
@@ -65,6 +71,8 @@ def fill(cache: Any, full: Any, *, on_layer: Callable[[], object] = lambda: None
         else:
             layer.is_announced = True  # as by the hooks on a model
             layer.update(read_before.keys, read_before.values)
+            if queries is not None and queries[index] is not None:
+                layer.observe(queries[index])
             layer.finish()
         on_layer()
     return cache

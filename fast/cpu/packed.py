@@ -43,7 +43,9 @@ def attend_packed(
     scale: float,
 ) -> Tensor:
     """As `kvcluster.fast.plain.attention.attend_packed`, in one call that reads codes and entries where they lie."""
-    keys, values, counts = (x if x[0].is_contiguous() else x.contiguous() for x in (keys, values, counts))
+    keys, values, counts = (
+        x if all(row.is_contiguous() for row in x[:1]) else x.contiguous() for x in (keys, values, counts)
+    )
     batch, kv_heads, rows, dim = query.shape
     scaled = (query.float() * scale).contiguous()
     output = torch.empty_like(scaled)

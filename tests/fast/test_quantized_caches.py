@@ -307,3 +307,4 @@ def test_a_batch_of_no_rows_has_entries_as_any_other(kind):
     )
     assert ours.is_quantized
     assert_same_entries(ours.entries(), theirs.entries())
+    assert ours.attend(torch.empty(0, 4, 3, 16)).shape == (0, 4, 3, 16)
