@@ -156,8 +156,10 @@ def needs_gradients(*arrays: Tensor) -> bool:
 def refused_by_cpp(*arrays: Tensor) -> str | None:
     """Why the C++ implementation does not take these tensors, keys and values last; None if it does."""
     keys, values = arrays[-2:]
-    if arrays[0].device.type != "cpu":
-        return f"tensors must be on the CPU, got {arrays[0].device},"
+    for array in arrays:
+        if array.device.type != "cpu" or array.is_neg():
+            what = "a negated view" if array.is_neg() else str(array.device)
+            return f"tensors must be on the CPU and no negated views, got {what},"
     if keys.dtype != values.dtype or keys.dtype not in DTYPES:
         return f"keys and values must have one dtype, got {keys.dtype} and {values.dtype},"
     dims = keys.shape[-1], values.shape[-1]

@@ -157,7 +157,7 @@ class TieredRecallCache(RecallCache):
     def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Slow memory that belongs to this process alone."""
         if self.device.type == "cuda":
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
         return mapped_memory(shape, dtype, self.folder)
 
 
@@ -165,7 +165,7 @@ def mapped_memory(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path
     """Memory backed by a file without a name, its blocks reserved, as a tensor."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)

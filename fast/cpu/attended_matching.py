@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .compiling import library
+from .compiling import library, pointers
 from .layout import DTYPES
 
 __all__ = ["attention_margins"]
@@ -19,10 +19,9 @@ def attention_margins(keys: Tensor, queries: Tensor) -> Tensor:
     chunks, size, dim = keys.shape
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
     queries = queries.to(keys.dtype).contiguous()
-    margins = torch.empty(chunks, size, dtype=torch.float64)
+    margins = keys.new_empty(chunks, size, dtype=torch.float64)
     shape = (chunks, size, dim, queries.shape[1], torch.get_num_threads(), *keys.stride()[:2])
     getattr(library("attended"), f"kvcluster_margins_{DTYPES[keys.dtype]}")(
-        (ctypes.c_int64 * len(shape))(*shape),
-        *(ctypes.c_void_p(array.data_ptr()) for array in (keys, queries, margins)),
+        (ctypes.c_int64 * len(shape))(*shape), *pointers(keys, queries, margins)
     )
     return margins

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..exact.entries import Rest, attend_copies
-from .compiling import library
+from .compiling import library, pointers
 from .layout import DTYPES
 
 __all__ = ["attend", "attend_places", "attend_ragged"]
@@ -72,9 +72,7 @@ def attend_heads(
     places = [number for head in heads for number in head]
     getattr(library("attention"), f"kvcluster_attend_{DTYPES[keys.dtype]}")(
         *((ctypes.c_int64 * len(numbers))(*numbers) for numbers in (shape, places)),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (scaled, keys, values)),
-        ctypes.c_void_p(counts.data_ptr() if counts is not None else None),
-        ctypes.c_void_p(output.data_ptr()),
+        *pointers(scaled, keys, values, counts, output),
     )
     return output.to(query.dtype)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["call", "compiler", "library"]
+__all__ = ["call", "compiler", "library", "pointers"]
 
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -63,8 +63,20 @@ def library(name: str) -> ctypes.CDLL:
 def call(file: str, name: str, shape: tuple[int, ...], *arrays: Tensor) -> None:
     """`kvcluster_<name>` of `file`.cpp with numbers and pointers to the arrays, which are contiguous."""
     assert all(array.is_contiguous() for array in arrays)
-    pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
-    getattr(library(file), f"kvcluster_{name}")((ctypes.c_int64 * len(shape))(*shape), *pointers)
+    getattr(library(file), f"kvcluster_{name}")((ctypes.c_int64 * len(shape))(*shape), *pointers(*arrays))
+
+
+def pointers(*arrays: Tensor | None) -> list[ctypes.c_void_p]:
+    """Where the numbers of each array lie, which C++ reads as they are; null for None.
+
+    Raises
+    ------
+    ValueError : an array whose numbers do not lie in this process's memory, or with the other sign.
+    """
+    for array in arrays:
+        if array is not None and (array.device.type != "cpu" or array.is_neg()):
+            raise ValueError(f"tensors for C++ must be on the CPU and no negated view, got one on {array.device}")
+    return [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
 
 
 def run(command: list[str]) -> bytes:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..exact.distinctiveness import scores_by_likeness
-from .compiling import library
+from .compiling import library, pointers
 from .layout import DTYPES
 
 __all__ = ["likeness_to_mean", "scores"]
@@ -27,11 +27,9 @@ def likeness_to_mean(tokens: Tensor) -> Tensor:
     """
     problems, size, dim = tokens.shape
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    result = torch.empty(problems, size, dtype=torch.float64)
+    result = tokens.new_empty(problems, size, dtype=torch.float64)
     shape = (problems, size, dim, torch.get_num_threads(), *tokens.stride()[:2])
     getattr(library("distinctive"), f"kvcluster_likeness_{DTYPES[tokens.dtype]}")(
-        (ctypes.c_int64 * len(shape))(*shape),
-        ctypes.c_void_p(tokens.data_ptr()),
-        ctypes.c_void_p(result.data_ptr()),
+        (ctypes.c_int64 * len(shape))(*shape), *pointers(tokens, result)
     )
     return result

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .compiling import library
+from .compiling import library, pointers
 
 __all__ = ["linear"]
 
@@ -13,7 +13,6 @@ __all__ = ["linear"]
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
     """`rows @ weight.T` (n, outputs), for few rows: float32, contiguous; inputs a multiple of LANES, outputs of 4."""
     output = rows.new_empty(len(rows), len(weight))
-    pointers = (ctypes.c_void_p(x.data_ptr()) for x in (weight, rows, output))
     sizes = (*rows.shape, len(weight), torch.get_num_threads())
-    library("linear").kvcluster_linear(*pointers, *map(ctypes.c_int64, sizes))
+    library("linear").kvcluster_linear(*pointers(weight, rows, output), *map(ctypes.c_int64, sizes))
     return output

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..exact.blocks import BlockLayout, Packed
 from ..exact.quantization import GROUP
-from .compiling import library
+from .compiling import library, pointers
 from .layout import DTYPES
 
 __all__ = ["attend_packed", "pack_blocks"]
@@ -20,13 +20,12 @@ def pack_blocks(keys: Tensor, values: Tensor, counts: Tensor, layout: BlockLayou
     keys, values = (x.reshape(lead.numel(), *x.shape[-2:]) for x in (keys, values))
     counts = counts.to(torch.int32).reshape(lead.numel(), entries)
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-    blocks = torch.empty(*lead, entries // GROUP, layout.nbytes, dtype=torch.uint8)
+    blocks = keys.new_empty(*lead, entries // GROUP, layout.nbytes, dtype=torch.uint8)
     strides = [stride for x in (keys, values, counts) for stride in x.stride()[:2]]
     sizes = lead.numel(), entries // GROUP, layout.dim_value, *layout.bits, torch.get_num_threads(), *strides
     shape = *sizes, layout.dim, layout.nbytes, *places_of(layout)
     getattr(library("packed"), f"kvcluster_pack_{DTYPES[keys.dtype]}")(
-        (ctypes.c_int64 * len(shape))(*shape),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (keys, values, counts, blocks)),
+        (ctypes.c_int64 * len(shape))(*shape), *pointers(keys, values, counts, blocks)
     )
     return blocks
 
@@ -56,7 +55,7 @@ def attend_packed(
     heads = zip(lengths, firsts, packed.lengths, packed.firsts, strict=True)
     getattr(library("packed"), f"kvcluster_attend_packed_{DTYPES[keys.dtype]}")(
         *((ctypes.c_int64 * len(x))(*x) for x in (shape, tuple(itertools.chain(*heads)))),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (scaled, keys, values, counts, packed.blocks, output)),
+        *pointers(scaled, keys, values, counts, packed.blocks, output),
     )
     return output.to(query.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .compiling import library
+from .compiling import library, pointers
 from .layout import DTYPES
 
 __all__ = ["attend_pages"]
@@ -45,7 +45,6 @@ def attend_pages(
         *(page, tables.shape[1], cells.stride(0), cells.stride(1), torch.get_num_threads()),
     )
     tables, requests = tables.contiguous(), requests.contiguous()
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (requests, tables, scaled, cells, output)]
     attend = getattr(library("paged"), f"kvcluster_attend_pages_{DTYPES[cells.dtype]}")
-    attend((ctypes.c_int64 * len(shape))(*shape), *pointers)
+    attend((ctypes.c_int64 * len(shape))(*shape), *pointers(requests, tables, scaled, cells, output))
     return output

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from ..exact.pooled import CompressedEntries, compress_in_steps, count_sources
-from .compiling import library
+from .compiling import library, pointers
 
 __all__ = ["compress_entries"]
 
@@ -33,6 +33,6 @@ def take_step(
     made = keys.new_empty(problems, n_left, dim), values.new_empty(problems, n_left, dim_value)
     new_counts = counts.new_empty(problems, n_left)
     shape = (problems, size, dim, dim_value, chunk_size, n_merged, torch.get_num_threads())
-    pointers = (ctypes.c_void_p(array.data_ptr()) for array in (keys, values, counts, *made, new_counts))
-    library("pooled").kvcluster_pooled_step((ctypes.c_int64 * len(shape))(*shape), *pointers)
+    arrays = pointers(keys, values, counts, *made, new_counts)
+    library("pooled").kvcluster_pooled_step((ctypes.c_int64 * len(shape))(*shape), *arrays)
     return *made, new_counts, problems * count_sources(size, chunk_size)

@@ -15,7 +15,7 @@ def replace_clusters(
     """As `kvcluster.fast.plain.tiers.replace_clusters`."""
     choices = taken[0] if len(taken) == 1 else torch.stack(taken)
     first_row, last_step = (array.clone(memory_format=torch.contiguous_format) for array in (first_row, last_step))
-    sizes, numbers = torch.empty_like(first_row), torch.zeros(3, dtype=torch.int64)
+    sizes, numbers = torch.empty_like(first_row), first_row.new_zeros(3, dtype=torch.int64)
     arrays = choices.contiguous(), counts.contiguous(), first_row, last_step, sizes, numbers
     call("tiers", "replace", (*first_row.shape, len(taken), step, n_steps), *arrays)
     return Replaced(first_row, last_step, sizes, *numbers.tolist())

@@ -90,7 +90,7 @@ def of_heads(heads: Heads, *arrays: Tensor) -> tuple[Tensor, ...]:
 
 def alternating_halves(size: int) -> tuple[Int64[Tensor, " sources"], Int64[Tensor, " destinations"]]:
     """Entries 0, 2, ... as sources and 1, 3, ... as destinations."""
-    entries = torch.arange(size)
+    entries = torch.arange(size, device="cpu")
     return entries[0::2], entries[1::2]
 
 

@@ -134,7 +134,7 @@ def weighted_sum(array: Tensor, counts: Tensor, labels: Tensor, n_left: int) -> 
     weights = counts.double().unsqueeze(-1)
     if array.device.type != "cpu":
         return ordered_sum(array.double() * weights, labels, count_members(labels, n_left))
-    into = labels + torch.arange(problems)[:, None] * n_left
+    into = labels + torch.arange(problems, device="cpu")[:, None] * n_left
     pieces = in_pieces(array.reshape(-1, dim), weights.reshape(-1, 1), into.flatten())
     parts = ((into, rows.double() * weight) for rows, weight, into in pieces)
     return sum_on_the_cpu(parts, problems * n_left, dim).reshape(problems, n_left, dim)
@@ -148,7 +148,7 @@ def in_pieces(rows: Float[Tensor, "rows dim"], *others: Tensor) -> Iterator[tupl
 
 def sum_on_the_cpu(parts: Iterable[tuple[Tensor, Tensor]], n_sums: int, dim: int) -> Float64[Tensor, "sums dim"]:
     """Sums of all rows, in their order; `parts` are labels and the rows that they belong to."""
-    sums = torch.full((n_sums, dim), -0.0, dtype=torch.float64)  # only -0.0 + x is x for every x
+    sums = torch.full((n_sums, dim), -0.0, dtype=torch.float64, device="cpu")  # only -0.0 + x is x for every x
     for into, rows in parts:
         sums.index_add_(0, into, rows)  # on the CPU: "in the order given in index"
     return sums

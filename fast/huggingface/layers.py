@@ -255,7 +255,7 @@ class EntryLayer(AnyVersionLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.cache.n_rows).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.cache.n_rows, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:

@@ -99,6 +99,6 @@ def keep(held: tuple[Tensor, ...], spans: tuple[int, ...], lost: list[int], repl
 
 def others(indices: list[int], size: int) -> Tensor:
     """The indices below `size` that are not among `indices`, ascending."""
-    is_other = torch.ones(size, dtype=torch.bool)
+    is_other = torch.ones(size, dtype=torch.bool, device="cpu")
     is_other[indices] = False
     return is_other.nonzero().squeeze(-1)
