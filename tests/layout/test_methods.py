@@ -6,6 +6,7 @@ import inspect
 import itertools
 
 import pytest
+from models import tiny_llama
 from sources import files
 
 from kvcluster import fast, reference
@@ -34,9 +35,11 @@ def test_a_cache_takes_a_method(cache):
     assert repr(default) == "SoftMatching()"
 
 
-def test_a_cache_for_a_model_takes_a_method():
+def test_a_cache_for_a_model_takes_a_method_and_chooses_one_that_is_known():
     default = inspect.signature(ClusteredCache.for_model).parameters["method"].default
-    assert default == fast.Distinctive()
+    assert default is None
+    cache = ClusteredCache.for_model(tiny_llama(), keep_ratio=0.5)
+    assert cache.parameters["method"] == fast.Distinctive()
 
 
 def switches(source):
