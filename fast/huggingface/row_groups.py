@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..memory.ordinary import on_ordinary_tensors
 from ..memory.work import ClusteringWork
+from .stored import Sizes, check_groups, check_stored
 
 __all__ = ["RowGroup", "RowGroups"]
 
@@ -246,21 +247,34 @@ class RowGroups:
             described.append({"padding": group.padding, "rows": self._rows_of(group), "numbers": numbers})
         return tensors, {"groups": described}
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Hold what `state` gave; this one must be empty."""
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any], of: Sizes) -> None:
+        """Hold what `state` gave, if it is what such caches can hold; this one must be empty.
+
+        Raises
+        ------
+        ValueError : see `check_stored` and `check_groups`.
+        """
         if "groups" not in numbers:
+            check_stored(self.groups[0].cache, tensors, numbers, of)
             self.groups[0].cache.restore(tensors, numbers)
             return
+        check_groups(numbers, tensors)
         self.groups = []
         device = next(iter(tensors.values())).device
         for number, described in enumerate(numbers["groups"]):
             prefix = f"{number}."
             group_tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             cache = self.make()
+            check_stored(cache, group_tensors, described["numbers"], of)
+            if group_tensors and len(group_tensors["keys"]) != len(described["rows"]):
+                rule = f"keys must be of the {len(described['rows'])} rows of group {number}"
+                raise ValueError(f"{rule}, got {len(group_tensors['keys'])}")
             cache.restore(group_tensors, described["numbers"])
             if group_tensors:
                 self._remember(*cache.like)
             self.groups.append(RowGroup(described["padding"], row_indices(described["rows"], device), cache))
+        if len(self.lengths) > 1:
+            raise ValueError(f"padding and tokens of each group must be equally many, got {sorted(self.lengths)}")
 
 
 @on_ordinary_tensors

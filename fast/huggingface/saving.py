@@ -23,7 +23,9 @@ from torch import Tensor
 from ..distinctive_matching import Distinctive
 from ..methods import method_of, spelled
 from ..soft_matching import SoftMatching
+from .head_pairs import is_sharded
 from .hooks import attention_modules, check_model
+from .stored import Sizes, check_window
 
 __all__ = ["fingerprint", "load_cache", "save_cache", "weights_digest"]
 
@@ -120,6 +122,7 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
             check_fingerprint(fingerprint(model), description["model"], path)
             check_names(set(file.keys()), set(description["tensors"]), path)
             cache = kind.for_model(model, **parameters_of(description, path), **options)
+            check_prefixes(description, len(cache.layers))
             devices = [next(module.parameters()).device for module in attention_modules(model)]
             for index, layer in enumerate(cache.layers):
                 prefix = f"layers.{index}."
@@ -130,10 +133,41 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
                         if digest(array) != expected:
                             raise ValueError(f"path must hold what was saved, got a damaged {name} in {path}")
                         tensors[name.removeprefix(prefix)] = array.to(devices[index])
-                restore(layer, tensors, description["layers"][index])
+                restore(layer, tensors, description["layers"][index], sizes_of(model))
+            check_layers(cache, description)
     except SafetensorError as error:
         raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"path must hold what save writes, got {path}: {error!r:.200}") from error
     return cache
+
+
+def sizes_of(model: Any) -> Sizes:
+    """Those that a cache of `model` has."""
+    config = model.config.get_text_config()
+    kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Sizes(None if is_sharded(model) else kv_heads, heads // kv_heads, dim)
+
+
+def check_prefixes(description: dict[str, Any], n_layers: int) -> None:
+    """Refuse numbers and tensors of other layers than the model has."""
+    if not isinstance(description["layers"], list) or len(description["layers"]) != n_layers:
+        raise ValueError(f"layers must be a list of {n_layers}, got {description['layers']!r:.80}")
+    known = {f"layers.{index}" for index in range(n_layers)}
+    if unknown := [name for name in description["tensors"] if ".".join(name.split(".")[:2]) not in known]:
+        raise ValueError(f"tensors must be of the {n_layers} layers of the model, got {unknown[0]}")
+
+
+def check_layers(cache: Any, description: dict[str, Any]) -> None:
+    """Refuse layers that are not of the same tokens and rows."""
+    seen = {layer.get_seq_length() for layer in cache.layers}
+    if seen != {description["n_seen"]}:
+        raise ValueError(f"n_seen of the layers must be {description['n_seen']!r:.80}, got {sorted(seen)}")
+    rows = {layer.keys.shape[0] if layer.is_sliding else layer.cache.n_rows for layer in cache.layers if seen != {0}}
+    padding = {tuple(layer.cache.padding) for layer in cache.own_layers if seen != {0}}
+    if len(rows) > 1 or len(padding) > 1:
+        raise ValueError(f"layers must have the same rows and padding, got {sorted(rows)} and {sorted(padding)}")
 
 
 def described(file: Any, path: str | Path) -> dict[str, Any]:
@@ -233,15 +267,16 @@ def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {"keys": layer.keys, "values": layer.values}, {"n_seen": layer.cumulative_length}
 
 
-def restore(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Fill an empty layer with what `state` gave."""
-    if not tensors:
-        return
+def restore(layer: Any, tensors: dict[str, Tensor], numbers: Any, of: Sizes) -> None:
+    """Fill an empty layer with what `state` gave, if it is what a layer of a model of these sizes can hold."""
     if layer.is_sliding:
-        layer.update(tensors["keys"], tensors["values"])
-        layer.cumulative_length = numbers["n_seen"]
-    else:
-        layer.cache.restore(tensors, numbers)
+        check_window(layer, tensors, numbers, of)
+        if tensors:
+            layer.update(tensors["keys"], tensors["values"])
+            layer.cumulative_length = numbers["n_seen"]
+        return
+    layer.cache.restore(tensors, numbers, of)
+    if tensors:
         layer.lazy_initialization(*next(cache.like for cache in layer.cache.caches if cache.n_seen))
 
 

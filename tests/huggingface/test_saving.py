@@ -8,48 +8,14 @@ import numpy as np
 import pytest
 import torch
 from models import greedy, random_tokens, tiny_llama
+from saved_caches import CACHES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvcluster import fast
-from kvcluster.fast import SoftMatching
-from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, RecallCache, saving
+from kvcluster.fast.huggingface import ClusteredCache, RecallCache, saving
 from kvcluster.fast.memory.packed import PackedBlocks
 from kvcluster.fast.tiers import TieredRecallCache
 
-SMALL = {"budget": 40, "n_sink": 4, "tokens_per_cluster": 4, "segment_size": 16, "prompt_segment_size": 32}
-CACHES = {
-    "clustered": (
-        ClusteredCache,
-        {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "method": SoftMatching()},
-    ),
-    "distinctive": (ClusteredCache, {"keep_ratio": [0.5, 0.25, 1.0], "chunk_size": 16, "n_sink": 2, "n_recent": 8}),
-    "whole-heads": (
-        ClusteredCache,
-        {"keep_ratio": 0.25, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "whole_heads": [(0, 1), (2, 0)]},
-    ),
-    "ragged": (
-        ClusteredCache,
-        {"keep_ratio": [[0.5, 0.2], 0.25, [1.0, 0.4]], "chunk_size": 16, "n_sink": 2, "n_recent": 8},
-    ),
-    "bits": (ClusteredCache, {"keep_ratio": 0.5, "chunk_size": 16, "n_sink": 2, "n_recent": 8, "bits": (4, 3)}),
-    "ragged-bits": (
-        ClusteredCache,
-        {**{"keep_ratio": [[0.5, 0.2], 0.25, [1.0, 0.4]], "chunk_size": 16, "n_sink": 2, "n_recent": 8}, "bits": 4},
-    ),
-    "chelsea": (
-        ChelseaCache,
-        {
-            **{"ratio": 0.25, "max_new_tokens": 40, "interval": 3, "chunk_size": 16, "n_sink": 2, "n_recent": 8},
-            "whole_heads": [(0, 0), (1, 1)],
-        },
-    ),
-    "recall": (RecallCache, SMALL),
-    "recall-sampled": (
-        RecallCache,
-        {**SMALL, "init_seed": 3, "is_per_query_head": True, "is_exact_counted": False, "n_dense_layers": 2},
-    ),
-    "recall-dense-rest": (RecallCache, {**SMALL, "n_dense_layers": 1, "centroids_for_rest": True, "max_iter": 2}),
-}
 KINDS = pytest.mark.parametrize("name", CACHES)
 NOT_SAVED = (
     "_held",
@@ -62,6 +28,7 @@ NOT_SAVED = (
     "_lost",
     "_memory",
     "_rooms",
+    "held",
 )  # memory, of which what is in use is; cost; what crop would undo
 
 
@@ -92,6 +59,7 @@ def told(thing):
     n_rows = getattr(thing, "_n_stored", getattr(thing, "n_stored", 0))
     used = [told(array[..., :n_rows, :]) for array in getattr(thing, "_held", None) or ()]
     used += [told(thing.without_room())] if isinstance(thing, PackedBlocks) else []
+    used += [told(thing.queries)] if hasattr(thing, "queries") else []
     used += [told(array[..., : thing.n_seen, :]) for array in getattr(thing, "_whole", None) or ()]
     return {name: told(value) for name, value in vars(thing).items() if name not in NOT_SAVED} | {"used": used}
 
@@ -176,7 +144,7 @@ def test_sliding_layers_of_transformers_come_back_too(name, tmp_path):
 def test_a_layer_remembers_whether_its_prompt_was_clustered(n_clustered):
     """A prompt has segments of its own size; what is saved between the halves of `append` is clustered as one."""
     keys = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 100, 16), dtype=np.float32))
-    cache, restored = fast.RecallCache(**SMALL), fast.RecallCache(**SMALL)
+    cache, restored = (fast.RecallCache(**CACHES["recall"][1]) for _ in range(2))
     if n_clustered:
         cache.append(keys, keys)
     cache.extend(keys, keys)
