@@ -53,8 +53,15 @@ class Stored:
             raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.80}")
         return int(value)
 
-    def tensor(self, name: str, shape: tuple[int | None, ...], dtypes: Iterable[torch.dtype] = FLOATS) -> Tensor:
-        """A tensor of this shape, None for any size; finite if its numbers are floating."""
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int | None, ...],
+        dtypes: Iterable[torch.dtype] = FLOATS,
+        *,
+        is_finite: bool = False,
+    ) -> Tensor:
+        """A tensor of this shape, None for any size. Keys and values are looked through by `restore` anyway."""
         if name not in self.tensors:
             raise ValueError(f"{name} must be there, got {sorted(self.tensors)}")
         array, dtypes = self.tensors.pop(name), tuple(dtypes)
@@ -63,7 +70,7 @@ class Stored:
         sizes = tuple(array.shape)
         if len(sizes) != len(shape) or any(n not in (None, size) for n, size in zip(shape, sizes, strict=True)):
             raise ValueError(f"{name} must have the shape {shape}, got {sizes}")
-        if array.dtype.is_floating_point and not bool(array.isfinite().all()):
+        if is_finite and not bool(array.isfinite().all()):
             raise ValueError(f"{name} must be finite")
         return array
 
@@ -204,7 +211,7 @@ def check_queries(
 ) -> None:
     """Remembered queries: of every 32nd token that a chunk may yet be matched by."""
     n = max(0, cache._queries.n_sampled(n_seen) - cache._queries.first_needed(n_clustered))
-    stored.tensor("queries", (*of_heads, of.group, n, of.dim))
+    stored.tensor("queries", (*of_heads, of.group, n, of.dim), is_finite=True)
 
 
 def check_tokens(cache: Any, stored: Stored, n_seen: int, of: Sizes) -> None:
@@ -221,9 +228,9 @@ def check_tokens(cache: Any, stored: Stored, n_seen: int, of: Sizes) -> None:
         counts = stored.tensor("counts", (problems, None), [torch.int64])
         n_clusters = counts.shape[1]
         check_partition(counts, stored.tensor("members", (problems, n_clustered), [torch.int64]))
-        stored.tensor("features", (problems, n_clusters, 2 * keys.shape[-1]), [torch.bfloat16])
+        stored.tensor("features", (problems, n_clusters, 2 * keys.shape[-1]), [torch.bfloat16], is_finite=True)
         if cache.settings.centroids_for_rest:
-            stored.tensor("value_centroids", (problems, n_clusters, values.shape[-1]), [torch.float32])
+            stored.tensor("value_centroids", (problems, n_clusters, values.shape[-1]), [torch.float32], is_finite=True)
     if n_clustered and cache.bits is not None:
         for name, array, bits in zip(("packed_keys", "packed_values"), (keys, values), cache.bits, strict=True):
             stored.tensor(name, (problems, n_clustered, nbytes_of_row(array.shape[-1], bits)), [torch.uint8])
@@ -250,8 +257,8 @@ def check_window(layer: Any, tensors: dict[str, Tensor], numbers: Any, of: Sizes
     stored = Stored(tensors, numbers)
     if tensors:
         n_seen = stored.number("n_seen", 1, MOST_TOKENS)
-        keys = stored.tensor("keys", (None, of.kv_heads, min(n_seen, layer.sliding_window - 1), of.dim))
-        stored.tensor("values", (*keys.shape[:-1], of.dim), [keys.dtype])
+        keys = stored.tensor("keys", (None, of.kv_heads, min(n_seen, layer.sliding_window - 1), of.dim), is_finite=True)
+        stored.tensor("values", (*keys.shape[:-1], of.dim), [keys.dtype], is_finite=True)
     stored.end()
 
 
