@@ -40,6 +40,7 @@ __all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "attended.md"
+REREADING = HERE.parent / "peers" / "results" / "rereading.jsonl"
 MODELS = "smollm2", "gemma3-270m"
 N_TOKENS, N_CONTEXTS = 4096, 4
 KINDS = {"distinctive": "distinctive matching", "attended": "attended matching"}
@@ -74,6 +75,7 @@ def main() -> None:
             measure(name, arguments.part)
     tables = {name: model_table(name, Runs(results(name, PARTS[0])).all) for name in MODELS}
     tables[f"layers-{MODELS[1]}"] = layers_table(MODELS[1], Runs(results(MODELS[1], PARTS[1])).all)
+    tables["rereading"] = rereading_table(Runs(results(MODELS[0], PARTS[0])).all, Runs(REREADING).all)
     PAGE.write_text(fill(PAGE.read_text(), tables))
     console = Console()
     for name, markdown in tables.items():
@@ -143,6 +145,37 @@ def layers_table(name: str, runs: list[dict[str, Any]]) -> str:
         if summary["method"] != "full"
     ]
     return f"{TITLES[name]}:\n\n" + table(["attended matching in", "contexts", "needles", "perplexity"], rows)
+
+
+def rereading_table(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """Attended matching beside kvpress's presses that read the context again, on the contexts of both, as Markdown.
+
+    Their times are the prefill and all readings after it; ours are in the table of what compression costs.
+    """
+    cases = {run["key"]["case"] for run in theirs}
+    mine = [run for run in ours if run["key"]["case"] in cases and run["key"]["method"] in ("full", "attended-16")]
+    rows = []
+    for runs, names in ((mine, {"attended-16": "attended matching, one reading"}), (with_full(theirs), {})):
+        rows += [
+            [f"{each['keep']:g}", names.get(each["method"], each["method"]), str(each["n_contexts"]), *scores_of(each)]
+            for each in summarize(runs)
+            if each["method"] != "full" and each["keep"] in {run["key"]["keep"] for run in theirs}
+        ]
+    rows.sort(key=lambda row: -float(row[0]))
+    return table(["entries", "what", "contexts", "needles", "perplexity"], rows)
+
+
+def with_full(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of another environment, whose full cache has its name there, of methods that ran on all contexts."""
+    named = [
+        run | {"key": run["key"] | {"method": "full"}} if run["key"]["method"].startswith("full (") else run
+        for run in runs
+    ]
+    cases = {run["key"]["case"] for run in named if run["key"]["method"] == "full"}
+    done: dict[tuple[str, float], set[str]] = {}
+    for run in named:
+        done.setdefault((run["key"]["method"], run["key"]["keep"]), set()).add(run["key"]["case"])
+    return [run for run in named if done[run["key"]["method"], run["key"]["keep"]] == cases]
 
 
 if __name__ == "__main__":
