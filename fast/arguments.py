@@ -276,5 +276,7 @@ def check_query(query: torch.Tensor, keys: torch.Tensor | None) -> None:
     if query.shape[:-2] != keys.shape[:-2] or query.shape[-1] != keys.shape[-1]:
         shapes = f"got query {tuple(query.shape)}, keys {tuple(keys.shape)}"
         raise ValueError(f"query must have the leading axes and dim of keys, {shapes}")
+    if keys.shape[-2] == 0:
+        raise ValueError(f"keys must hold at least one token, got shape {tuple(keys.shape)}")
     if query.shape[-2] == 0:
         raise ValueError(f"query must not be empty, got {tuple(query.shape)}")

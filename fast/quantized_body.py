@@ -91,7 +91,8 @@ class CacheWithBits(EntryCache):
         """Clustered attention of `query` (..., queries, dim) to all stored entries."""
         if self.n_quantized == 0:
             return super().attend(query, scale=scale)
-        check_query(query, self.keys)
+        like = self.like
+        check_query(query, None if like is None else like[0])
         output = self.attend_rows(in_heads(query), queries=1, scale=scale)
         return output.reshape(*query.shape[:-1], output.shape[-1])
 

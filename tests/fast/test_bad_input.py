@@ -128,6 +128,26 @@ def test_both_recall_caches_refuse_a_wrong_query_with_the_same_words(change):
     assert len(refused) == 2
 
 
+EMPTY = {
+    "ClusteredCache": {"keep_ratio": 0.5},
+    "RaggedCache": {"keep_ratios": (0.5, 0.5)},
+    "RecallCache": {"budget": 512},
+    "ChelseaCache": {"ratio": 0.5, "max_new_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+@pytest.mark.parametrize("n_appends", [0, 1])
+def test_a_query_to_a_cache_of_no_tokens_is_refused_with_the_same_words(kind, n_appends):
+    refused = set()
+    for package, convert in ((reference, np.copy), (fast, to_torch)):
+        cache = getattr(package, kind)(**EMPTY[kind])
+        for _ in range(n_appends):
+            cache.append(*(convert(np.empty((1, 2, 0, 16), np.float32)) for _ in range(2)))
+        refused.add(message(cache.attend, convert(np.ones((1, 2, 3, 16), np.float32))))
+    assert len(refused) == 1
+
+
 def test_the_other_frameworks_arrays_are_refused():
     with pytest.raises(TypeError, match="keys must be a NumPy array, got Tensor"):
         reference.chunked_soft_matching(to_torch(GOOD), keep_ratio=0.5)
