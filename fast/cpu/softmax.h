@@ -14,10 +14,10 @@ namespace {
 constexpr int BLOCK = 64;    // entries whose weights are held at once
 constexpr int TABLE = 4096;  // counts whose logarithms are looked up
 
-// exp(x) for x <= 0, to two units in the last place (the polynomial of Cephes' expf); 0 below -87.
+// exp(x) for x <= 0, to two units in the last place (the polynomial of Cephes' expf); 0 below -87, nan of nan.
 inline Floats exponential(Floats x) {
-    const Ints is_normal = x >= -87.0f;
-    const Floats y = is_normal ? x : Floats{} - 87.0f;
+    const Ints is_tiny = x < -87.0f;
+    const Floats y = is_tiny ? Floats{} - 87.0f : x;
     const Ints n = __builtin_convertvector(y * 1.44269504f - 0.5f, Ints);  // rounded to nearest, as y is not positive
     const Floats whole = __builtin_convertvector(n, Floats);
     const Floats r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -27,7 +27,7 @@ inline Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     const Floats power = (p * r * r + r + 1.0f) * same_bits<Floats>((n + 127) << 23);
-    return is_normal ? power : Floats{};
+    return is_tiny ? Floats{} : power;
 }
 
 struct Logarithms {

@@ -11,6 +11,7 @@ from inputs import DTYPES, slowly, to_torch
 
 from kvcluster import fast
 from kvcluster.fast.attention import attend_entries
+from kvcluster.fast.backends import cell
 from kvcluster.fast.cpu.compiling import library
 from kvcluster.fast.plain import attention as plain_attention
 
@@ -196,6 +197,16 @@ def test_without_a_compiler_torch_does_the_work_and_cpp_says_why_not(path, compi
     assert done.returncode == 0, done.stderr
     for line, start in zip(done.stdout.splitlines(), expected, strict=True):
         assert line.startswith(start)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_tokens", [3, 100])
+def test_a_key_whose_product_is_no_number_is_not_left_out(backend, n_tokens):
+    """Both products of one key overflow, one each way: whatever the order, their sum is not a number."""
+    keys, values, query = (torch.ones(1, 1, n, 16) for n in (n_tokens, n_tokens, 2))
+    assert cell("attend", backend)(10 * query, keys, values, None, 1, 0.25).isfinite().all()
+    keys[..., 1, :2] = torch.tensor([3e38, -3e38])
+    assert cell("attend", backend)(10 * query, keys, values, None, 1, 0.25).isnan().all()
 
 
 def test_loading_the_library_does_not_flush_subnormal_numbers():
