@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from families import tiny
 from models import random_tokens, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,21 +22,22 @@ MAY_DIFFER = {"is_prompt", "n_first"}
 OF_LATER_VERSIONS = {"n_body", "n_clustered_before", "n_clusters_before"}  # than 0.1, whose files are read
 
 
-@pytest.fixture(scope="module", params=CACHES)
+@pytest.fixture(scope="module", params=[*CACHES, "sliding"])
 def honest(request, tmp_path_factory):
-    """The name, class, path, tensors and description of a saved cache."""
-    kind, parameters = CACHES[request.param]
+    """The model, class, path, tensors and description of a saved cache; the first layer may have a sliding window."""
+    model = tiny("qwen3-sliding")[0] if request.param == "sliding" else MODEL
+    kind, parameters = CACHES.get(request.param, CACHES["bits"])
     path = tmp_path_factory.mktemp("honest") / "cache"
-    cache, tokens = kind.for_model(MODEL, **parameters), random_tokens(150, batch=2)
+    cache, tokens = kind.for_model(model, **parameters), random_tokens(150, batch=2)
     mask = torch.ones_like(tokens)
     mask[1, : 7 if request.param in PADDED else 0] = 0
     with torch.no_grad():
-        MODEL(tokens, attention_mask=mask, past_key_values=cache)
-        MODEL(tokens[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], dim=1), past_key_values=cache)
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        model(tokens[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], dim=1), past_key_values=cache)
     cache.save(path)
     with safe_open(path, framework="pt") as file:
         description = json.loads(file.metadata()["description"])
-    return request.param, kind, path, load_file(path), description
+    return model, kind, path, load_file(path), description
 
 
 def write(path, tensors, description):
@@ -134,38 +136,39 @@ def replaced(description, place, name, *value):
     return changed
 
 
-def go_on(cache):
+def go_on(model, cache):
     """The model's logits after three more tokens, of which one is taken out again."""
     mask = torch.ones(2, cache.n_seen + 3, dtype=torch.int64)
     for row, padding in enumerate(cache.padding or ()):
         mask[row, :padding] = 0
     with torch.no_grad():
-        logits = MODEL(random_tokens(3, batch=2), attention_mask=mask, past_key_values=cache).logits
-    cache.crop(-1)
+        logits = model(random_tokens(3, batch=2), attention_mask=mask, past_key_values=cache).logits
+    if not cache.windows:  # of transformers, which take no tokens out when they are full
+        cache.crop(-1)
     return logits
 
 
 def test_hostile_files_are_refused_by_the_field(honest, tmp_path):
     """Or could be honest, and then the model goes on with it."""
-    _, kind, _, tensors, description = honest
+    model, kind, _, tensors, description = honest
     n_refused, used = 0, []
     for what, field, wrong_tensors_, wrong_description in changes(tensors, description):
         path = tmp_path / "wrong"
         write(path, wrong_tensors_, wrong_description)
         try:
-            cache = kind.load(path, MODEL)
+            cache = kind.load(path, model)
         except ValueError:
             n_refused += 1
             continue
         used.append((what, field))
-        assert go_on(cache).isfinite().all()
+        assert go_on(model, cache).isfinite().all()
     gc.collect()
-    assert n_refused > 60
+    assert n_refused > 50
     assert [what for what, field in used if field not in MAY_DIFFER] == []
 
 
 def test_the_honest_file_is_used(honest, tmp_path):
-    _, kind, path, tensors, description = honest
+    model, kind, path, tensors, description = honest
     write(tmp_path / "again", tensors, description)
-    first, second = (go_on(kind.load(each, MODEL)) for each in (path, tmp_path / "again"))
+    first, second = (go_on(model, kind.load(each, model)) for each in (path, tmp_path / "again"))
     assert torch.equal(first, second)
