@@ -51,7 +51,7 @@ FULL = "full (in kvpress's environment)"
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description="kvpress's presses on the needles and texts of kvcluster eval.")
-    parser.add_argument("--presses", nargs="+", choices=PRESSES, metavar="NAME")
+    parser.add_argument("--presses", nargs="+", choices=[*PRESSES, *REREADING], metavar="NAME")
     parser.add_argument("--both-settings", action="store_true", help="compress after each question too")
     parser.add_argument("--bits", type=int, metavar="N", help="quantize what is left as KIVI would")
     parser.add_argument("--rereading", action="store_true", help="presses that read the context again instead")
@@ -70,9 +70,10 @@ def main() -> None:
     if arguments.rereading:
         runs = Runs(arguments.json or RESULTS / "rereading.jsonl", condense)
         with Progress() as progress:
-            task = progress.add_task("kvpress, reading again", total=len(cases) * (1 + len(REREADING)))
+            names = arguments.presses or list(REREADING)
+            task = progress.add_task("kvpress, reading again", total=len(cases) * (1 + len(names)))
             for case in cases:
-                for _ in run_case_rereading(model, tokenizer, case, runs, arguments.keep):
+                for _ in run_case_rereading(model, tokenizer, case, runs, names, arguments.keep):
                     progress.advance(task)
         return
     presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
@@ -127,16 +128,18 @@ def run_case_question_first(model: Any, case: Case, runs: Runs, names: list[str]
         yield
 
 
-def run_case_rereading(model: Any, tokenizer: Any, case: Case, runs: Runs, keeps: list[float]) -> Iterator[None]:
+def run_case_rereading(
+    model: Any, tokenizer: Any, case: Case, runs: Runs, names: list[str], keeps: list[float]
+) -> Iterator[None]:
     """As `run_case`, of presses that read the context again."""
     shared = shared_key(model, case)
     for key in missing_keys(runs, FULL, keeps, shared):
         runs.add(measure(model, read_context(model, case.tokens).cache, case, key, seconds=0.0))
     yield
-    for name, make in REREADING.items():
+    for name in names:
         for key in missing_keys(runs, name, keeps, shared):
             begun = time.perf_counter()
-            hidden = read_again(model, tokenizer, make(1 - key["keep"]), case.tokens)
+            hidden = read_again(model, tokenizer, REREADING[name](1 - key["keep"]), case.tokens)
             seconds = time.perf_counter() - begun
             with hidden_from_questions(model, hidden):
                 runs.add(measure(model, hidden.cache, case, key, seconds=seconds, n_kept=hidden.n_kept))
