@@ -63,6 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.both_settings and arguments.bits is not None:
         parser.error("--bits is for the question later: not with --both-settings")
+    known = REREADING if arguments.rereading else PRESSES
+    if unknown := [name for name in arguments.presses or () if name not in known]:
+        parser.error(f"--presses must be of {', '.join(known)}, got {unknown[0]}")
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     model, tokenizer = load_llama(smollm2_folder())
