@@ -191,11 +191,12 @@ def check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"folder must be a folder, got the file {folder}")
-    if names := {path.name for path in folder.iterdir()}:
+    if paths := list(folder.iterdir()):
         try:
-            foreign = names - {MANIFEST, *read_manifest(folder)["files"]}
+            ours = {MANIFEST, *(name for name in read_manifest(folder)["files"] if name.endswith(".safetensors"))}
         except ValueError:
-            foreign = names
+            ours = set()
+        foreign = {path.name for path in paths if path.name not in ours or path.is_symlink() or not path.is_file()}
         if foreign:
             raise FileExistsError(
                 f"folder must be new, empty or an earlier set of vectors, got {folder} with {min(foreign)}"

@@ -9,6 +9,7 @@ SHA-256 of each). The tensors are those of each layer's state, as `layers.<index
 import hashlib
 import json
 import os
+import stat
 import uuid
 from importlib.metadata import version
 from numbers import Integral
@@ -44,13 +45,15 @@ CONFIG_FIELDS = (
     "no_rope_layers",
     "sliding_window",
 )
+PRIVATE = 0o600  # mode of new files
 SAMPLED = 512  # numbers of each matrix of weights
 
 
 def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     """Write `cache`, a `ModelCache` made for `model`, to the file `path`: the whole of it or nothing.
 
-    The file is written under another name in the same folder, then put in the place of what `path` held.
+    The file is written under another name in the same folder, then put in the place of what `path` held. It keeps that
+    file's mode; a new one can be read by its owner alone, as it holds the conversation. A link stays a link.
 
     Raises
     ------
@@ -61,9 +64,10 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     -----
     Takes as much memory on the host as the cache holds, offloaded layers included, until the file is written.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else PRIVATE
     seen = sorted({layer.get_seq_length() for layer in cache.layers})
     if len(seen) > 1:
         raise RuntimeError(f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}")
@@ -94,8 +98,7 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     }
     written = path.with_name(f".{uuid.uuid4().hex}.kvcluster")
     try:
-        written.touch(exist_ok=False)
-        mode = written.stat().st_mode  # what the process gives to new files; `save_file` lets only the owner read
+        written.touch(PRIVATE, exist_ok=False)
         save_file(tensors, written, metadata)
         written.chmod(mode)
         with open(written, "rb+") as file:
@@ -114,6 +117,8 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
     ValueError : see `ModelCache.load`.
     """
     check_model(model)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"path must be a file, got {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             description = described(file, path)

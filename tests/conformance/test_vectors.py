@@ -194,6 +194,27 @@ def test_edited_manifests_and_missing_files_are_found(copied):
         assert text in found
 
 
+@pytest.mark.parametrize("foreign", ["mine.txt", "folder.safetensors", "link.safetensors"])
+def test_what_a_manifest_merely_names_is_not_removed(foreign, copied, tmp_path):
+    """Whoever writes a manifest may name anything in it."""
+    path, mine = copied / foreign, tmp_path / "mine.txt"
+    mine.write_text("not to be lost")
+    if foreign.startswith("folder"):
+        path.mkdir()
+        (path / "mine.txt").write_text("not to be lost")
+    elif foreign.startswith("link"):
+        path.symlink_to(mine)
+    else:
+        path.write_text("not to be lost")
+    manifest = manifest_of(copied)
+    manifest["files"][foreign] = {"sha256": "", "bytes": 0}
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FileExistsError, match=f"with {foreign}"):
+        write_vectors(copied)
+    assert path.exists()
+    assert mine.read_text() == "not to be lost"
+
+
 def test_the_command_writes_verifies_and_refuses_foreign_folders(tmp_path, monkeypatch):
     folder = tmp_path / "new" / "vectors"
     assert run_command(folder, "--seed", 3)[0] == 0

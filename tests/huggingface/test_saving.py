@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -175,8 +176,22 @@ def test_a_failure_while_saving_leaves_the_old_file_and_no_other(broken, monkeyp
     assert (path.read_bytes(), os.listdir(tmp_path)) == (old, ["cache"])
     cache.save(path)
     assert (ClusteredCache.load(path, model).n_seen, os.listdir(tmp_path)) == (180, ["cache"])
-    (tmp_path / "new").touch()
-    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_who_may_read_a_file_is_kept_and_new_ones_are_private(tmp_path):
+    """It holds the conversation."""
+    model, path = tiny_llama(), tmp_path / "cache"
+    cache = prefilled("clustered", model)
+    cache.save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o640)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    cache.save(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["cache", "link"]
+    assert ClusteredCache.load(link, model).n_seen == cache.n_seen
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):

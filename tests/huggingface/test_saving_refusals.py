@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_what_differs_in_a_file_is_named(change, message, tmp_path):
     save_file(tensors, path, header)
     with pytest.raises(ValueError, match=message):
         RecallCache.load(path, model)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/null"):
+        with pytest.raises(ValueError, match="path must be a file, got "):
+            ClusteredCache.load(path, tiny_llama())
 
 
 @pytest.mark.parametrize("kind", [ClusteredCache, RecallCache])

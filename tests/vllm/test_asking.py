@@ -52,7 +52,10 @@ def test_the_environment_asks_too(monkeypatch):
         ({"keep_ratio": 1.5}, "keep_ratio must be in"),
         ({"keep": 0.5}, "must be a mapping with keep_ratio"),
         ({"keep_ratio": 0.5, "chunk": 64}, "must have parameters among .*got 'chunk'"),
-        ({"keep_ratio": 0.5, "method": "evict"}, "method must be one of soft_matching, distinctive, attended, got 'evict'"),
+        (
+            {"keep_ratio": 0.5, "method": "evict"},
+            "method must be one of soft_matching, distinctive, attended, got 'evict'",
+        ),
         ({"keep_ratio": 0.5, "n_shared": 0}, "n_shared must be .* got 0"),
         (
             {"keep_ratio": 0.5, "method": "soft_matching", "n_shared": 4},
