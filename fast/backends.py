@@ -76,6 +76,18 @@ TABLE = {
 }
 
 
+LIBRARIES = {  # the C++ file of each module
+    "cpu.attended_matching": "attended",
+    "cpu.attention": "attention",
+    "cpu.distinctive_matching": "distinctive",
+    "cpu.packed": "packed",
+    "cpu.pooled_matching": "pooled",
+    "cpu.recall": "recall",
+    "cpu.rows": "rows",
+    "cpu.tiers": "tiers",
+}
+
+
 def implementation(operation: str, backend: str, *arrays: Tensor) -> Callable[..., Any]:
     """The function that does `operation` for `arrays`: the row's cell for what `choose` says."""
     return cell(operation, choose(operation, backend, *arrays))
@@ -116,9 +128,9 @@ def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:
     if backend == "cpp":
         if refused is not None:
             raise ValueError(f"{refused} for backend 'cpp'")
-        library("attention")
+        library(LIBRARIES[row.cpp.partition(":")[0]])
         return "cpp"
-    return "cpp" if refused is None and has_cpp() else "torch"
+    return "cpp" if refused is None and has_cpp(LIBRARIES[row.cpp.partition(":")[0]]) else "torch"
 
 
 def check_backend(backend: str, row: Row) -> None:
@@ -169,13 +181,13 @@ def refused_by_cpp(*arrays: Tensor) -> str | None:
 
 
 @functools.cache  # a compiler that failed is not asked again at every step
-def has_cpp() -> bool:
-    """Whether the C++ implementation can be used; warns, once, where its compiler fails."""
+def has_cpp(name: str) -> bool:
+    """Whether a library of C++ can be used; warns, once for each, where its compiler fails."""
     if compiler() is None:
         return False
     try:
-        library("attention")
+        library(name)
     except RuntimeError as error:
-        warnings.warn(f"attention on the CPU is slower than it could be: {error}", stacklevel=2)
+        warnings.warn(f"{name} on the CPU is slower than it could be: {error}", stacklevel=2)
         return False
     return True

@@ -1,8 +1,9 @@
 """C++ of this folder, compiled for this processor at its first use and kept in the user's cache folder.
 
 Plain C++ with the vector types of GCC and Clang and OpenMP, called through ctypes: no header of PyTorch is needed, so
-that compiling takes about a second. The folder is `platformdirs.user_cache_path("kvcluster")`; a file's name holds a
-hash of the sources, of the flags and of what the compiler says of itself and of this processor, so none is ever stale.
+that compiling takes about a second. The folder is `platformdirs.user_cache_path("kvcluster")`, written by its owner
+alone; a file's name holds a hash of the sources, of the flags and of what the compiler says of itself and of this
+processor, so none is ever stale. A hash of the file lies beside it: what is damaged is compiled again.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from torch import Tensor
 __all__ = ["call", "compiler", "library", "pointers"]
 
 FOLDER = Path(__file__).parent
+TIME_LIMIT = 120  # seconds for one file
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # Not -ffast-math: linked into a library, it would make the whole process flush subnormal numbers to zero.
@@ -40,7 +42,7 @@ def library(name: str) -> ctypes.CDLL:
     Raises
     ------
     ModuleNotFoundError : no C++ compiler is installed.
-    RuntimeError : the compiler failed; its message is quoted.
+    RuntimeError : the compiler failed or takes too long, or its library cannot be kept or loaded; the reason is quoted.
     """
     program = compiler()
     if program is None:
@@ -51,13 +53,55 @@ def library(name: str) -> ctypes.CDLL:
     about = run([program, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(sources + " ".join(FLAGS).encode() + about).hexdigest()[:16]
     compiled = user_cache_path("kvcluster") / f"{name}-{key}.so"
-    if not compiled.exists():
-        compiled.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:  # whole or not at all, if others compile too
-            fresh = Path(folder) / compiled.name
-            run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
-            fresh.replace(compiled)
-    return ctypes.CDLL(str(compiled))
+    try:
+        make_private(compiled.parent)
+        if not is_whole(compiled):
+            with tempfile.TemporaryDirectory(
+                dir=compiled.parent
+            ) as folder:  # whole or not at all, if others compile too
+                fresh = Path(folder) / compiled.name
+                run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
+                fresh.chmod(0o700)
+                hash_beside(fresh).write_text(hash_of(fresh))
+                fresh.replace(compiled)
+                hash_beside(fresh).replace(hash_beside(compiled))
+        return ctypes.CDLL(str(compiled))
+    except OSError as error:
+        raise RuntimeError(f"compiled C++ cannot be kept in {compiled.parent}: {error}") from error
+
+
+def make_private(folder: Path) -> None:
+    """Let nobody else write into the folder of compiled code, which is made if there is none.
+
+    Raises
+    ------
+    OSError : it is another user's, or no folder.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        raise PermissionError(f"it is another user's, of number {status.st_uid}")
+    if status.st_mode & 0o022:
+        folder.chmod(0o700)
+        for path in folder.glob("*.sha256"):  # of files that anybody may have written: all are compiled again
+            path.unlink()
+
+
+def is_whole(compiled: Path) -> bool:
+    """Whether there is such a file, of this user alone, and its hash is the one beside it."""
+    if not compiled.is_file() or compiled.is_symlink() or not hash_beside(compiled).is_file():
+        return False
+    status = compiled.stat()
+    is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return is_ours and hash_beside(compiled).read_text() == hash_of(compiled)
+
+
+def hash_beside(compiled: Path) -> Path:
+    return compiled.with_suffix(".sha256")
+
+
+def hash_of(compiled: Path) -> str:
+    return hashlib.sha256(compiled.read_bytes()).hexdigest()
 
 
 def call(file: str, name: str, shape: tuple[int, ...], *arrays: Tensor) -> None:
@@ -81,7 +125,10 @@ def pointers(*arrays: Tensor | None) -> list[ctypes.c_void_p]:
 
 def run(command: list[str]) -> bytes:
     """What `command` prints."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the C++ compiler took more than {TIME_LIMIT} seconds: {' '.join(command)}") from error
     if done.returncode != 0:
         raise RuntimeError(f"the C++ compiler failed: {' '.join(command)}\n{done.stderr.decode(errors='replace')}")
     return done.stdout

@@ -38,7 +38,7 @@ def by_torch(keys, values, **rules):
 def test_the_fast_path_has_the_same_bits(kind, dtype, scores, monkeypatch):
     """Also of two layouts, and of scores by torch alone, as where there is no compiler."""
     if scores == "torch":
-        monkeypatch.setattr("kvcluster.fast.backends.has_cpp", lambda: False)
+        monkeypatch.setattr("kvcluster.fast.backends.has_cpp", lambda name: False)
     for number, (shape, rules) in enumerate(
         [
             ((2, 3, 67, 16), SETTINGS),
