@@ -247,8 +247,7 @@ def check_partition(counts: Tensor, members: Tensor) -> None:
         raise ValueError(f"counts must be from 0 to {n_tokens}, got {int(counts.min())} to {int(counts.max())}")
     if bool((counts.sum(dim=-1) != n_tokens).any()):
         raise ValueError(f"counts must add up to {n_tokens} clustered tokens, got {int(counts.sum(dim=-1)[0])}")
-    every = torch.arange(n_tokens, device=members.device)
-    if not bool((members.sort(dim=-1).values == every).all()):
+    if not bool((members.sort(dim=-1).values == torch.arange(n_tokens, device=members.device)).all()):
         raise ValueError(f"members must be each of {n_tokens} tokens once")
 
 
@@ -277,9 +276,9 @@ def check_groups(numbers: dict[str, Any], names: Iterable[str]) -> None:
     ------
     ValueError : another description, or tensors of a group that there is not.
     """
-    groups, more = numbers["groups"], sorted(set(numbers) - {"groups"})
-    if more:
-        raise ValueError(f"nothing must be beside groups, got {more}")
+    groups = numbers["groups"]
+    if set(numbers) != {"groups"}:
+        raise ValueError(f"nothing must be beside groups, got {sorted(numbers)}")
     if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
         raise ValueError(f"groups must be a list of objects, got {groups!r:.80}")
     for group in groups:
@@ -289,7 +288,7 @@ def check_groups(numbers: dict[str, Any], names: Iterable[str]) -> None:
             raise ValueError(f"padding must be a whole number from 0 on, got {group['padding']!r:.80}")
         if not isinstance(group["rows"], list) or not group["rows"] or not all(map(is_whole, group["rows"])):
             raise ValueError(f"rows must be a list of whole numbers, got {group['rows']!r:.80}")
-    rows = sorted(itertools.chain.from_iterable(group["rows"] for group in groups))
+    rows = sorted(itertools.chain(*(group["rows"] for group in groups)))
     if rows != list(range(len(rows))):
         raise ValueError(f"rows must be each row of a batch once, got {rows!r:.80}")
     known = {str(number) for number in range(len(groups))}
