@@ -127,7 +127,7 @@ class RowGroups:
             self.groups[0].cache.extend(keys, values)
             return
         n_seen = self.n_seen
-        if n_seen == 0:
+        if not self._examples:
             self._remember(keys, values)
         groups = self.groups
         if n_seen == 0 or any(group.cache.n_seen == 0 for group in groups):
@@ -260,7 +260,7 @@ class RowGroups:
             return
         check_groups(numbers, tensors)
         self.groups = []
-        device = next(iter(tensors.values())).device
+        device = next((array.device for array in tensors.values()), torch.device("cpu"))  # there may be padding alone
         for number, described in enumerate(numbers["groups"]):
             prefix = f"{number}."
             group_tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

@@ -109,7 +109,7 @@ def check_entries(cache: Any, stored: Stored, n_seen: int, of: Sizes) -> None:
     n_quantized = n_recent_quantized + (0 if cache.bits is None else n_body // GROUP * GROUP)
     n_rows = n_seen - n_clustered + n_body - n_quantized
     keys, values, totals = check_even(cache, stored, n_seen, of, n_rows)
-    if n_quantized:
+    if n_quantized or (cache.bits and "blocks" in stored.tensors):
         totals = totals + check_blocks(cache, stored, keys, values, (n_quantized,) * keys.shape[1])
     check_totals(totals, n_seen)
     if cache._queries is not None:
@@ -135,7 +135,7 @@ def check_ragged(cache: Any, stored: Stored, n_seen: int, of: Sizes) -> None:
     values = stored.tensor("values", (*keys.shape[:-1], of.dim), [keys.dtype])
     totals = sums_of(check_counts(stored, keys), rows)
     n_quantized = tuple(n - n_rows for n, n_rows in zip(lengths, rows, strict=True))
-    if any(n_quantized):
+    if any(n_quantized) or (cache.bits and "blocks" in stored.tensors):
         totals = totals + check_blocks(cache, stored, keys, values, n_quantized)
     check_totals(totals, n_seen)
     if cache._queries is not None:
