@@ -12,6 +12,7 @@ from kvcluster.evaluation.errors import UnusableInputError
 from kvcluster.evaluation.models import load_folder, load_model, model_folder
 from kvcluster.evaluation.quality.scoring import fill, prefill
 from kvcluster.evaluation.texts import load_tokens
+from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 
@@ -107,7 +108,7 @@ def test_gemmas_filled_cache_is_one_that_read_the_text(gemma):
     tokens = load_tokens(None, tokenizer, 1500)[0].tolist()
 
     def make(model):
-        return ClusteredCache.for_model(model, keep_ratio=0.25)
+        return ClusteredCache.for_model(model, keep_ratio=0.25, method=Distinctive())
 
     ours, theirs = fill(make(model), prefill(model, lambda model: None, tokens)), prefill(model, make, tokens)
     assert [index for index, layer in enumerate(ours.layers) if not layer.is_sliding] == [5, 11, 17]
