@@ -124,13 +124,13 @@ def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:
         return choose_triton(backend, *arrays)
     if row.cpp is None:
         return "torch"
-    refused = refused_by_cpp(*arrays)
+    refused, name = refused_by_cpp(*arrays), LIBRARIES[row.cpp.partition(":")[0]]
     if backend == "cpp":
         if refused is not None:
             raise ValueError(f"{refused} for backend 'cpp'")
-        library(LIBRARIES[row.cpp.partition(":")[0]])
+        library(name)
         return "cpp"
-    return "cpp" if refused is None and has_cpp(LIBRARIES[row.cpp.partition(":")[0]]) else "torch"
+    return "cpp" if refused is None and has_cpp(name) else "torch"
 
 
 def check_backend(backend: str, row: Row) -> None:

@@ -118,17 +118,17 @@ class RaggedEntries:
         self, query: Float[Tensor, "batch heads rows dim"], *, queries: int, scale: float | None
     ) -> Float[Tensor, "batch heads rows dim_value"]:
         """As `attend_entries`, each head to what it stores, in one call."""
-        rows = self._filled_rows()
-        check_rooms(self.exact_lengths, rows.rooms)
+        rows, lengths = self._filled_rows(), self.exact_lengths
+        check_rooms(lengths, rows.rooms)
         keys, values, counts = rows.in_rows()
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._packed is not None:
             attend = implementation("attend_packed", "auto", query, keys, values)
-            others = keys, values, counts, self.exact_lengths, rows.firsts
+            others = keys, values, counts, lengths, rows.firsts
             attended: Tensor = attend(query, *others, self._packed.packed(), queries, scale)
             return attended
         attend = implementation("attend_ragged", "auto", query, keys, values)
-        output: Tensor = attend(query, keys, values, counts, self.lengths, rows.firsts, queries, scale)
+        output: Tensor = attend(query, keys, values, counts, lengths, rows.firsts, queries, scale)
         return output
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -57,9 +57,8 @@ class RecentQueries:
         after = self.n_sampled(self.n_seen + n_new)
         held = self.held
         if held is None or after > before:
-            sampled = torch.arange(before, after, device=queries.device) * QUERY_STEP + (
-                QUERY_STEP - 1 + self.n_sink - self.n_seen
-            )
+            first = QUERY_STEP - 1 + self.n_sink - self.n_seen  # place of the first sampled token of all
+            sampled = torch.arange(before, after, device=queries.device) * QUERY_STEP + first
             new = queries.detach().index_select(-2, sampled)
             if held is not None:
                 n_kept = min(held.shape[-2], max(0, before - self.first_needed(n_clustered)))
@@ -71,9 +70,8 @@ class RecentQueries:
         """What the chunks of `leaving` tokens behind the clustered ones are matched by; the last one is repeated."""
         assert self.held is not None
         *lead, group, n, dim = self.held.shape
-        ends = n_clustered + self.chunk_size * (1 + torch.arange(leaving // self.chunk_size, device="cpu")).unsqueeze(
-            -1
-        )
+        chunks = torch.arange(leaving // self.chunk_size, device="cpu").unsqueeze(-1)
+        ends = n_clustered + self.chunk_size * (1 + chunks)
         first, stop = ends // QUERY_STEP, (ends + self.n_recent) // QUERY_STEP
         chosen = torch.minimum(first + torch.arange(int((stop - first).max()), device="cpu"), stop - 1)
         chosen = chosen - (self.n_sampled(self.n_seen) - n)  # (chunks, queries)

@@ -148,10 +148,7 @@ def layers_table(name: str, runs: list[dict[str, Any]]) -> str:
 
 
 def rereading_table(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """Attended matching beside kvpress's presses that read the context again, on the contexts of both, as Markdown.
-
-    Their times are the prefill and all readings after it; ours are in the table of what compression costs.
-    """
+    """Attended matching beside kvpress's presses that read the context again, on the contexts of both, as Markdown."""
     cases = {run["key"]["case"] for run in theirs}
     mine = [run for run in ours if run["key"]["case"] in cases and run["key"]["method"] in ("full", "attended-16")]
     rows = []

@@ -6,10 +6,10 @@ of arXiv:2506.11418v1 has it). So the first token of an answer comes from the ex
 later ones from what the cache stores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -83,23 +83,17 @@ def watched(cache: Any) -> Iterator[list[Tensor | None]]:
     """The queries that each layer of a cache of ours is shown meanwhile, in one call of the model."""
     queries: list[Tensor | None] = [None] * len(cache.layers)
 
-    def watch(index: int, layer: Any) -> None:
-        observe = layer.observe
+    def keep(index: int, observe: Callable[[Tensor], None], query: Tensor) -> None:
+        queries[index] = query
+        observe(query)
 
-        def observe_and_keep(query: Tensor) -> None:
-            queries[index] = query
-            observe(query)
-
-        layer.observe = observe_and_keep
-
-    layers = [layer for layer in cache.layers if not layer.is_sliding]
-    for index, layer in enumerate(cache.layers):
-        if not layer.is_sliding:
-            watch(index, layer)
+    watched_layers = [(index, layer) for index, layer in enumerate(cache.layers) if not layer.is_sliding]
+    for index, layer in watched_layers:
+        layer.observe = partial(keep, index, layer.observe)
     try:
         yield queries
     finally:
-        for layer in layers:
+        for _, layer in watched_layers:
             del layer.observe
 
 

@@ -56,9 +56,8 @@ def library(name: str) -> ctypes.CDLL:
     try:
         make_private(compiled.parent)
         if not is_whole(compiled):
-            with tempfile.TemporaryDirectory(
-                dir=compiled.parent
-            ) as folder:  # whole or not at all, if others compile too
+            # Whole or not at all, if others compile too.
+            with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:
                 fresh = Path(folder) / compiled.name
                 run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
                 fresh.chmod(0o700)

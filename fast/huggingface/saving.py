@@ -128,6 +128,7 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
             check_names(set(file.keys()), set(description["tensors"]), path)
             cache = kind.for_model(model, **parameters_of(description, path), **options)
             check_prefixes(description, len(cache.layers))
+            sizes = sizes_of(model)
             devices = [next(module.parameters()).device for module in attention_modules(model)]
             for index, layer in enumerate(cache.layers):
                 prefix = f"layers.{index}."
@@ -138,7 +139,7 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
                         if digest(array) != expected:
                             raise ValueError(f"path must hold what was saved, got a damaged {name} in {path}")
                         tensors[name.removeprefix(prefix)] = array.to(devices[index])
-                restore(layer, tensors, description["layers"][index], sizes_of(model))
+                restore(layer, tensors, description["layers"][index], sizes)
             check_layers(cache, description)
     except SafetensorError as error:
         raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error

@@ -5,7 +5,7 @@ tell it to: nothing here is believed because it was written so.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ from ..recall_tokens import RecallTokens
 
 __all__ = ["Sizes", "check_groups", "check_stored", "check_window"]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Shape = tuple[int | None, ...]
+Dtypes = Sequence[torch.dtype]
+FLOATS: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TOKENS = 2**31 - 1
 
 
@@ -53,18 +55,11 @@ class Stored:
             raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.80}")
         return int(value)
 
-    def tensor(
-        self,
-        name: str,
-        shape: tuple[int | None, ...],
-        dtypes: Iterable[torch.dtype] = FLOATS,
-        *,
-        is_finite: bool = False,
-    ) -> Tensor:
+    def tensor(self, name: str, shape: Shape, dtypes: Dtypes = FLOATS, *, is_finite: bool = False) -> Tensor:
         """A tensor of this shape, None for any size. Keys and values are looked through by `restore` anyway."""
         if name not in self.tensors:
             raise ValueError(f"{name} must be there, got {sorted(self.tensors)}")
-        array, dtypes = self.tensors.pop(name), tuple(dtypes)
+        array = self.tensors.pop(name)
         if array.dtype not in dtypes:
             raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {array.dtype}")
         sizes = tuple(array.shape)
@@ -176,10 +171,15 @@ def check_even(cache: Any, stored: Stored, n_seen: int, of: Sizes, n_rows: int) 
 
 
 def check_counts(stored: Stored, keys: Tensor) -> Tensor:
+    """The counts of entries like `keys`."""
     counts = stored.tensor("counts", tuple(keys.shape[:-1]), [torch.int32])
-    if counts.numel() and int(counts.min()) < 1:
-        raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
+    check_least("counts", counts)
     return counts
+
+
+def check_least(name: str, counts: Tensor) -> None:
+    if counts.numel() and int(counts.min()) < 1:
+        raise ValueError(f"{name} must be at least 1, got {int(counts.min())}")
 
 
 def check_blocks(cache: Any, stored: Stored, keys: Tensor, values: Tensor, n_quantized: tuple[int, ...]) -> Tensor:
@@ -189,8 +189,7 @@ def check_blocks(cache: Any, stored: Stored, keys: Tensor, values: Tensor, n_qua
     *numbers, counts = unpack(stored.tensor("blocks", shape, [torch.uint8]), layout)
     if not all(bool(array.isfinite().all()) for array in numbers):
         raise ValueError("blocks must have finite scales")
-    if counts.numel() and int(counts.min()) < 1:
-        raise ValueError(f"blocks must have counts of at least 1, got {int(counts.min())}")
+    check_least("counts of blocks", counts)
     return sums_of(counts, n_quantized)
 
 
@@ -270,7 +269,7 @@ CHECKS: tuple[tuple[type, Callable[..., None]], ...] = (
 
 
 def check_groups(numbers: dict[str, Any], names: Iterable[str]) -> None:
-    """Refuse groups of rows that are no batch with padding: each row once, each group with a padding of its own.
+    """Refuse groups of rows that are no batch with padding, each row once.
 
     Raises
     ------

@@ -165,7 +165,7 @@ def test_caches_do_not_depend_on_how_tokens_arrive(kind, changes):
 WRONG_CACHES = {
     "sampled from each append's first token": ("(-2, sampled)", "(-2, sampled - sampled[0])"),
     "the token before": ("(-2, sampled)", "(-2, sampled - 1)"),
-    "the chunk's own queries": ("* (1 + torch.arange", "* (torch.arange"),
+    "the chunk's own queries": ("* (1 + chunks)", "* chunks"),
     "all recent tokens": ("(ends + self.n_recent) // QUERY_STEP", "self.n_sampled(self.n_seen) + 0 * ends"),
     "heads and chunks exchanged": (".movedim(-4, -3)", ""),
 }
