@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.lengths.variants import RECALL, VARIANTS
 from benchmarks.published.run import without_texts
-from benchmarks.published.tables import TITLES, over, score
+from benchmarks.published.tables import NUMBERS, TITLES, over, score, share_of_bytes
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.pages import fill, table
 from kvcluster.evaluation.quality import Case, needle_cases, run_all, summarize, task_case
@@ -168,8 +168,8 @@ def model_table(name: str, runs: list[dict[str, Any]]) -> str:
             group = [run for run in of_length if (run["key"]["method"], run["key"]["keep"]) == (method, keep)]
             if of(group, "needles") == of(full, "needles"):
                 kept = f"{keep * n_tokens:,.0f} read" if method in OF_BUDGETS else "all" if keep == 1 else f"{keep:g}"
-                rows.append([f"{n_tokens:,}", kept, *row(method, group, full)])
-    head = ["tokens", "kept", "method", "entries", "needles", "perplexity", "tasks"]
+                rows.append([f"{n_tokens:,}", kept, *row(method, group, full, NUMBERS[name])])
+    head = ["tokens", "kept", "method", "entries", "bytes", "needles", "perplexity", "tasks"]
     return f"{TITLES[name]}:\n\n" + table(head, rows)
 
 
@@ -184,8 +184,8 @@ def of(runs: list[dict[str, Any]], kind: str) -> set[str]:
     return {run["key"]["case"] for run in runs if kind in run}
 
 
-def row(method: str, group: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[str]:
-    """Method, entries, needles and perplexity over the full cache's, score of tasks over its."""
+def row(method: str, group: list[dict[str, Any]], full: list[dict[str, Any]], numbers: int) -> list[str]:
+    """Method, entries, bytes, needles and perplexity over the full cache's, score of tasks over its."""
     with_needles = [run for run in group if "needles" in run]
     summaries = summarize([*(run for run in full if "needles" in run), *with_needles])
     summary = summaries[-1] if method != "full" else summaries[0]
@@ -195,11 +195,12 @@ def row(method: str, group: list[dict[str, Any]], full: list[dict[str, Any]]) ->
             with_interval(summary["needles"]["token_accuracy"], to="-"),
             f"{summary['perplexity']['value']['value']:.3f}",
         ]
-        return [TITLES_OF_METHODS[method], "1.000", *cells, f"{score(full):.2f}" if has_tasks else "-"]
+        return [TITLES_OF_METHODS[method], "1.000", "1.000", *cells, f"{score(full):.2f}" if has_tasks else "-"]
     needles, perplexity = summary["needles"]["of_full"], summary["perplexity"]["of_full"]
     cells = [with_interval(needles, to="-"), with_interval(perplexity, to="-")]
     cells.append(over(score(group), score(full)) if has_tasks else "-")
-    return [TITLES_OF_METHODS[method], f"{summary['entries']:.3f}", *cells]
+    stored = [f"{summary['entries']:.3f}", f"{share_of_bytes(with_needles, full, numbers):.3f}"]
+    return [TITLES_OF_METHODS[method], *stored, *cells]
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ ROWS = {
 }
 BESIDE_PEERS = ("chelsea", "chelsea-10", "chunked-10", "distinctive", "distinctive-10")
 TITLES = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma 3 270M"}
+NUMBERS = {"smollm2": 2 * 3 * 64, "gemma3-270m": 2 * 256}  # of an entry of a layer: keys and values of all KV heads
+FLOAT32, BFLOAT16 = 4, 2  # bytes of a number: as the models ran, as bytes are compared
 SETTINGS = (True, False)  # whether the question comes first
 KINDS = ("digits", "words")
-HEAD = ["kept", "entries", "method", "digits, first", "digits, later", "words, first", "words, later"]
+HEAD = ["kept", "entries", "bytes", "method", "digits, first", "digits, later", "words, first", "words, later"]
 HEAD += ["tasks, first", "tasks, later", "perplexity"]
 
 
 def make_tables(by_model: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     """Each as Markdown."""
-    tables = {name: model_table(grouped(runs)) for name, runs in by_model.items()}
+    tables = {name: model_table(name, grouped(runs)) for name, runs in by_model.items()}
     return {**tables, "full": full_table(by_model)}
 
 
@@ -59,14 +61,31 @@ def full_table(by_model: dict[str, list[dict[str, Any]]]) -> str:
     return table(["model", "needles", *KINDS, "tasks", "perplexity"], rows)
 
 
-def model_table(runs: Runs) -> str:
+def model_table(name: str, runs: Runs) -> str:
     """A row for each method and share kept, over the full cache's; what a method was not run at is left out."""
     rows = []
-    for keep in sorted({keep for name, keep, _ in runs if name in ROWS}, reverse=True):
-        for name, title in ROWS.items():
-            if (name, keep, False) in runs:
-                rows.append([f"{keep:g}", *row(runs, name, keep, title)])
+    for keep in sorted({keep for method, keep, _ in runs if method in ROWS}, reverse=True):
+        for method, title in ROWS.items():
+            if (method, keep, False) in runs:
+                of_bytes = share_of_bytes(runs[method, keep, False], runs["full", 1.0, False], NUMBERS[name])
+                entries, *cells = row(runs, method, keep, title)
+                rows.append([f"{keep:g}", entries, f"{of_bytes:.3f}", *cells])
     return table(HEAD, rows)
+
+
+def share_of_bytes(group: list[dict[str, Any]], full: list[dict[str, Any]], numbers: int) -> float:
+    """Bytes in bfloat16 of the layers that attend to everything, counts and indices included, over the full cache's.
+
+    The runs were in float32; the bytes of layers with a sliding window are what the full cache has besides its entries.
+    """
+    full_of = {run["key"]["case"]: run for run in full}
+    held = whole = 0.0
+    for run in group:
+        of_case = full_of[run["key"]["case"]]
+        sliding = of_case["nbytes"] - FLOAT32 * numbers * of_case["stored"]["entries"]
+        held += run["nbytes"] - sliding - (FLOAT32 - BFLOAT16) * numbers * run["stored"]["entries"]
+        whole += BFLOAT16 * numbers * of_case["stored"]["entries"]
+    return held / whole
 
 
 def peers_table(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
@@ -84,7 +103,7 @@ def peers_table(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str
             for name, group in found
         ]
         rows += sorted(of_keep, key=lambda cells: cells[2], reverse=True)
-    return table(["kept", "method", *HEAD[3:7], HEAD[-1]], rows)
+    return table(["kept", "method", *HEAD[4:8], HEAD[-1]], rows)
 
 
 def titled(name: str) -> str:

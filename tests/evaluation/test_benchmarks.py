@@ -132,3 +132,21 @@ def test_gpu_agreement_tells_wrong_bits():
     assert not same_bits(ones, ones.double())
     assert not same_bits(torch.zeros(1), -torch.zeros(1))
     assert not same_bits(ones, torch.nextafter(ones, 2 * ones))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_bytes_worked_out_from_runs_in_float32_are_those_that_caches_report(name):
+    """Of runs that hold both: exact entries, whose share in bfloat16 was measured too."""
+    from benchmarks.bits.run import results
+    from benchmarks.published.tables import NUMBERS, share_of_bytes
+    from kvcluster.evaluation.quality import summarize
+    from kvcluster.evaluation.runs import Runs
+
+    runs = [run for run in Runs(results(name)).all if run["n_tokens"] == 4096]
+    full = [run for run in runs if run["key"]["method"] == "full"]
+    measured = {each["keep"]: each["of_bfloat16"] for each in summarize(runs) if each["method"] == "bits-16"}
+    assert len(measured) == 3
+    for keep, expected in measured.items():
+        group = [run for run in runs if (run["key"]["method"], run["key"]["keep"]) == ("bits-16", keep)]
+        assert share_of_bytes(group, full, NUMBERS[name]) == expected
+        assert share_of_bytes(group, full, NUMBERS[name] // 2) != expected
