@@ -98,7 +98,7 @@ class CacheWithBits(EntryCache):
 
     def attend_rows(self, query: Tensor, *, queries: int, scale: float | None) -> Tensor:
         """As `attend_entries`, to quantized and to all other entries, read where they lie."""
-        if self._packed is None or self._held is None or self.n_quantized == 0:
+        if self._packed is None or self._held is None or self.n_quantized == 0 or query.numel() == 0:
             return super().attend_rows(query, queries=queries, scale=scale)
         keys, values, counts = map(in_heads, self._held)  # (batch, heads, room, .)
         firsts = tuple(range(0, keys.shape[1] * keys.shape[2], keys.shape[2]))
@@ -145,7 +145,9 @@ class CacheWithBits(EntryCache):
         assert self._held is not None
         assert self.bits is not None
         keys, values, _ = self._held
-        return PackedBlocks.like(keys, values, self.bits, lead=tuple(keys.shape[:-2]))
+        lead = tuple(keys.shape[:-2])
+        # Without KV heads: one of no rows, so that there is always a head whose entries can be counted.
+        return PackedBlocks.like(keys, values, self.bits, lead=(*lead, 1) if 0 in lead[-1:] else lead)
 
     def _quantize(self, start: int, n: int, n_behind: int = 0) -> None:
         """Quantize the entries from `start` on, as many of `n` as are whole groups of 32.
@@ -159,7 +161,7 @@ class CacheWithBits(EntryCache):
             self._packed = self._new_blocks()
         stop = start + n_due
         due = [x[..., start:stop, :] for x in self._held]
-        of_heads = [x.unbind(-3) if x.ndim > 2 else (x,) for x in due]
+        of_heads = [x.unbind(-3) if x.ndim > 2 and x.shape[-3] else (x,) for x in due]
         for head, (keys, values, counts) in enumerate(zip(*of_heads, strict=True)):
             self._packed.add(head, keys, values, counts.squeeze(-1), n_behind // GROUP)
         for held in self._held:

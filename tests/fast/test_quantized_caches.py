@@ -308,3 +308,17 @@ def test_a_batch_of_no_rows_has_entries_as_any_other(kind):
     assert ours.is_quantized
     assert_same_entries(ours.entries(), theirs.entries())
     assert ours.attend(torch.empty(0, 4, 3, 16)).shape == (0, 4, 3, 16)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, rules in KINDS.items() if "keep_ratios" not in rules])
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 0)])
+def test_a_cache_without_kv_heads_counts_entries_as_any_other(kind, lead):
+    tokens, query = tokens_of(200, lead=lead), torch.ones(*lead, 2, 16)
+    (ours, _), (theirs, _) = fed(make(fast, kind), (150, 50), tokens), fed(make(reference, kind), (150, 47), tokens)
+    ours.crop(3)
+    restored = make(fast, kind)
+    restored.restore(*ours.state())
+    for cache in (ours, restored):
+        assert (cache.n_stored, cache.n_quantized, cache.nbytes) == (theirs.n_stored, theirs.n_quantized, 0)
+        assert_same_entries(cache.entries(), theirs.entries())
+        assert cache.attend(query).shape == theirs.attend(query.numpy()).shape
