@@ -2,7 +2,8 @@
 
 kvpress compresses each layer in a hook after its attention, which is given the layer's input, its keys and its values.
 All of these are kept from one reading, so that the same function of the press gets the same arguments. So they are of a
-context with a question behind it, where only the question is read anew.
+context with a question behind it, where only the question is read anew. Layers with a sliding window are left as they
+are, as kvpress leaves Gemma 3's.
 `test_compressing.py` compares the caches, and the arguments, with those of kvpress itself.
 """
 
@@ -10,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class Context:
     ----------
     cache : transformers' own, of all tokens.
     inputs : of the attention of each layer, (1, tokens, features).
-    rotary : of all tokens.
+    rotary : of all tokens, in layers that attend to everything.
     logits : after the last token, (vocabulary).
     """
 
@@ -134,7 +136,8 @@ def watched(model: Any, cache: Any, tokens: list[int]) -> tuple[list[Tensor], Ro
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         inputs.append(kwargs["hidden_states"])
-        rotary.append(kwargs["position_embeddings"])
+        if not is_sliding(module):
+            rotary.append(kwargs["position_embeddings"])
 
     handles = [layer.self_attn.register_forward_pre_hook(before, with_kwargs=True) for layer in model.model.layers]
     try:
@@ -148,11 +151,15 @@ def watched(model: Any, cache: Any, tokens: list[int]) -> tuple[list[Tensor], Ro
 @torch.inference_mode()
 def compress(model: Any, presses: list[Any], context: Context | Prompt, *, needs_weights: bool = False) -> list[Cache]:
     """A cache for each of `presses`; weights of attention are computed once per layer for all of them."""
-    layers: list[list[PressedLayer]] = [[] for _ in presses]
+    layers: list[list[DynamicLayer]] = [[] for _ in presses]
     kwargs = {"position_embeddings": context.rotary}
     with prepared(model, presses):
         for index, block in enumerate(model.model.layers):
             module, weights = block.self_attn, None
+            if is_sliding(module):
+                for of_press in layers:
+                    of_press.append(copy.deepcopy(context.cache.layers[index]))
+                continue
             for of_press, press in zip(layers, presses, strict=True):
                 hidden, keys, values = context.layer(index)
                 if needs_weights and weights is None:
@@ -179,13 +186,21 @@ def side_by_side(caches: list[Cache]) -> Cache:
     return Cache(layers=layers)
 
 
+def is_sliding(module: Any) -> bool:
+    """Whether attention has a window, and its layer is not compressed."""
+    return bool(getattr(module, "is_sliding", False))
+
+
 @contextmanager
 def prepared(model: Any, presses: list[Any]) -> Iterator[None]:
     """What kvpress does to a model before it runs."""
     for press in presses:
         press.post_init_from_model(model)
+    rotary = model.model.rotary_emb
+    if any(is_sliding(block.self_attn) for block in model.model.layers):
+        rotary = partial(rotary, layer_type="full_attention")  # Gemma 3 has two
     for block in model.model.layers:
-        block.self_attn.rotary_emb = model.model.rotary_emb
+        block.self_attn.rotary_emb = rotary
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ def measure(
     begun = time.perf_counter()
     scores = score_needles(model, cache, case.needles, nbytes=nbytes)
     nll = following_nll(model, cache, case.following)
-    n_numbers = nbytes // cache.layers[0].keys.itemsize
+    n_numbers = nbytes // full_layers(cache)[0].keys.itemsize
     of_number = 16 if bits is None else bits + 1  # with scale and least number of each group
     return result_of(case, key, n_stored, nbytes, scores) | {
         "nbytes_bfloat16": n_numbers * of_number // 8,
@@ -71,16 +71,21 @@ def measure_question_first(
 
 def quantize(cache: Any, bits: int) -> None:
     """Put entries in `bits` and read them back, as KIVI would: groups of 32, keys by channel, values by entry."""
-    for layer in cache.layers:
+    for layer in full_layers(cache):
         layer.keys, layer.values = of_channels(layer.keys, layer.values, bits=bits, size=32)
 
 
+def full_layers(cache: Any) -> list[Any]:
+    """Those that attend to everything: of windows no press decides anything."""
+    return [layer for layer in cache.layers if not layer.is_sliding]
+
+
 def stored(cache: Any, key: dict[str, Any], n_tokens: int) -> tuple[list[int], int]:
-    """Entries of each layer and bytes of all, no more than the press may leave of `n_tokens`."""
-    n_stored = [layer.keys.shape[-2] for layer in cache.layers]
+    """Entries of each layer without a window and bytes of these, no more than the press may leave of `n_tokens`."""
+    n_stored = [layer.keys.shape[-2] for layer in full_layers(cache)]
     if max(n_stored) > key["keep"] * n_tokens:
         raise RuntimeError(f"{key['method']} must store {key['keep']:g} of {n_tokens} entries, got {n_stored}")
-    return n_stored, sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    return n_stored, sum(x.nbytes for layer in full_layers(cache) for x in (layer.keys, layer.values))
 
 
 def kept(cache: Any, key: dict[str, Any], n_kept: list[float]) -> tuple[list[float], int]:

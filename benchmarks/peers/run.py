@@ -37,14 +37,16 @@ from benchmarks.peers.measuring import measure, measure_question_first
 from benchmarks.peers.presses import COMPARED, IN_BITS, PRESSES
 from benchmarks.peers.rereading import REREADING, hidden_from_questions, read_again
 from benchmarks.quality.cases import add_case_arguments, cases_of
-from kvcluster.evaluation.models import load_llama, smollm2_folder
+from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.quality import Case
 from kvcluster.evaluation.runs import Runs, condense
+from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.fast.huggingface.saving import fingerprint
 
 __all__ = ["main"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = "smollm2", "gemma3-270m"
 FULL = "full (in kvpress's environment)"
 
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--presses", nargs="+", choices=[*PRESSES, *REREADING], metavar="NAME")
     parser.add_argument("--both-settings", action="store_true", help="compress after each question too")
     parser.add_argument("--bits", type=int, metavar="N", help="quantize what is left as KIVI would")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="gemma3-270m: the question later")
     parser.add_argument("--rereading", action="store_true", help="presses that read the context again instead")
     add_case_arguments(parser)
     parser.add_argument(
@@ -63,12 +66,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.both_settings and arguments.bits is not None:
         parser.error("--bits is for the question later: not with --both-settings")
+    is_first_model = arguments.model == MODELS[0]
+    if not is_first_model and (arguments.both_settings or arguments.rereading):
+        parser.error(f"--both-settings and --rereading are for {MODELS[0]}")
     known = REREADING if arguments.rereading else PRESSES
     if unknown := [name for name in arguments.presses or () if name not in known]:
         parser.error(f"--presses must be of {', '.join(known)}, got {unknown[0]}")
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
-    model, tokenizer = load_llama(smollm2_folder())
+    model, tokenizer = load_model(arguments.model, MODEL_TYPES)
     cases = cases_of(arguments, tokenizer)
     if arguments.rereading:
         runs = Runs(arguments.json or RESULTS / "rereading.jsonl", condense)
@@ -79,11 +85,14 @@ def main() -> None:
                 for _ in run_case_rereading(model, tokenizer, case, runs, names, arguments.keep):
                     progress.advance(task)
         return
-    presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
-    arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
+    if is_first_model:
+        presses = {name: described(press.make(1 - max(arguments.keep))) for name, press in PRESSES.items()}
+        arguments.made.write_text(json.dumps(presses, indent=1) + "\n")
     is_both, bits = arguments.both_settings, arguments.bits
-    names = arguments.presses or list(COMPARED if is_both else PRESSES if bits is None else IN_BITS)
+    every = PRESSES if is_first_model else COMPARED
+    names = arguments.presses or list(COMPARED if is_both else every if bits is None else IN_BITS)
     file = "both-settings" if is_both else "runs" if bits is None else "bits"
+    file += "" if is_first_model else f"-{arguments.model}"
     runs = Runs(arguments.json or RESULTS / f"{file}.jsonl", condense)
     with Progress() as progress:
         task = progress.add_task("kvpress", total=len(cases) * (1 + len(names)) * (1 + is_both))

@@ -6,11 +6,20 @@ What kvpress-free tests say of a question behind a context is in tests/evaluatio
 import pytest
 import torch
 from agreement import equal_in_float32
+from families import tiny
 from models import tiny_llama
 from transformers import DynamicCache
 
-from benchmarks.peers.compressing import PressedLayer, attention_weights, compress, read_context, read_question
+from benchmarks.peers.compressing import (
+    PressedLayer,
+    attention_weights,
+    compress,
+    prepared,
+    read_context,
+    read_question,
+)
 from benchmarks.peers.presses import COMPARED, PRESSES
+from kvcluster.evaluation.quality.scoring import copy_rows
 
 RATIO = 0.75
 
@@ -36,6 +45,37 @@ def test_caches_are_those_of_kvpress(name):
     question = torch.randint(97, (1, 9), generator=torch.Generator().manual_seed(3))
     expected = model(question, past_key_values=theirs, position_ids=torch.arange(700, 709)[None]).logits
     assert torch.equal(model(question, past_key_values=ours).logits, expected)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@torch.inference_mode()
+def test_layers_with_a_window_are_left_as_they_are(name):
+    """As kvpress does with Gemma 3: its hooks are on the other layers, which have a rotary embedding of their own."""
+    model, sliding = tiny("gemma3_text")
+    tokens = torch.randint(model.config.vocab_size, (1, 700), generator=torch.Generator().manual_seed(6))
+    theirs, press = DynamicCache(config=model.config), PRESSES[name].make(RATIO)
+    with prepared(model, [press]):
+        torch.manual_seed(2)
+        hooked = [block.self_attn for index, block in enumerate(model.model.layers) if index not in sliding]
+        handles = [module.register_forward_hook(press.forward_hook, with_kwargs=True) for module in hooked]
+        model(tokens, past_key_values=theirs)
+        for handle in handles:
+            handle.remove()
+    context = read_context(model, tokens[0].tolist())
+    torch.manual_seed(2)
+    [ours] = compress(model, [PRESSES[name].make(RATIO)], context)
+    for index, (a, b) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+        assert isinstance(a, PressedLayer) == (index not in sliding)
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    question = torch.randint(model.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(3))
+    rows = copy_rows(ours, 2)
+    logits = model(question, past_key_values=ours).logits
+    of_rows = model(question.repeat(2, 1), past_key_values=rows).logits
+    assert equal_in_float32(of_rows[1].numpy(), logits[0].numpy())
+    exact = model(question, past_key_values=context.cache).logits
+    assert ours.get_seq_length() == context.cache.get_seq_length() == 709
+    assert not equal_in_float32(logits.numpy(), exact.numpy())  # the wrong twin: nothing compressed
 
 
 @torch.inference_mode()
