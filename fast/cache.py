@@ -11,7 +11,6 @@ from .arguments import check_integer, check_keep_ratio, check_method, entries_of
 from .backends import AnyBackend
 from .entry_cache import UNDO_TOKENS
 from .exact.quantization import GROUP, check_n_exact
-from .memory.ordinary import on_ordinary_tensors
 from .memory.overwritten import BeforeQuantizing, Overwritten, before_quantizing, keep
 from .memory.room import move_to_room
 from .memory.span_merging import merge_spans
@@ -89,13 +88,12 @@ class ClusteredCache(WithQueries, CacheWithBits):
         n_groups = before.n_groups if isinstance(before, BeforeQuantizing) else self._n_groups
         return self.n_seen - self._rules.least_seen(spans, self.n_seen, n_groups)
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """The first half of `append`: take the next tokens, exact as yet."""
-        super().extend(keys, values)
+    def _extend(self, *tokens: Tensor) -> None:
+        super()._extend(*tokens)
         self._overwritten = None
 
-    def cluster(self) -> None:
-        """The second half of `append`: cluster every whole chunk that has left the recent window, keep the budget."""
+    def _cluster(self) -> None:
+        """Cluster every whole chunk that has left the recent window, keep the budget."""
         if not self.is_due:
             return
         begun = time.perf_counter()
@@ -149,10 +147,9 @@ class ClusteredCache(WithQueries, CacheWithBits):
         last `append`, if of at most `UNDO_TOKENS` tokens: its clustering is undone, then redone for the tokens that are
         left. With keep_ratio 1 a chunk is its tokens, so that only merges count.
         """
-        check_integer("n_tokens", n_tokens, least=0)
-        if n_tokens > self.n_croppable:
-            most = self.n_croppable
-            raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
+        super().crop(n_tokens)
+
+    def _crop(self, n_tokens: int) -> None:
         n_seen = self.n_seen - n_tokens
         if self._queries is not None:
             self._queries.crop(n_tokens)
@@ -162,12 +159,10 @@ class ClusteredCache(WithQueries, CacheWithBits):
         self.spans = self.spans[: len(self.spans) - too_young]
         self.n_seen = n_seen
         self._n_stored -= n_tokens
-        self.cluster()
+        self._cluster()
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        super().select(indices)
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        super()._select(indices)
         if self._overwritten is not None:
             self._overwritten = self._overwritten.select(indices)
 
@@ -179,15 +174,13 @@ class ClusteredCache(WithQueries, CacheWithBits):
         tensors, numbers = super().state()
         return tensors, numbers | {"n_clustered": self.n_clustered, "n_body": self.n_body} if tensors else numbers
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
-        super().restore(tensors, numbers)
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        super()._restore(tensors, numbers)
         if tensors:
             self.spans = tuple(numbers.get("spans", [1] * (numbers["n_clustered"] // self.chunk_size)))
 
     @property
     def _leaving(self) -> int:
-        """Tokens in whole chunks that have left the recent window and are not clustered yet."""
         return (self._rules.n_chunks(self.n_seen) - sum(self.spans)) * self.chunk_size
 
     @property

@@ -11,7 +11,6 @@ from torch import Tensor
 from .arguments import check_integer, check_keep_ratio, with_four_axes
 from .backends import AnyBackend, implementation
 from .entry_cache import UNDO_TOKENS, EntryCache
-from .memory.ordinary import on_ordinary_tensors
 from .memory.room import move_to_room
 
 __all__ = ["ChelseaCache"]
@@ -36,6 +35,8 @@ class ChelseaCache(EntryCache):
     A compression moves what is left to new memory. For `crop`, what it replaced is kept until the next tokens come if
     those that caused it were at most `UNDO_TOKENS`; `nbytes_reserved` counts it.
     """
+
+    _kept_for_good = "older tokens are compressed for good"
 
     def __init__(
         self,
@@ -85,9 +86,8 @@ class ChelseaCache(EntryCache):
         """The most tokens that `crop` can remove now: those since a compression that cannot be undone."""
         return self.n_seen - (self._compressed_at if self._before is None else self._before.compressed_at)
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """The first half of `append`: take the next tokens, exact as yet."""
-        super().extend(keys, values)
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
+        super()._extend(keys, values)
         self._n_last = keys.shape[-2]
         self._n_first = self._n_first or self._n_last
         self._before = None
@@ -97,8 +97,8 @@ class ChelseaCache(EntryCache):
         """Whether the budget is exceeded by more than the interval."""
         return self.budget is not None and self.n_stored > self.budget + self.interval
 
-    def cluster(self) -> None:
-        """The second half of `append`: compress to the budget where it is exceeded by more than the interval."""
+    def _cluster(self) -> None:
+        """Compress to the budget where it is exceeded by more than the interval."""
         if not self.is_due:
             return
         begun = time.perf_counter()
@@ -135,10 +135,9 @@ class ChelseaCache(EntryCache):
         Of the append that they came in, the tokens before them were appended without them. A compression that the last
         append caused, if of at most `UNDO_TOKENS` tokens, is undone, then done again if it is due for those left.
         """
-        check_integer("n_tokens", n_tokens, least=0)
-        if n_tokens > self.n_croppable:
-            most = self.n_croppable
-            raise ValueError(f"n_tokens must be at most {most}, older tokens are compressed for good, got {n_tokens}")
+        super().crop(n_tokens)
+
+    def _crop(self, n_tokens: int) -> None:
         if n_tokens == 0:
             return
         if self._before is not None:
@@ -147,12 +146,10 @@ class ChelseaCache(EntryCache):
         self.n_seen -= n_tokens
         self._n_stored -= n_tokens
         self._n_first = min(self._n_first, self.n_seen)
-        self.cluster()
+        self._cluster()
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        super().select(indices)
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        super()._select(indices)
         if self._before is not None:
             held = tuple(tensor.index_select(0, indices) for tensor in self._before.held)
             self._before = self._before._replace(held=held)
@@ -165,8 +162,7 @@ class ChelseaCache(EntryCache):
             "compressed_at": self._compressed_at,
         } if tensors else numbers
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
-        super().restore(tensors, numbers)
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        super()._restore(tensors, numbers)
         if tensors:
             self._n_first, self._compressed_at = numbers["n_first"], numbers["compressed_at"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import check_append, check_heads, check_query, check_whole_heads
 from .attention import attend_entries
 from .clustered_attention import clustered_attention
-from .memory.ordinary import on_ordinary_tensors
+from .memory.changes import AllOrNothing, take_over, withhold, worked_on
 from .memory.room import move_to_room, with_room
 from .memory.whole_heads import apart, heads_apart, in_order, together
 from .memory.work import ClusteringWork
@@ -21,7 +21,7 @@ __all__ = ["UNDO_TOKENS", "EntryCache"]
 UNDO_TOKENS = 256
 
 
-class EntryCache:
+class EntryCache(AllOrNothing):
     """Keys, values and counts of a layer, before any rule of what is clustered.
 
     Defined, with attributes and errors, by `kvcluster.reference.entry_cache.EntryCache`: the same bytes, on the device
@@ -118,16 +118,23 @@ class EntryCache:
 
         Returns keys, values and counts of all heads as they were just before this clustering, the new tokens last.
         """
-        self.extend(keys, values)
-        seen = self.entries()
-        if self.is_due:
+        self.check_new(keys, values)
+        return self._append(keys, values)
+
+    def _append(self, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        working = worked_on(self)
+        working._extend(*tokens)
+        seen = working.entries()
+        assert seen is not None
+        if working.is_due:
             seen = seen[0].clone(), seen[1].clone(), seen[2].clone()
-            self.cluster()
+            working._check_due()
+            withhold(self, "append")
+            working._cluster()
+        take_over(self, working)
         return seen
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """The first half of `append`: take the next tokens, exact as yet."""
-        self._check_new(keys, values)
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them
         n_new = keys.shape[-2]
         of_whole: tuple[Tensor, ...] = ()
@@ -149,18 +156,13 @@ class EntryCache:
         self._held, self._whole, self._n_stored = held, whole, stop
         self.n_seen += n_new
 
-    def _check_new(self, keys: Tensor, values: Tensor) -> None:
+    def check_new(self, keys: Tensor, values: Tensor) -> None:
         """Refuse tokens that cannot be appended."""
         check_append(keys, values, self.like)
         check_heads(self.whole_heads, tuple(keys.shape))
 
-    @property
-    def is_due(self) -> bool:
-        """Whether there is something to cluster."""
-        return False
-
-    def cluster(self) -> None:
-        """The second half of `append`: cluster what is due, by the rule of a subclass; there is none here."""
+    def _cluster(self) -> None:
+        """There is no rule here."""
 
     def attend(
         self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None
@@ -213,9 +215,7 @@ class EntryCache:
         shapes = ((*x.shape[:-3], heads, self.n_seen, x.shape[-1]) for x in (self.keys, self.values))
         return tuple(x.new_empty(()).expand(shape) for x, shape in zip((self.keys, self.values), shapes, strict=True))
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._held is not None:
             self._held = tuple(tensor.index_select(0, indices) for tensor in self._held)
         if self._whole is not None:
@@ -230,8 +230,7 @@ class EntryCache:
         tensors = {name: view for name, view in views.items() if view is not None}
         return tensors, {"n_seen": self.n_seen} if tensors else {}
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         if not tensors:
             return
         check_append(tensors["keys"], tensors["values"], None)

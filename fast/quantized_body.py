@@ -1,5 +1,6 @@
 """A cache whose old entries are quantized, on torch tensors: 32 in a row are one block of bytes."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from .backends import implementation
 from .entry_cache import EntryCache
 from .exact.blocks import put_in
 from .exact.quantization import GROUP, check_bits_of_entries, within_range
-from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import PackedBlocks
 from .memory.ragged import check_rooms
 
@@ -78,9 +78,9 @@ class CacheWithBits(EntryCache):
         """Bytes of memory held, with room to grow."""
         return super().nbytes_reserved + (0 if self._packed is None else self._packed.nbytes_reserved)
 
-    def _check_new(self, keys: Tensor, values: Tensor) -> None:
+    def check_new(self, keys: Tensor, values: Tensor) -> None:
         """Refuse tokens that cannot be appended, and with `bits` numbers too large to be quantized."""
-        super()._check_new(keys, values)
+        super().check_new(keys, values)
         if self.bits is not None:
             check_half_range("keys", keys, "to be quantized")
             check_half_range("values", values, "to be quantized")
@@ -120,11 +120,10 @@ class CacheWithBits(EntryCache):
         keys, values, counts = (put_in(array, self.n_sink, read, axis) for array, read, axis in pairs)
         return keys, values, counts
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        super().select(indices)
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        super()._select(indices)
         if self._packed is not None:
+            self._packed = copy.copy(self._packed)
             self._packed.select(indices)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,9 +131,8 @@ class CacheWithBits(EntryCache):
         tensors, numbers = super().state()
         return tensors if self._packed is None else {**tensors, "blocks": self._packed.without_room()}, numbers
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
-        super().restore(tensors, numbers)
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        super()._restore(tensors, numbers)
         if "blocks" in tensors:
             self._packed = self._new_blocks()
             heads = len(self._packed.lengths)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from .arguments import (
@@ -19,7 +19,6 @@ from .arguments import (
 from .backends import AnyBackend
 from .entry_cache import UNDO_TOKENS
 from .exact.quantization import GROUP, check_bits_of_entries, check_n_exact
-from .memory.ordinary import on_ordinary_tensors
 from .memory.packed import LastBlocks
 from .memory.ragged import RaggedRows, empty_rows
 from .memory.spans import SpanRules
@@ -136,9 +135,9 @@ class RaggedCache(WithQueries, RaggedEntries):
             n_chunks, n_groups = self._before.n_chunks, self._before.n_groups
         return self.n_seen - self._rules.least_seen((1,) * n_chunks, self.n_seen, n_groups)
 
-    def extend(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
-        """The first half of `append`: take the next tokens, exact as yet."""
-        self._check_new(keys, values)
+    def _extend(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> None:
+        if queries is not None:
+            self._observe(queries)
         n_new = keys.shape[-2]
         before = self.exact_lengths
         after = tuple(n + n_new for n in before)
@@ -148,9 +147,9 @@ class RaggedCache(WithQueries, RaggedEntries):
             rows = new if rows is None else new.filled(rows, [(0, n, 0) for n in before])
         rows.write(before, keys.detach(), values.detach())
         self._rows, self._lost, self._before = rows, None, None
-        self.n_seen += n_new
+        self._n_seen += n_new
 
-    def _check_new(self, keys: Tensor, values: Tensor) -> None:
+    def check_new(self, keys: Tensor, values: Tensor) -> None:
         """Refuse tokens that cannot be appended, and with `bits` numbers too large to be quantized."""
         check_append(keys, values, self.like)
         check_n_heads(self.keep_ratios, tuple(keys.shape))
@@ -164,16 +163,20 @@ class RaggedCache(WithQueries, RaggedEntries):
         rules = self._rules
         return rules.n_chunks(self.n_seen) > self._n_chunks or rules.n_groups(self.n_seen) > self._n_groups
 
-    def cluster(self) -> None:
-        """The second half of `append`: cluster every whole chunk that has left the recent window."""
+    @property
+    def _leaving(self) -> int:
+        return (self._rules.n_chunks(self.n_seen) - self._n_chunks) * self.chunk_size
+
+    def _cluster(self) -> None:
+        """Cluster every whole chunk that has left the recent window."""
         if not self.is_due:
             return
         begun = time.perf_counter()
         n_chunks = self._rules.n_chunks(self.n_seen)
-        queries = self._queries_of((n_chunks - self._n_chunks) * self.chunk_size)
+        queries = self._queries_of(self._leaving)
         rows, lengths = self._filled_rows(), self.exact_lengths
         n_groups = self._rules.n_groups(self.n_seen)
-        n_leaving = (n_chunks - self._n_chunks) * self.chunk_size
+        n_leaving = self._leaving
         n_behind = self._n_recent_quantized
         n_first = min(n_leaving, n_behind)  # leaving tokens that are quantized
         n_tail = self.n_seen - self.n_sink - n_chunks * self.chunk_size - (n_behind - n_first)  # exact tokens that stay
@@ -224,10 +227,9 @@ class RaggedCache(WithQueries, RaggedEntries):
         ------
         ValueError : more than `n_croppable`. The cache is then as it was.
         """
-        check_integer("n_tokens", n_tokens, least=0)
-        if n_tokens > self.n_croppable:
-            most = self.n_croppable
-            raise ValueError(f"n_tokens must be at most {most}, older tokens are clustered for good, got {n_tokens}")
+        super().crop(n_tokens)
+
+    def _crop(self, n_tokens: int) -> None:
         n_seen = self.n_seen - n_tokens
         if self._queries is not None:
             self._queries.crop(n_tokens)
@@ -241,9 +243,9 @@ class RaggedCache(WithQueries, RaggedEntries):
                     self._packed = None
                 elif self._packed is not None:
                     self._packed.put_back(last)
-        self.n_seen -= n_tokens
+        self._n_seen -= n_tokens
         self._n_chunks = min(self._n_chunks, self._rules.n_chunks(self.n_seen))  # whole chunks are tokens again
-        self.cluster()
+        self._cluster()
 
     def _undo(self, keys: Tensor, values: Tensor) -> None:
         """Put the tokens that were clustered last in the place of their entries again."""
@@ -258,10 +260,8 @@ class RaggedCache(WithQueries, RaggedEntries):
             new.put(head, start, keys[..., head, :, :], values[..., head, :, :], None)
         self._rows, self._n_chunks, self._lost = new, n_chunks, None
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        super().select(indices)
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        super()._select(indices)
         if self._lost is not None:
             keys, values = self._lost
             self._lost = keys.index_select(0, indices), values.index_select(0, indices)
@@ -274,9 +274,8 @@ class RaggedCache(WithQueries, RaggedEntries):
         tensors, numbers = super().state()
         return tensors, numbers | {"n_clustered": self.n_clustered} if tensors else numbers
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         if tensors:
-            self.n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
+            self._n_seen, self._n_chunks = numbers["n_seen"], numbers["n_clustered"] // self.chunk_size
             self._n_groups = self._rules.n_groups(self.n_seen)
-        super().restore(tensors, numbers)
+        super()._restore(tensors, numbers)

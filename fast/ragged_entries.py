@@ -1,5 +1,6 @@
 """Entries of KV heads that store different numbers of them, on torch tensors: memory and attention, before any rule."""
 
+import copy
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from .arguments import check_append, check_query
 from .backends import implementation
 from .entry_cache import with_batch
 from .exact.quantization import GROUP, within_range
-from .memory.ordinary import on_ordinary_tensors
+from .memory.changes import AllOrNothing, take_over, withhold, worked_on
 from .memory.packed import PackedBlocks
 from .memory.ragged import RaggedRows, check_rooms, empty_rows
 from .memory.room import with_room
@@ -18,7 +19,7 @@ from .memory.room import with_room
 __all__ = ["RaggedEntries"]
 
 
-class RaggedEntries:
+class RaggedEntries(AllOrNothing):
     """Keys, values and counts of all heads in one buffer each, head after head, and blocks of what is quantized.
 
     Attributes
@@ -26,15 +27,20 @@ class RaggedEntries:
     lengths, exact_lengths : entries of each head, and those of them that are not quantized; from a subclass.
     """
 
-    n_seen = 0
     lengths: tuple[int, ...]
     exact_lengths: tuple[int, ...]
     whole_heads: tuple[int, ...] = ()  # a head with keep_ratio 1 is one
 
     def __init__(self, n_sink: int, bits: tuple[int, int] | None, least_room: int) -> None:
         self.n_sink, self.bits, self._least_room = n_sink, bits, least_room
+        self._n_seen = 0
         self._rows: RaggedRows | None = None
         self._packed: PackedBlocks | None = None  # quantized entries, which come behind the sinks
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens appended so far."""
+        return self._n_seen
 
     @property
     def n_stored(self) -> int:
@@ -91,18 +97,25 @@ class RaggedEntries:
 
         Returns `entries` as they were just before this clustering, the new tokens last.
         """
-        self.extend(keys, values)
-        seen = self.entries()
+        self.check_new(keys, values)
+        return self._append(keys, values)
+
+    def _append(self, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        working = worked_on(self)
+        working._extend(*tokens)
+        seen = working.entries()
         assert seen is not None
-        self.cluster()
+        if working.is_due:
+            working._check_due()
+            withhold(self, "append")
+            working._cluster()
+        take_over(self, working)
         return seen
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """The first half of `append`: take the next tokens, exact as yet; of a subclass."""
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
         raise NotImplementedError
 
-    def cluster(self) -> None:
-        """The second half of `append`: cluster what is due, by the rule of a subclass."""
+    def _cluster(self) -> None:
         raise NotImplementedError
 
     def attend(
@@ -159,12 +172,11 @@ class RaggedEntries:
         packed = 0 if self._packed is None else self._packed.nbytes_reserved
         return packed + (0 if self._rows is None else self._rows.nbytes)
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._rows is not None:
             self._rows = self._rows.select(indices)
         if self._packed is not None:
+            self._packed = copy.copy(self._packed)
             self._packed.select(indices)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -179,8 +191,7 @@ class RaggedEntries:
         blocks = {} if self._packed is None else {"blocks": self._packed.without_room()}
         return tensors | blocks, {"n_seen": self.n_seen}
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         if not tensors:
             return
         keys, values, lengths = tensors["keys"], tensors["values"], self.exact_lengths

@@ -10,6 +10,7 @@ from .arguments import check_query
 from .backends import AnyBackend
 from .exact.clusters import Clusters
 from .exact.entries import Reached
+from .memory.changes import take_over, withhold, worked_on
 from .memory.fast_tier import FastTier
 from .memory.segments import RecallSettings
 from .memory.step import RecallStep
@@ -99,8 +100,13 @@ class RecallCache(RecallTokens):
 
     def append(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
         """Take the next tokens, then cluster every segment that is due."""
-        self.extend(keys, values)
-        self.cluster()
+        self.check_new(keys, values)
+        working = worked_on(self)
+        working._extend(keys, values)
+        if working.is_due:
+            withhold(self, "append")
+            working._cluster()
+        take_over(self, working)
 
     @property
     def _keys_like(self) -> Tensor | None:
@@ -159,10 +165,12 @@ class RecallCache(RecallTokens):
 
     def _brought(self, taken: list[Tensor] | None) -> Reached:
         """The same in the fast tier, once all that this step attends to lies there."""
-        if self._near is None:
-            self._near = FastTier(self._held, self._near_device, self.settings.budget, self._near_backend)
+        near, self._near = self._near, None  # where this fails it is filled anew
+        if near is None:
+            near = FastTier(self._held, self._near_device, self.settings.budget, self._near_backend)
         slow = self._held, self._packed, self._n_exact, self.settings.n_sink
-        self._near.step_to(taken, self.body, slow, self.n_steps, self.statistics)
+        near.step_to(taken, self.body, slow, self.n_steps, self.statistics)
+        self._near = near
         # exact rows come first there, then clusters
-        keys, values = self._near.held
-        return Reached(keys, values, self._near.first_row, n_sink=0, n_body=0, n_exact=self._n_exact)
+        keys, values = near.held
+        return Reached(keys, values, near.first_row, n_sink=0, n_body=0, n_exact=self._n_exact)

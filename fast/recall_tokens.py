@@ -1,19 +1,22 @@
 """What a recall cache holds: sinks, a body in the order of its clusters, recent tokens; before any query."""
 
-from typing import ClassVar
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import check_append, check_half_range, check_integer
+from .arguments import check_append, check_half_range
 from .backends import AnyBackend, choose
 from .entry_cache import UNDO_TOKENS
 from .exact.blocks import put_in
 from .exact.entries import rows_of
 from .memory.body_clusters import BodyClusters
+from .memory.changes import AllOrNothing, selected
 from .memory.fast_tier import FastTier, TierStatistics
-from .memory.ordinary import on_ordinary_tensors
 from .memory.packed_tokens import PackedTokens
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
@@ -24,13 +27,14 @@ PACKED = "packed_keys", "packed_values"  # names of saved tensors, (problems, to
 BEFORE = "n_clustered_before", "n_clusters_before"  # names, in saved numbers, of what was there before the last append
 
 
-class RecallTokens:
+class RecallTokens(AllOrNothing):
     """All tokens of a recall cache and the clusters of its body.
 
     With bits below 16 the body lies in `PackedTokens`, and `_held` are sinks and recent tokens alone.
     """
 
     body_class: ClassVar[type[BodyClusters]] = BodyClusters
+    _kept_for_good = "clusters that are older than the last append stay whole"
 
     def _begin(self, settings: RecallSettings, backend: AnyBackend) -> None:
         self.settings, self.backend = settings, backend
@@ -102,14 +106,15 @@ class RecallTokens:
         of_body = self.body.nbytes + (0 if self._packed is None else self._packed.nbytes_reserved)
         return of_body + sum(tensor.untyped_storage().nbytes() for tensor in held)
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
-        """The first half of `append`: take the next tokens, exact as yet."""
+    def check_new(self, keys: Tensor, values: Tensor) -> None:
         check_append(keys, values, self._held)
         if self.settings.is_centred:
             check_half_range("keys", keys, "with is_centred")
         if self.settings.of_bits is not None:
             check_half_range("keys", keys, "to be quantized")
             check_half_range("values", values, "to be quantized")
+
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[-2] == 0 and self._held is not None:
             return
         n_held = self._n_held
@@ -121,7 +126,7 @@ class RecallTokens:
             self._move_to_room_for(end, (keys, values))
         if self.settings.of_bits is not None and self._packed is None:
             like = self._flat(keys), self._flat(values)
-            self._packed = PackedTokens(like, self.settings.of_bits, self._allocate)
+            self._packed = PackedTokens(like, self.settings.of_bits, self._allocator())
         for held, new in zip(self._held, (keys, values), strict=True):
             held[..., n_held:end, :] = new.detach()
         self._is_prompt = self.n_seen == 0
@@ -132,10 +137,19 @@ class RecallTokens:
         """What selects and attends for such keys and values."""
         return choose("attend_recalled", self.backend, keys.detach(), values.detach())
 
-    def cluster(self) -> None:
-        """The second half of `append`: cluster every segment that is due."""
+    @property
+    def _sizes_due(self) -> list[int]:
+        """Sizes of the segments that are due."""
         leaving = max(0, self.n_seen - self.settings.n_sink - self.n_clustered - self.settings.n_recent)
-        sizes = self.settings.sizes(leaving, is_first=self._is_prompt)
+        return self.settings.sizes(leaving, is_first=self._is_prompt)
+
+    @property
+    def is_due(self) -> bool:
+        return bool(self._sizes_due)
+
+    def _cluster(self) -> None:
+        """Cluster every segment that is due."""
+        sizes = self._sizes_due
         start = self.settings.n_sink
         if self._packed is not None:
             self._keep_last(sizes)
@@ -178,37 +192,21 @@ class RecallTokens:
         for held in map(self._flat, self._held):
             held[:, start : n_held - n] = held[:, start + n : n_held].clone()
 
-    def crop(self, n_tokens: int) -> None:
-        """Remove the last `n_tokens` tokens: the cache is then as if they had never come.
-
-        Clusters that the last append made with them are made again without them, which costs what `cluster` did.
-
-        Raises
-        ------
-        TypeError : not an integer.
-        ValueError : less than 0 or more than `n_croppable`. The cache is then as it was.
-        """
-        check_integer("n_tokens", n_tokens, least=0)
-        if n_tokens > self.n_croppable:
-            raise ValueError(
-                f"n_tokens must be at most n_croppable, {self.n_croppable} of {self.n_seen} tokens, "
-                f"for clusters that are older than the last append stay whole, got {n_tokens}"
-            )
+    def _crop(self, n_tokens: int) -> None:
+        """Clusters that the last append made with the tokens are made again without them, at the cost of `cluster`."""
         n_left = self.n_seen - int(n_tokens)
         is_clustered_anew = n_left < self.settings.fewest_seen(self.n_clustered)
         if is_clustered_anew:
             self._drop_clusters_of_last_append()
         self.n_seen = n_left
         if is_clustered_anew:
-            self.cluster()
+            self._cluster()
         if n_tokens > 0 and n_left == 0:
             self._held = self._packed = self._near = self._lost = None
         if self._near is not None and n_tokens > 0:
             self._near.keep(self._before[1], min(self.settings.n_sink, self.n_seen))
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._held is None:
             return
         problems = torch.arange(self._held[0].shape[:-2].numel(), device=indices.device).reshape(self.n_rows, -1)
@@ -217,11 +215,9 @@ class RecallTokens:
 
     def _select_problems(self, problems: Int64[Tensor, " problems"]) -> None:
         """Keep these problems of all that has one axis for them."""
-        self.body.select_rows(problems)
-        if self._packed is not None:
-            self._packed.select_rows(problems)
-        if self._near is not None:
-            self._near.select_rows(problems)
+        self.body = selected(self.body, problems)
+        self._packed = self._packed and selected(self._packed, problems)
+        self._near = self._near and selected(self._near, problems)
         if self._lost is not None:
             self._lost = tuple(array.index_select(0, problems.to(array.device)) for array in self._lost)
 
@@ -237,15 +233,19 @@ class RecallTokens:
         before = (self.n_clustered, self.body.n_clusters) if self._packed is not None else self._before
         return tensors, numbers | dict(zip(BEFORE, before, strict=True))
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int]) -> None:
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Take over copies of the `state` of a cache with the same parameters; this one must be empty.
 
         What could be cropped there can be cropped here. Numbers that an older version wrote do not say what the last
         append clustered: then all clusters stay whole, as they do with bits.
         """
+        super().restore(tensors, numbers)
+
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         if tensors:
             self.extend(tensors["keys"], tensors["values"])
             self._is_prompt = bool(numbers["is_prompt"])
+            self.body = copy.copy(self.body)
             self.body.restore(tensors)
             if self._packed is not None:
                 self._packed.add(tuple(tensors[name].to(self._held[0].device) for name in PACKED))
@@ -293,6 +293,6 @@ class RecallTokens:
         rows = with_room(tokens, least=self.settings.segment_size)
         self._held = move_to_room(self._held, self._n_held, like, rows)
 
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory for quantized tokens."""
-        return torch.empty(shape, dtype=torch.uint8, device=self._held[0].device)
+    def _allocator(self) -> Callable[[tuple[int, ...]], Tensor]:
+        """What makes memory for quantized tokens."""
+        return partial(torch.empty, dtype=torch.uint8, device=self._held[0].device)

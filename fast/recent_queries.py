@@ -1,5 +1,6 @@
 """The few queries that a cache remembers for a method that asks what later tokens look at, on torch tensors."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .arguments import check_array, check_integer, dtype_name
+from .memory.changes import attempt
 from .memory.ordinary import on_ordinary_tensors
 
 __all__ = ["QUERY_STEP", "WithQueries", "check_chunk_queries", "needs_queries", "queries_for"]
@@ -120,6 +122,11 @@ class WithQueries:
         raise NotImplementedError
 
     @property
+    def _leaving(self) -> int:
+        """Tokens in whole chunks that have left the recent window and are not clustered yet; of a subclass."""
+        raise NotImplementedError
+
+    @property
     def queries(self) -> Float[Tensor, "*lead group n dim"] | None:
         """As in `kvcluster.reference.ClusteredCache`."""
         return None if self._queries is None else self._queries.needed(self.n_clustered)
@@ -151,38 +158,44 @@ class WithQueries:
         """
         if self._queries is None:
             check_no_queries(queries, self.method)
-        else:
-            self._check_new(keys, values)  # type: ignore[attr-defined]
+        self.check_new(keys, values)  # type: ignore[attr-defined]
+        if self._queries is not None:
             check_queries(queries, keys, self._queries.held)
-            self.observe(queries)
-        seen: tuple[Tensor, Tensor, Tensor] = super().append(keys, values)  # type: ignore[misc]
+        of_queries = () if queries is None else (queries,)
+        seen: tuple[Tensor, Tensor, Tensor] = self._append(keys, values, *of_queries)  # type: ignore[attr-defined]
         return seen
+
+    def _extend(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> None:
+        if queries is not None:
+            self._observe(queries)
+        super()._extend(keys, values)  # type: ignore[misc]
 
     def observe(self, queries: Any) -> None:
         """Take the queries (..., group, tokens, dim) of the tokens that come, or have come last."""
+        attempt(self, "_observe", queries)
+
+    def _observe(self, queries: Tensor) -> None:
         assert self._queries is not None
+        self._queries = copy.copy(self._queries)
         self._queries.observe(queries, self.n_clustered)
 
-    def _queries_of(self, leaving: int) -> dict[str, Any]:
-        """What a method that needs queries is given for the chunks of `leaving` tokens.
-
-        Raises
-        ------
-        RuntimeError : the queries of some tokens were not observed. The cache is then as it was.
-        """
-        if self._queries is None or leaving == 0:
-            return {}
-        if self._queries.n_seen != self.n_seen:
+    def _check_due(self) -> None:
+        """Refuse to cluster tokens of which some queries were not observed."""
+        if self._queries is not None and self._leaving and self._queries.n_seen != self.n_seen:
             raise RuntimeError(
                 f"{self.method!r} needs the queries of all {self.n_seen} tokens, got those of {self._queries.n_seen}"
             )
+
+    def _queries_of(self, leaving: int) -> dict[str, Any]:
+        """What a method that needs queries is given for the chunks of `leaving` tokens."""
+        if self._queries is None or leaving == 0:
+            return {}
         return {"queries": self._queries.of_chunks(self.n_clustered, leaving)}
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
-        """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
-        super().select(indices)  # type: ignore[misc]
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        super()._select(indices)  # type: ignore[misc]
         if self._queries is not None:
+            self._queries = copy.copy(self._queries)
             self._queries.select(indices)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -190,10 +203,10 @@ class WithQueries:
         tensors, numbers = super().state()  # type: ignore[misc]
         return tensors if self.queries is None else {**tensors, "queries": self.queries}, numbers
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Take over copies of the `state` of a cache with the same parameters; this one must be empty."""
-        super().restore(tensors, numbers)  # type: ignore[misc]
+    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        super()._restore(tensors, numbers)  # type: ignore[misc]
         if self._queries is not None and "queries" in tensors:
+            self._queries = copy.copy(self._queries)
             self._queries.restore(tensors["queries"], numbers["n_seen"])
 
 

@@ -1,8 +1,11 @@
 """A recall cache in two tiers: all keys and values in slow memory, the clusters selected lately in fast memory."""
 
+import copy
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +17,6 @@ from .backends import AnyBackend
 from .exact.entries import Reached
 from .memory.body_clusters import BodyClusters
 from .memory.fast_tier import TierStatistics
-from .memory.ordinary import on_ordinary_tensors
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
 from .recall_cache import RecallCache
@@ -106,7 +108,8 @@ class TieredRecallCache(RecallCache):
         of_body = 0 if self._packed is None else self._packed.nbytes_reserved
         return of_body + (0 if self._held is None else sum(array.nbytes for array in self._held))
 
-    def extend(self, keys: Tensor, values: Tensor) -> None:
+    def check_new(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse tokens that cannot be appended."""
         check_shape("keys", keys)
         check_shape("values", values)
         device = keys.device if self._held is None else self.device
@@ -115,18 +118,20 @@ class TieredRecallCache(RecallCache):
                 raise ValueError(f"{name} must be on the device of the cache, {device}, got {new.device}")
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
+        super().check_new(keys.detach().cpu(), values.detach().cpu())
+
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
         if self._held is None:
             self._near_backend = super()._step_backend(keys, values)
-        self.device = device
-        super().extend(keys.detach().cpu(), values.detach().cpu())
-        self.body.device = device
+            self.body = copy.copy(self.body)
+            self.device = self.body.device = keys.device
+        super()._extend(keys.detach().cpu(), values.detach().cpu())
 
     def _step_backend(self, keys: Tensor, values: Tensor) -> str:
         """The one for the fast tier: `keys` and `values` have come to the host already."""
         return self._near_backend
 
-    @on_ordinary_tensors
-    def select(self, indices: Int64[Tensor, " batch"]) -> None:
+    def _select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._held is None:
             return
         moved = tuple(self._slow((len(indices), *array.shape[1:]), array.dtype) for array in self._held)
@@ -151,14 +156,18 @@ class TieredRecallCache(RecallCache):
         rows = with_room(tokens, least=self.settings.segment_size, share=8)
         self._held = move_to_room(self._held, self._n_held, like, rows, lambda shape, new: self._slow(shape, new.dtype))
 
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        return self._slow(shape, torch.uint8)
+    def _allocator(self) -> Callable[[tuple[int, ...]], Tensor]:
+        return partial(slow_memory, dtype=torch.uint8, device=self.device, folder=self.folder)
 
     def _slow(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Slow memory that belongs to this process alone."""
-        if self.device.type == "cuda":
-            return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
-        return mapped_memory(shape, dtype, self.folder)
+        return slow_memory(shape, dtype, self.device, self.folder)
+
+
+def slow_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: str | Path | None) -> Tensor:
+    """Slow memory for tensors of `device` that belongs to this process alone."""
+    if device.type == "cuda":
+        return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")
+    return mapped_memory(shape, dtype, folder)
 
 
 def mapped_memory(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path | None) -> Tensor:

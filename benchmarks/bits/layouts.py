@@ -110,10 +110,10 @@ class WithLayout(LayerCache):
         super().__init__(**rules)
         self.layout, self.bits_of_number = layout, bits_of_number
 
-    def cluster(self) -> None:
+    def _cluster(self) -> None:
         if not self.is_due:
             return
-        super().cluster()
+        super()._cluster()
         body = slice(self.n_sink, self.n_sink + self.n_body)
         keys, values, _ = self._held
         keys[..., body, :], values[..., body, :] = self.layout(keys[..., body, :], values[..., body, :])

@@ -9,7 +9,8 @@ from ..chelsea_cache import ChelseaCache as LayerCache
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs, heads_of_layers
 from .hooks import ModelHooks, check_model
-from .layers import ModelCache, layers_of_model
+from .layers import layers_of_model
+from .model_cache import ModelCache
 from .profiles import known_whole_heads
 
 __all__ = ["ChelseaCache"]

@@ -38,6 +38,10 @@ def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
         raise ValueError(f"model must be of type {' or '.join(MODEL_TYPES)}, got {model_type}")
     if config._attn_implementation not in attention:
         raise ValueError(f"attention of model must be {' or '.join(attention)}, got {config._attn_implementation}")
+    n_modules = len(attention_modules(model))
+    if config.num_hidden_layers != n_modules:
+        rule = f"num_hidden_layers of model must be its attention modules, {n_modules}"
+        raise ValueError(f"{rule}, got {config.num_hidden_layers}")
     for field, required in REQUIRED.items():
         value = getattr(config, field, required)
         if bool(value) != bool(required):
@@ -75,6 +79,7 @@ class ModelHooks:
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
         handles = [model.register_forward_pre_hook(check_call, with_kwargs=True)]
+        handles.append(model.register_forward_hook(after_call, with_kwargs=True))
         for module in attention_modules(model):
             handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
             handles.append(module.register_forward_hook(after_attention, with_kwargs=True))
@@ -122,6 +127,12 @@ def remove(handles: list[Any], configs: list[tuple[Any, Any]]) -> None:
         module.config = config
 
 
+def arguments_of(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**arguments, **arguments.get("kwargs", {})}
+
+
 def our_cache(arguments: dict[str, Any]) -> Any:
     """The cache that the model was called with, if it is one of ours."""
     cache: Any = arguments.get("past_key_values")
@@ -141,25 +152,27 @@ def check_call(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     hooks, attention = ModelHooks.known(module), module.config._attn_implementation
     if hooks is not None:
         hooks.serve(attention)
-    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    cache, mask = our_cache(arguments | arguments.get("kwargs", {})), arguments.get("attention_mask")
+    arguments = arguments_of(module, args, kwargs)
+    cache, mask = our_cache(arguments), arguments.get("attention_mask")
     if cache is None:
         return
     if attention not in cache.attention:
         raise ValueError(f"attention of model must be {' or '.join(cache.attention)}, got {attention}")
     if arguments.get("use_cache") is False:  # generate feeds all tokens again at each step then
         raise ValueError(f"use_cache must not be False with a {type(cache).__name__}: pass none to do without")
-    seen = sorted(
-        {n for layer in cache.layers for n in ({layer.get_seq_length()} if layer.is_sliding else layer.cache.lengths)}
-    )
-    if len(seen) > 1:
-        raise RuntimeError(
-            f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}: "
-            "an earlier call failed halfway; call reset() and start again"
-        )
+    cache.check_whole()
     padding = left_padding(mask, cache)
     for layer in cache.own_layers:
         layer.is_announced, layer.padding = False, padding
+    cache.begun = cache.n_seen
+
+
+@uncompiled
+def after_call(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of the base model: the call has not failed halfway."""
+    cache = our_cache(arguments_of(module, args, kwargs))
+    if cache is not None:
+        cache.begun = None
 
 
 def left_padding(mask: Any, cache: Any) -> list[int] | None:

@@ -11,7 +11,8 @@ from ..memory.segments import RecallSettings
 from ..recall_cache import RecallCache as LayerCache
 from ..tiers import TieredRecallCache, TierStatistics
 from .hooks import ModelHooks, check_model
-from .layers import EntryLayer, ModelCache, check_dense_layers, layers_of_model
+from .layers import EntryLayer, check_dense_layers, layers_of_model
+from .model_cache import ModelCache
 from .saving import load_cache
 
 __all__ = ["RecallCache", "RecallLayer"]

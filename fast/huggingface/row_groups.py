@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory.changes import Withheld, change
 from ..memory.ordinary import on_ordinary_tensors
 from ..memory.work import ClusteringWork
 from .stored import Sizes, check_groups, check_stored
@@ -26,7 +27,7 @@ class RowGroup:
     cache: Any
 
 
-class RowGroups:
+class RowGroups(Withheld):
     """The cache of one layer for all rows of a batch: a cache of `kvcluster.fast` for each padding that occurs.
 
     Parameters
@@ -132,11 +133,19 @@ class RowGroups:
         groups = self.groups
         if n_seen == 0 or any(group.cache.n_seen == 0 for group in groups):
             groups = self._grouped_anew(len(keys), keys.device, padding)
+        tokens = []
         for group in groups:
             real = slice(max(0, group.padding - n_seen), None)
             parts = [array.index_select(0, group.rows)[:, :, real] for array in (keys, values)]
             if parts[0].shape[2]:
-                group.cache.extend(*parts)
+                tokens.append((group.cache, *parts))
+        for cache, *parts in tokens:
+            cache.check_new(*parts)
+        change(self, "_extend_groups", groups, tokens)
+
+    def _extend_groups(self, groups: list[RowGroup], tokens: list[tuple[Any, Tensor, Tensor]]) -> None:
+        for cache, *parts in tokens:
+            cache.extend(*parts)
         self.groups = groups
 
     def _rows_of(self, group: RowGroup) -> list[int]:
@@ -215,7 +224,10 @@ class RowGroups:
         """Keep the rows `indices`, in their order; a row may be taken more than once."""
         if not self.is_padded:
             self.groups[0].cache.select(indices)
-            return
+        else:
+            change(self, "_select_rows", indices)
+
+    def _select_rows(self, indices: Tensor) -> None:
         groups, wanted = [], indices.tolist()
         for group in self.groups:
             place = {row: number for number, row in enumerate(self._rows_of(group))}
@@ -229,7 +241,10 @@ class RowGroups:
         """Remove the last `n_tokens` tokens of all rows."""
         if not self.is_padded:
             self.groups[0].cache.crop(n_tokens)
-            return
+        else:
+            change(self, "_crop_groups", n_tokens)
+
+    def _crop_groups(self, n_tokens: int) -> None:
         for group in self.groups:
             n_real = min(n_tokens, group.cache.n_seen)
             group.cache.crop(n_real)

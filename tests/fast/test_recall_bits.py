@@ -114,7 +114,7 @@ def test_crop_gives_the_cache_that_never_saw_the_tokens(bits, pieces, n_removed)
         feed(ours, tokens, pieces)
         ours.attend(query)
         if n_removed > ours.n_croppable:
-            with pytest.raises(ValueError, match="n_tokens must be at most n_croppable"):
+            with pytest.raises(ValueError, match="n_tokens must be at most"):
                 ours.crop(n_removed)
             continue
         ours.crop(n_removed)
@@ -138,7 +138,7 @@ def test_tokens_of_the_last_append_can_be_cropped_while_their_segments_are_small
     whole = made(bits=4, prompt_segment_size=None)[1]
     feed(whole, tokens, [900])
     assert whole.n_croppable == 0  # one segment of 895 tokens is not kept
-    with pytest.raises(ValueError, match="n_tokens must be at most n_croppable, 0 of 900 tokens"):
+    with pytest.raises(ValueError, match="n_tokens must be at most 0, "):
         whole.crop(1)
 
 

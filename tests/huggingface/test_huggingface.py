@@ -127,13 +127,13 @@ def test_nothing_stays_on_the_model():
     cache = ClusteredCache.for_model(model, **PARAMETERS)
     other = ClusteredCache.for_model(model, **PARAMETERS)
     copied = copy.deepcopy(cache)
-    assert hooks_on(model) == 7  # shared: two on each of 3 layers, one on the model
+    assert hooks_on(model) == 8  # shared: two on each of 3 layers, two on the model
     assert [layer.self_attn.config._attn_implementation for layer in model.model.layers] == ["kvcluster"] * 3
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(greedy(model, tokens), stock)  # a stock cache is left alone
     del cache, other
     gc.collect()
-    assert hooks_on(model) == 7
+    assert hooks_on(model) == 8
     del copied
     gc.collect()
     assert hooks_on(model) == 0
