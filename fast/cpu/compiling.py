@@ -3,7 +3,8 @@
 Plain C++ with the vector types of GCC and Clang and OpenMP, called through ctypes: no header of PyTorch is needed, so
 that compiling takes about a second. The folder is `platformdirs.user_cache_path("kvcluster")`, written by its owner
 alone; a file's name holds a hash of the sources, of the flags and of what the compiler says of itself and of this
-processor, so none is ever stale. A hash of the file lies beside it: what is damaged is compiled again.
+processor, so none is ever stale. A hash of the file lies beside it: what is damaged is compiled again. One process
+compiles at a time, and others wait for it.
 """
 
 import ctypes
@@ -12,7 +13,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -47,7 +47,9 @@ def library(name: str) -> ctypes.CDLL:
     program = compiler()
     if program is None:
         raise ModuleNotFoundError("backend 'cpp' needs a C++ compiler (c++, g++, clang++ or CXX in the environment)")
-    from platformdirs import user_cache_path  # not asked for on a CUDA machine
+    from platformdirs import user_cache_path  # these are not asked for on a CUDA machine
+
+    from ...scratch import in_turn
 
     sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
     about = run([program, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
@@ -56,17 +58,25 @@ def library(name: str) -> ctypes.CDLL:
     try:
         make_private(compiled.parent)
         if not is_whole(compiled):
-            # Whole or not at all, if others compile too.
-            with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:
-                fresh = Path(folder) / compiled.name
-                run([program, *FLAGS, str(FOLDER / f"{name}.cpp"), "-o", str(fresh)])
-                fresh.chmod(0o700)
-                hash_beside(fresh).write_text(hash_of(fresh))
-                fresh.replace(compiled)
-                hash_beside(fresh).replace(hash_beside(compiled))
+            with in_turn(compiled.with_name("compiling.lock"), TIME_LIMIT):
+                if not is_whole(compiled):
+                    compile_into(compiled, [program, *FLAGS, str(FOLDER / f"{name}.cpp")])
         return ctypes.CDLL(str(compiled))
     except OSError as error:
         raise RuntimeError(f"compiled C++ cannot be kept in {compiled.parent}: {error}") from error
+
+
+def compile_into(compiled: Path, command: list[str]) -> None:
+    """Put what `command` makes, and its hash, where they belong: each whole or not at all, if others compile too."""
+    from ...scratch import scratch_folder
+
+    with scratch_folder(compiled.parent) as folder:
+        fresh = folder / compiled.name
+        run([*command, "-o", str(fresh)])
+        fresh.chmod(0o700)
+        hash_beside(fresh).write_text(hash_of(fresh))
+        fresh.replace(compiled)
+        hash_beside(fresh).replace(hash_beside(compiled))
 
 
 def make_private(folder: Path) -> None:
@@ -83,7 +93,7 @@ def make_private(folder: Path) -> None:
     if status.st_mode & 0o022:
         folder.chmod(0o700)
         for path in folder.glob("*.sha256"):  # of files that anybody may have written: all are compiled again
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def is_whole(compiled: Path) -> bool:

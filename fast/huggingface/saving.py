@@ -10,15 +10,12 @@ import hashlib
 import json
 import os
 import stat
-import uuid
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..distinctive_matching import Distinctive
@@ -27,6 +24,7 @@ from ..soft_matching import SoftMatching
 from .head_pairs import is_sharded
 from .hooks import attention_modules, check_model
 from .stored import Sizes, check_window
+from .tensor_files import TensorFile, write_tensors
 
 __all__ = ["fingerprint", "load_cache", "save_cache", "weights_digest"]
 
@@ -52,12 +50,15 @@ SAMPLED = 512  # numbers of each matrix of weights
 def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     """Write `cache`, a `ModelCache` made for `model`, to the file `path`: the whole of it or nothing.
 
-    The file is written under another name in the same folder, then put in the place of what `path` held. It keeps that
-    file's mode; a new one can be read by its owner alone, as it holds the conversation. A link stays a link.
+    The file is written in a folder beside `path`, then put in the place of what `path` held. It keeps that file's mode;
+    a new one can be read by its owner alone, as it holds the conversation. A link stays a link. What killed saves left
+    beside `path` is removed, see `scratch_folder`.
 
     Raises
     ------
     FileNotFoundError : no such folder.
+    OSError : the file cannot be written, such as on a full disk; what `path` held is as it was.
+    ValueError : `path` is a folder, a pipe or a device.
     RuntimeError : the layers have not seen the same tokens, or the model is gone.
 
     Notes
@@ -67,6 +68,7 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
     path = Path(path).resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
+    check_is_file(path)
     mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else PRIVATE
     seen = sorted({layer.get_seq_length() for layer in cache.layers})
     if len(seen) > 1:
@@ -96,16 +98,13 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
         "description": description,
         "description_sha256": hashlib.sha256(description.encode()).hexdigest(),
     }
-    written = path.with_name(f".{uuid.uuid4().hex}.kvcluster")
-    try:
-        written.touch(PRIVATE, exist_ok=False)
-        save_file(tensors, written, metadata)
-        written.chmod(mode)
-        with open(written, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
+    write_tensors(tensors, metadata, path, mode)
+
+
+def check_is_file(path: str | Path) -> None:
+    """Refuse what `path` has that is no file: a pipe would be waited for, a device replaced."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"path must be a file, got {path}")
 
 
 def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any]) -> Any:
@@ -113,19 +112,18 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
 
     Raises
     ------
-    FileNotFoundError : no such file.
-    ValueError : see `ModelCache.load`.
+    OSError, ValueError : see `ModelCache.load`.
     """
     check_model(model)
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise ValueError(f"path must be a file, got {path}")
+    check_is_file(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open(path, "rb") as opened:
+            file = TensorFile(opened, path)
             description = described(file, path)
             if description["class"] != kind.__name__:
                 raise ValueError(f"path must hold a {kind.__name__}, got a {description['class']} in {path}")
             check_fingerprint(fingerprint(model), description["model"], path)
-            check_names(set(file.keys()), set(description["tensors"]), path)
+            check_names(set(file.tensors), set(description["tensors"]), path)
             cache = kind.for_model(model, **parameters_of(description, path), **options)
             check_prefixes(description, len(cache.layers))
             sizes = sizes_of(model)
@@ -135,14 +133,12 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
                 tensors = {}
                 for name, expected in description["tensors"].items():
                     if name.startswith(prefix):
-                        array = file.get_tensor(name).clone()  # of the file's pages, which others may overwrite
+                        array = file.get_tensor(name)
                         if digest(array) != expected:
                             raise ValueError(f"path must hold what was saved, got a damaged {name} in {path}")
                         tensors[name.removeprefix(prefix)] = array.to(devices[index])
                 restore(layer, tensors, description["layers"][index], sizes)
             check_layers(cache, description)
-    except SafetensorError as error:
-        raise ValueError(f"path must be a whole safetensors file, got {path}: {error}") from error
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"path must hold what save writes, got {path}: {error!r:.200}") from error
     return cache
@@ -176,9 +172,9 @@ def check_layers(cache: Any, description: dict[str, Any]) -> None:
         raise ValueError(f"layers must have the same rows and padding, got {sorted(rows)} and {sorted(padding)}")
 
 
-def described(file: Any, path: str | Path) -> dict[str, Any]:
+def described(file: TensorFile, path: str | Path) -> dict[str, Any]:
     """The description in the header of an open file, if it is one of this format and as it was written."""
-    metadata = file.metadata() or {}
+    metadata = file.metadata
     if "format_version" not in metadata:
         raise ValueError(f"path must be a file that save wrote, got {path} without a format_version")
     if metadata["format_version"] != FORMAT_VERSION:

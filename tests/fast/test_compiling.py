@@ -1,9 +1,12 @@
 """Where compiled code cannot be made, kept or trusted: a warning and torch, or it is compiled again."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -102,4 +105,44 @@ def test_what_is_damaged_or_may_be_anybodys_is_compiled_again(tmp_path):
         assert run(tmp_path) == ["0", "served"], change
         assert library.read_bytes() == whole
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert sorted(path.suffix for path in folder.iterdir()) == [".sha256", ".so"]
+        assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".sha256", ".so"]
+
+
+def when_it_compiles(path, text):
+    """A compiler that does this before it compiles, but not before it says what it is."""
+    return script(path, f'case "$*" in *" -o "*) {text};; esac\nexec c++ "$@"')
+
+
+@pytest.mark.slow
+def test_of_processes_that_need_the_same_code_one_compiles(tmp_path):
+    compiler = script(
+        tmp_path / "c++", f'case "$*" in *" -o "*) echo "$@" >> "{tmp_path}/compiled";; esac; exec c++ "$@"'
+    )
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run, tmp_path, CXX=compiler) for _ in range(3)]
+    assert [each.result() for each in runs] == [["0", "served"]] * 3
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_what_a_killed_compilation_left_goes_with_the_next_one(tmp_path):
+    """And what a killed process had begun to write is not used."""
+    folder, begun = tmp_path / "kvcluster", tmp_path / "begun"
+    compiler = when_it_compiles(
+        tmp_path / "stalls", f'for last; do :; done; echo half > "$last"; touch {begun}; sleep 60'
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "120"],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": compiler},
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while not begun.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    [half] = folder.rglob("*.so")
+    assert half.read_text() == "half\n"
+    assert run(tmp_path) == ["0", "served"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".sha256", ".so"]

@@ -1,6 +1,7 @@
 """Caches in files: what comes back continues as what was saved, and no half of it is ever written."""
 
 import copy
+import errno
 import gc
 import os
 import stat
@@ -13,7 +14,7 @@ from saved_caches import CACHES
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kvcluster import fast
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache, saving
+from kvcluster.fast.huggingface import ClusteredCache, RecallCache, tensor_files
 from kvcluster.fast.memory.packed import PackedBlocks
 from kvcluster.fast.tiers import TieredRecallCache
 
@@ -167,10 +168,10 @@ def test_a_failure_while_saving_leaves_the_old_file_and_no_other(broken, monkeyp
     def fail(*arguments):
         if broken == "save_file":
             arguments[1].write_bytes(old[:1000])
-        raise OSError("no space")
+        raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving if broken == "save_file" else os, broken, fail)
+        patch.setattr(tensor_files if broken == "save_file" else os, broken, fail)
         with pytest.raises(OSError, match="no space"):
             cache.save(path)
     assert (path.read_bytes(), os.listdir(tmp_path)) == (old, ["cache"])
