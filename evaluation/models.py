@@ -8,8 +8,6 @@ so that later loads take a second.
 """
 
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,18 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
-from .errors import UnusableInputError
+from kvcluster.fast.arguments import check_finite
+
+from ..scratch import in_turn, scratch_folder
+from .errors import UnusableInputError, one_line, refused
+from .model_folders import check_folder, check_names, check_shapes, weight_files
 
 __all__ = ["KNOWN", "load_folder", "load_llama", "load_model", "model_folder", "smollm2_folder"]
+
+TIME_LIMIT = 600  # seconds that one process waits for another to convert a model
+WEIGHTS = "model must have the weights that its config.json asks for"
+# How a model answers is not for its config to say.
+ANSWERS = {"use_cache": True, "return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,10 @@ KNOWN = {
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a converted model of `KNOWN`, made at the first call.
+    """The folder of a converted model of `KNOWN`, made at the first call: the whole of it or nothing.
 
-    SmolLM2 takes about 25 s and 540 MB, Gemma 3 about 55 s and 1.1 GB.
+    SmolLM2 takes about 25 s and 540 MB, Gemma 3 about 55 s and 1.1 GB. Of processes that need it, one converts and the
+    others wait.
 
     Raises
     ------
@@ -76,12 +84,21 @@ def model_folder(name: str) -> Path:
     """
     known = KNOWN[name]
     folder = user_cache_path("kvcluster") / f"{known.title}-float32"
-    if not folder.exists():
-        package = importlib.util.find_spec(known.module)  # found, not imported: SmolLM2's needs the program `llm`
-        if package is None or package.origin is None:
-            raise FileNotFoundError(f"{known.title} is not installed: {known.install}")
-        with tempfile.TemporaryDirectory() as scratch:
-            convert(known.gguf(Path(package.origin).parent, Path(scratch)), folder)
+    if folder.exists():
+        return folder
+    package = importlib.util.find_spec(known.module)  # found, not imported: SmolLM2's needs the program `llm`
+    if package is None or package.origin is None:
+        raise FileNotFoundError(f"{known.title} is not installed: {known.install}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with in_turn(folder.with_name(f"{folder.name}.lock"), TIME_LIMIT):
+        if not folder.exists():
+            with scratch_folder(folder.parent) as scratch:
+                convert(known.gguf(Path(package.origin).parent, scratch), scratch / folder.name)
+                try:
+                    (scratch / folder.name).rename(folder)
+                except OSError:
+                    if not folder.exists():  # else another was first, where there are no locks
+                        raise
     return folder
 
 
@@ -91,7 +108,7 @@ def smollm2_folder() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Save the model and the tokenizer of a GGUF file as float32 safetensors: the whole `folder` or nothing."""
+    """Save the model and the tokenizer of a GGUF file as float32 safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -99,14 +116,8 @@ def convert(gguf: Path, folder: Path) -> None:
     del config.quantization_config  # the weights are plain float32 by now; transformers would refuse to save them
     model = type(quantized)(config)  # plain, its output tied to its embedding if the config says so
     model.load_state_dict(quantized.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        model.save_pretrained(new)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def load_folder(folder: str | Path, types: Sequence[str]) -> tuple[Any, Any]:
@@ -115,18 +126,59 @@ def load_folder(folder: str | Path, types: Sequence[str]) -> tuple[Any, Any]:
     Raises
     ------
     FileNotFoundError : no such folder, or no `config.json` in it.
+    ImportError : what transformers needs to read it is not installed.
     ValueError : a model of another type than `types`.
+    UnusableInputError : a folder that asks for what is not done, see `check_folder`; files that transformers cannot
+        read; weights that are not those of `config.json`, or not finite.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"model must be a folder with a config.json, got {folder}")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in types:
+    with refused(f"model must be a folder that can be loaded, got {folder}"):
+        model_type = check_folder(Path(folder))
+    if model_type not in types:
+        raise ValueError(f"model must be of type {' or '.join(types)}, got {model_type}")
+    ours: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with refused(f"model must be a folder that can be loaded, got {folder}"):
+        files = weight_files(Path(folder))
+        config = AutoConfig.from_pretrained(folder, **ours)
+        for name, value in ANSWERS.items():
+            setattr(config, name, value)
+        with torch.device("meta"):
+            planned = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    if config.model_type not in types:  # transformers takes some for another than they say
         raise ValueError(f"model must be of type {' or '.join(types)}, got {config.model_type}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    return model.eval(), tokenizer
+    with refused(f"{WEIGHTS}, got {folder}"):
+        check_shapes(files, planned)
+        ours |= {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **ours)
+        check_names(model, missing=loading["missing_keys"], unknown=loading["unexpected_keys"])
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            check_finite(name, tensor)
+    return model.eval(), load_tokenizer(folder, config)
+
+
+def load_tokenizer(folder: str | Path, config: Any) -> Any:
+    """The tokenizer of a model with this config.
+
+    Raises
+    ------
+    UnusableInputError : one that transformers cannot read, or with tokens that the model does not know.
+    """
+    from transformers import AutoTokenizer
+
+    with refused(f"model must have a tokenizer that transformers can read, got {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        special = {token for token, of in tokenizer.added_tokens_decoder.items() if of.special}  # Gemma has one more
+        largest = max(set(tokenizer.get_vocab().values()) - special, default=0)
+    if largest >= config.vocab_size:
+        rule = f"model must have a tokenizer with tokens below {config.vocab_size}, as its config.json says"
+        raise UnusableInputError(f"{rule}, got {largest} in {folder}")
+    return tokenizer
 
 
 def load_llama(folder: str | Path) -> tuple[Any, Any]:
@@ -141,16 +193,9 @@ def load_model(model: str | Path | None, types: Sequence[str] = ("llama",)) -> t
     ------
     UnusableInputError : what is wrong with them, in one line.
     """
-    from safetensors import SafetensorError
-
     try:
         if model is None or model in KNOWN:
             return load_folder(model_folder("smollm2" if model is None else str(model)), types)
         return load_folder(model, types)
     except (ImportError, OSError, ValueError) as error:
-        raise UnusableInputError(" ".join(str(error).split())) from error
-    except (RuntimeError, SafetensorError) as error:  # shapes that differ from config.json; a damaged file
-        message = " ".join(str(error).split())
-        raise UnusableInputError(
-            f"model must have the weights that its config.json asks for, got {model}: {message}"
-        ) from error
+        raise UnusableInputError(one_line(error)) from error

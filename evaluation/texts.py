@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from .errors import UnusableInputError
+from .errors import UnusableInputError, refused
 
 __all__ = ["SETS", "built_in_text", "encode", "load_tokens", "opening", "read_text", "span"]
 
 SETS = ("tuning", "reporting")
+READS = "model must have a tokenizer that reads the text"
 
 
 def built_in_text() -> str:
@@ -21,17 +22,23 @@ def built_in_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def read_text(path: Path) -> str:
-    """The content of a text file."""
+def read_text(path: Path, name: str = "text") -> str:
+    """The content of a text file; `name` is what a message calls it."""
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UnusableInputError(f"text must be a readable UTF-8 file, got {path}: {error}") from error
+        raise UnusableInputError(f"{name} must be a readable UTF-8 file, got {path}: {error}") from error
 
 
 def load_tokens(text: str | None, tokenizer: Any, wanted: int) -> torch.Tensor:
-    """The first `wanted` tokens, (1, wanted), of `text` or of the built-in text, read as a text of its own."""
-    tokens = tokenizer(built_in_text() if text is None else text, return_tensors="pt").input_ids[:, :wanted]
+    """The first `wanted` tokens, (1, wanted), of `text` or of the built-in text, read as a text of its own.
+
+    Raises
+    ------
+    UnusableInputError : a shorter text, or one that the tokenizer fails at.
+    """
+    with refused(READS):
+        tokens = tokenizer(built_in_text() if text is None else text, return_tensors="pt").input_ids[:, :wanted]
     if tokens.shape[1] < wanted:
         raise UnusableInputError(f"text must have at least {wanted} tokens, got {tokens.shape[1]}")
     return tokens
@@ -39,13 +46,15 @@ def load_tokens(text: str | None, tokenizer: Any, wanted: int) -> torch.Tensor:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Tokens of `text` as part of a longer text."""
-    tokens: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    with refused(READS):
+        tokens: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return tokens
 
 
 def opening(tokenizer: Any) -> list[int]:
     """Tokens that the tokenizer puts before every text; none for many."""
-    tokens: list[int] = tokenizer("").input_ids
+    with refused(READS):
+        tokens: list[int] = tokenizer("").input_ids
     return tokens
 
 

@@ -13,6 +13,7 @@ from .attended_matching import Attended
 from .backends import AnyBackend
 from .distinctive_matching import Distinctive
 from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget
+from .outside import shown
 from .soft_matching import SoftMatching
 
 __all__ = ["METHODS", "Method", "compress_heads", "method_of", "spelled"]
@@ -106,11 +107,11 @@ def method_of(name: str = "", **parameters: Any) -> Method:
     ------
     ValueError : an unknown name, or a parameter that the method does not have.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shown(name)}")
     known = [field.name for field in fields(METHODS[name])]
     for parameter in parameters:
         if parameter not in known:
-            raise ValueError(f"method {name!r} must have parameters among {known}, got {parameter!r}")
+            raise ValueError(f"method {name!r} must have parameters among {known}, got {shown(parameter)}")
     method: Method = METHODS[name](**parameters)
     return method

@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import check_integer, check_keep_ratio
+from ..exact.quantization import PLANES
+from ..outside import read_json, shown
+from .profile_fields import fields_of
 from .saving import weights_digest
+from .sharing import shared_out
 
 __all__ = ["Profile", "known_profile", "known_whole_heads", "n_whole_by_default", "profile_for", "whole_heads_of"]
 
@@ -46,6 +50,8 @@ class Profile:
     heads : (layer, KV head), those first that should rather keep every token.
     attended : of `layers` those where `Attended()` loses less than distinctive matching; None: not measured, and
         `Attended()` is used in all layers if it is asked for, in none if not.
+    bits : (bytes of clustered entries over those of all their tokens in 16 bits, bits with which least is lost at so
+        many), ascending; None: not measured.
     """
 
     name: str
@@ -55,6 +61,7 @@ class Profile:
     shares: tuple[tuple[tuple[float, ...], ...], ...]
     heads: tuple[tuple[int, int], ...]
     attended: tuple[int, ...] | None = None
+    bits: tuple[tuple[float, int], ...] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> "Profile":
@@ -66,24 +73,19 @@ class Profile:
         ValueError : another kind of file, or one whose numbers make no profile; the first is named.
         """
         try:
-            return cls.of(json.loads(Path(path).read_text("utf-8")))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # no JSON; no such field; no object
-            raise ValueError(
-                f"path must be a file that `kvcluster tune --json` wrote, got {path}: {error!r}"
-            ) from error
+            return cls.of(read_json(path, "it"))
+        except ValueError as error:
+            raise ValueError(f"path must be a file that `kvcluster tune --json` wrote, got {path}: {error}") from error
 
     @classmethod
-    def of(cls, result: dict[str, Any]) -> "Profile":
-        """A profile from the JSON of `kvcluster tune`."""
-        profile = cls(
-            name=str(result["name"]),
-            weights={str(dtype): str(digest) for dtype, digest in result["weights"].items()},
-            layers=tuple(int(layer) for layer in result["layers"]),
-            keeps=tuple(float(keep) for keep in result["keeps"]),
-            shares=tuple(tuple(tuple(map(float, layer)) for layer in at_keep) for at_keep in result["shares"]),
-            heads=tuple((int(layer), int(head)) for layer, head in result["heads"]),
-            attended=None if result.get("attended") is None else tuple(int(layer) for layer in result["attended"]),
-        )
+    def of(cls, result: Any) -> "Profile":
+        """A profile from the JSON of `kvcluster tune`.
+
+        Raises
+        ------
+        ValueError : what is missing or wrong in it.
+        """
+        profile = cls(**fields_of(result))
         profile.check()
         return profile
 
@@ -92,34 +94,50 @@ class Profile:
         """Tells profiles with other shares or another order of heads apart."""
         return hashlib.sha256(repr((self.layers, self.keeps, self.shares, self.heads)).encode()).hexdigest()[:16]
 
+    @property
+    def n_heads(self) -> int:
+        """KV heads of a layer."""
+        return len(self.shares[0][0]) if self.shares and self.shares[0] else 0
+
     def check(self) -> None:
         """Refuse numbers that make no profile."""
-        n_layers, n_heads = len(self.layers), len(self.shares[0][0])
+        n_layers, n_heads = len(self.layers), self.n_heads
         shapes = {tuple(map(len, at_keep)) for at_keep in self.shares}
         numbers = [share for at_keep in self.shares for layer in at_keep for share in layer]
         if len(self.shares) != len(self.keeps) or shapes != {(n_heads,) * n_layers} or n_heads * n_layers == 0:
             raise ValueError("shares must be keeps x layers x KV heads")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must ascend, got {shown(self.layers)}")
         if list(self.keeps) != sorted(set(self.keeps)) or not all(0 < keep < 1 for keep in self.keeps):
-            raise ValueError(f"keeps must ascend in (0, 1), got {self.keeps}")
+            raise ValueError(f"keeps must ascend in (0, 1), got {shown(self.keeps)}")
         if not all(0 <= share <= 1 for share in numbers):
             raise ValueError(f"shares must be in [0, 1], got {min(numbers)} to {max(numbers)}")
         if sorted(self.heads) != [(layer, head) for layer in self.layers for head in range(n_heads)]:
             raise ValueError("heads must be every KV head of every layer, once")
         if not set(self.attended or ()) <= set(self.layers):
-            raise ValueError(f"attended must be of the layers {self.layers}, got {self.attended}")
+            raise ValueError(f"attended must be of the layers {shown(self.layers)}, got {shown(self.attended)}")
+        ratios = [ratio for ratio, _ in self.bits or ()]
+        if ratios != sorted(set(ratios)) or not all(0 < ratio < 1 for ratio in ratios):
+            raise ValueError(f"bytes_ratio must ascend in (0, 1) over bits, got {shown(ratios)}")
+        if not {bits for _, bits in self.bits or ()} <= set(PLANES):
+            raise ValueError(f"bits must be of {list(PLANES)}, got {shown(self.bits)}")
 
     def check_model(self, model: Any) -> None:
         """Refuse a model that the profile is not of.
 
         Raises
         ------
-        ValueError : other weights.
+        ValueError : other weights, or layers and heads that it has not.
         """
-        ours = weights_digest(model)
+        ours, config = weights_digest(model), model.config.get_text_config()
         if ours not in self.weights.values():
             theirs = " and ".join(f"{each[:12]}..." for each in self.weights.values())
             rule = f"profile must be one that `kvcluster tune` made for model, whose weights are {ours[:12]}..."
             raise ValueError(f"{rule}, got one for {self.name} with {theirs}")
+        n_layers, n_heads, last = config.num_hidden_layers, config.num_key_value_heads, self.layers[-1]
+        if last >= n_layers or self.n_heads != n_heads:
+            rule = f"profile must be of layers below {n_layers} with {n_heads} KV heads"
+            raise ValueError(f"{rule}, got layers up to {last} with {self.n_heads}")
 
     def keep_ratios(self, keep_ratio: float, *, chunk_size: int, n_layers: int) -> list[float | tuple[float, ...]]:
         """A `keep_ratio` for each layer of the model, or one for each of its KV heads where these differ.
@@ -150,6 +168,12 @@ class Profile:
             ratios[layer] = of_heads[0] if len(set(of_heads)) == 1 else of_heads
         return ratios
 
+    def bits_at(self, bytes_ratio: float) -> int | None:
+        """The bits at the measured number of bytes whose ratio to `bytes_ratio` is nearest to 1; None: not measured."""
+        if self.bits is None:
+            return None
+        return min(self.bits, key=lambda at: abs(math.log(at[0] / bytes_ratio)))[1]
+
     def shares_at(self, keep: float) -> list[list[float]]:
         """The share of each layer and KV head where `keep` of all tokens are kept; 0 and 1 keep none and all."""
         even = [[[end] * len(layer) for layer in self.shares[0]] for end in (0.0, 1.0)]
@@ -169,34 +193,6 @@ class Profile:
                 f"n_heads must be at most {len(self.heads)}, the KV heads that attend to everything, got {n_heads}"
             )
         return list(self.heads[:n_wanted])
-
-
-def shared_out(wanted: list[list[float]], total: int, *, least: int, most: int) -> list[list[int]]:
-    """Whole numbers in proportion to `wanted`, from `least` to `most`, which together are at most `total`.
-
-    Raises
-    ------
-    ValueError : `total` is too small for that.
-
-    Examples
-    --------
-    >>> shared_out([[0.5, 2.0], [8.0, 30.0]], total=22, least=1, most=10)
-    [[1, 2], [9, 10]]
-    """
-    n_heads = sum(map(len, wanted))
-    if total < least * n_heads:
-        raise ValueError(f"keep_ratio must leave an entry of a chunk for each of {n_heads} heads, got {total}")
-
-    def at(scale: float) -> list[list[int]]:
-        return [[min(most, max(least, int(scale * number))) for number in layer] for layer in wanted]
-
-    low, high = 0.0, 1.0
-    while sum(map(sum, at(high))) < total and high < 2**40:
-        high *= 2
-    for _ in range(64):  # until the two are neighbours
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(map(sum, at(middle))) <= total else (low, middle)
-    return at(low)
 
 
 def n_whole_by_default(n_heads: int) -> int:

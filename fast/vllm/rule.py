@@ -103,8 +103,9 @@ class PageRule:
 
     def kept_pages(self, n_tokens: int, n_chunks: int) -> Int64[np.ndarray, " pages"]:
         """Places of the pages that hold entries, in order."""
+        n_pages, n_sinks = -(-n_tokens // self.page), self.n_sink // self.page
         chunk_pages = (np.arange(n_chunks) * self.chunk_size // self.page)[:, None]
-        chunk_pages = self.n_sink // self.page + chunk_pages + np.arange(self.entries // self.page)
+        chunk_pages = n_sinks + chunk_pages + np.arange(self.entries // self.page)
         exact = (self.n_sink + n_chunks * self.chunk_size) // self.page
-        parts = np.arange(self.n_sink // self.page), chunk_pages.flatten(), np.arange(exact, -(-n_tokens // self.page))
+        parts = np.arange(min(n_sinks, n_pages)), chunk_pages.flatten(), np.arange(exact, n_pages)
         return np.concatenate(parts)

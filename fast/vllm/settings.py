@@ -1,19 +1,20 @@
 """What a user of vLLM may ask for, and what cannot be done, refused before anything is served."""
 
-import json
 import os
 import platform
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..arguments import check_keep_ratio, entries_of_chunk
+from ..arguments import check_integer, check_keep_ratio, entries_of_chunk
 from ..methods import Method, method_of
+from ..outside import check_plain, json_of, shown
 from ..recent_queries import needs_queries
 from .rule import PageRule
 
 __all__ = ["Settings", "check_engine", "check_layer", "settings_of"]
 
 LEAST_CHUNK, MOST_CHUNK = 256, 4096  # between which a chunk size is looked for if none is given
+MOST_TOKENS = 2**31 - 1  # of a chunk, of sinks or of recent tokens: no request has more
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
+        for name, least in (("chunk_size", 1), ("n_sink", 0), ("n_recent", 0)):
+            number = getattr(self, name)
+            if number is None and name != "n_recent":
+                continue
+            check_integer(name, number, least=least)
+            if number > MOST_TOKENS:
+                raise ValueError(f"{name} must be at most {MOST_TOKENS}, got {number}")
         self.value()
 
     def value(self) -> Method:
@@ -101,22 +109,25 @@ def settings_of(vllm_config: Any) -> Settings | None:
         text = os.environ.get("KVCLUSTER_VLLM", "")
         if not text:
             return None
-        try:
-            asked = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"KVCLUSTER_VLLM must be JSON, got {text!r}") from error
+        asked = json_of(text, "KVCLUSTER_VLLM")
+    check_plain(asked, "kvcluster")
     known = [field.name for field in fields(Settings)]
     if isinstance(asked, dict) and "profile" in asked:
         raise ValueError(
             "profile must be absent in vLLM, whose pages hold as many entries of each layer and KV head (shares of "
-            f"their own would leave holes): give keep_ratio, for all heads, got {asked['profile']!r}"
+            f"their own would leave holes): give keep_ratio, for all heads, got {shown(asked['profile'])}"
         )
     if not isinstance(asked, dict) or "keep_ratio" not in asked:
-        raise ValueError(f"kvcluster must be a mapping with keep_ratio and maybe {', '.join(known[1:])}, got {asked!r}")
+        raise ValueError(
+            f"kvcluster must be a mapping with keep_ratio and maybe {', '.join(known[1:])}, got {shown(asked)}"
+        )
     for name in asked:
         if name not in known:
-            raise ValueError(f"kvcluster must have parameters among {', '.join(known)}, got {name!r}")
-    return Settings(**asked)
+            raise ValueError(f"kvcluster must have parameters among {', '.join(known)}, got {shown(name)}")
+    try:
+        return Settings(**asked)
+    except TypeError as error:  # a value of another kind
+        raise ValueError(f"kvcluster: {error}") from error
 
 
 def check_engine(vllm_config: Any) -> None:

