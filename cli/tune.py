@@ -34,28 +34,28 @@ def tune(
             help="Parts of its tokens that a head alone keeps by the rule direct. [default: 0.02 to 0.7, six]"
         ),
     ] = None,
+    bits: Annotated[bool, typer.Option(help="Find which number of bits loses least at equal bytes, too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
 ) -> None:
     """Find how a model's KV heads should share what is kept, and which should rather keep every token.
 
     By what the model looks back at when it reads a text again, or directly: by what is lost when one head alone is
-    compressed, and when it alone is not. About a minute a context for SmolLM2-135M on one core. The result is for
+    compressed, and when it alone is not. Then at equal bytes: fewer entries, or fewer bits? The result is for
     profile=FILE of ClusteredCache.for_model, for kvcluster eval --profile FILE and for whole_heads_of(FILE, model).
     """
     try:
         from kvcluster.evaluation.demo.figure import check_figure_path
-        from kvcluster.evaluation.errors import UnusableInputError
         from kvcluster.evaluation.tuning.run import Settings, run_tune
     except ModuleNotFoundError as error:
         fail("tune", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
-    check_places("tune", json, None)
+    check_places(json, None)
     of_direct = None if parts is None else tuple(number("tune", "parts", part, float) for part in items(parts))
     source = None if text is None else str(text)
-    settings = Settings(model, source, n_contexts=contexts, n_tokens=tokens, rule=rule, parts=of_direct)
+    settings = Settings(model, source, n_contexts=contexts, n_tokens=tokens, rule=rule, parts=of_direct, with_bits=bits)
     try:
         if figure is not None:
             check_figure_path(figure)
         run_tune(settings, json_path=json, figure=figure, threads=threads)
-    except (UnusableInputError, ValueError) as error:
+    except ValueError as error:
         fail("tune", str(error))

@@ -7,7 +7,6 @@ order, of which the published method keeps the first heads whole, follows from t
 turn is the only whole one. All of it is our choice.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,9 @@ from jaxtyping import Float
 
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache
 
-from ..quality.cases import Case
-from ..quality.reading import Context
-from ..quality.scoring import fill, following_nll, score_needles
 from .shares import N_RECENT, N_SINK
 
-__all__ = ["PARTS", "RATIO", "best_shares", "check_parts", "loss_of", "only_one", "only_whole", "order_by_worth"]
+__all__ = ["PARTS", "RATIO", "best_shares", "check_parts", "only_one", "only_whole", "order_by_worth"]
 
 PARTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the tokens of the head that is compressed
 STEPS = 100  # of a share
@@ -51,19 +47,6 @@ def only_whole(model: Any, layer: int, head: int) -> ChelseaCache:
     must stay exact, and one entry.
     """
     return ChelseaCache.for_model(model, ratio=RATIO, max_new_tokens=0, whole_heads=[(layer, head)])
-
-
-def loss_of(model: Any, context: Context, case: Case, cache: Any | None) -> float:
-    """Nats a token of what follows, plus nats a token of the answers, after `case` in `cache`; None: a full one."""
-    cache = context.full if cache is None else fill(cache, context.full)
-    answers = score_needles(model, cache, case.needles, nbytes=sum(nbytes_of(layer) for layer in context.full.layers))
-    nats = [nll for answer in answers for nll in answer.nll]
-    following = following_nll(model, cache, case.following)
-    return math.fsum(following) / len(following) + math.fsum(nats) / len(nats)
-
-
-def nbytes_of(layer: Any) -> int:
-    return int(layer.keys.nbytes + layer.values.nbytes)
 
 
 def best_shares(losses: Float[np.ndarray, "heads parts"], parts: Sequence[float], keep: float) -> list[float]:

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from kvcluster.fast.huggingface.profiles import n_whole_by_default
 
 from ..colours import BLACK, BLUE, GREY, ORANGE, VERMILION
+from ..places import writing
 
 __all__ = ["draw_losses", "draw_shares"]
 
@@ -49,7 +50,8 @@ def draw_shares(
         axis.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=colour, linewidth=width))
     axis.set_xticks(range(n_layers), [str(layer) for layer in layers])
     axis.set_yticks(range(kv_heads))
-    axis.set(xlabel="layer", ylabel="KV head", title=f"{name}: which heads look far back?")
+    axis.set(xlabel="layer", ylabel="KV head")
+    axis.set_title(f"{name}: which heads look far back?", parse_math=False)
     outlined = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=VERMILION, linewidth=2.5)]
     labels = [f"the first 4 %, at least one: {n_first} of {len(heads)} heads"]
     if n_wider > n_first:
@@ -58,7 +60,8 @@ def draw_shares(
     figure.legend(outlined, labels, loc="outside lower center", ncols=2, frameon=False)
     bar = figure.colorbar(image, ax=axis, orientation="horizontal", location="top", aspect=60, shrink=0.8)
     bar.set_label("share of the text's tokens that the head looks back at when it repeats the text")
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -98,6 +101,7 @@ def draw_losses(
     for axis in (left, right):
         axis.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.suptitle(f"{name}: which heads need their tokens?")
-    figure.savefig(path, dpi=110)
+    figure.suptitle(f"{name}: which heads need their tokens?", parse_math=False)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,16 @@ from torch import Tensor
 from kvcluster.fast.huggingface.saving import fingerprint
 
 from ..layers import full_layers
-from ..quality.cases import Case
-from ..quality.needles import needle_cases
-from ..quality.reading import Context
 from ..runs import Runs
 from ..texts import encode, opening, span
-from .direct import PARTS, RATIO, best_shares, loss_of, only_one, only_whole, order_by_worth
+from .direct import PARTS, RATIO, best_shares, only_one, only_whole, order_by_worth
+from .losses import Losses, loss_cases
 from .second_reading import N_PIECE, pieces_to_repeat, second_reading
 from .shares import KEEP, KEEPS, N_RECENT, N_SINK, head_shares, order_heads
 
 __all__ = ["RULES", "rule_for"]
 
 MOST_DIRECT = 8  # heads that are compressed one by one: what that takes grows with them
-N_NEEDLES, TOKENS_A_NEEDLE = 12, 300
-N_FOLLOWING = 256  # tokens
 
 
 def rule_for(model: Any, rule: str) -> str:
@@ -100,40 +96,21 @@ def by_direct(
 
     Both are means over contexts. `parts`, ascending in (0, 1), are those of its tokens that a head alone keeps.
     """
-    tokens, (layers, kv_heads) = encode(tokenizer, text), full_layers(model)
+    layers, kv_heads = full_layers(model)
     heads = [(layer, head) for layer in layers for head in range(kv_heads)]
-    n_needles = max(1, min(N_NEEDLES, n_tokens // TOKENS_A_NEEDLE))
-    sizes: dict[str, Any] = {"n_contexts": n_contexts, "n_needles": n_needles, "n_following": N_FOLLOWING}
-    cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], **sizes)
-    rule = {"n_sink": N_SINK, "n_recent": N_RECENT, "model": fingerprint(model)["weights"]}
-    n_runs = 1 + len(heads) * (len(parts) + 1)
-    task = progress.add_task("Heads compressed, and whole, alone", total=len(cases) * n_runs)
+    cases = loss_cases(tokenizer, text, n_contexts=n_contexts, n_tokens=n_tokens)
+    task = progress.add_task("Heads compressed, and whole, alone", total=len(cases) * len(heads) * (len(parts) + 1))
     losses, losses_whole, seconds = [], [], []
     for case in cases:
-        context = Context(model, case.tokens)
-
-        def loss(own: dict[str, Any], make: Callable[[], Any], case: Case = case, context: Context = context) -> float:
-            key = rule | {"case": case.fingerprint} | own
-            run = runs.found(key)
-            if run is None:
-                begun = time.perf_counter()
-                found = {"key": key, "loss": round(loss_of(model, context, case, make()), 6)}
-                run = runs.add(found | {"seconds": round(time.perf_counter() - begun, 1)})
-            seconds.append(run["seconds"])
-            progress.advance(task)
-            return float(run["loss"])
-
-        full = loss({"head": None, "part": 1.0}, lambda: None)
+        of_case = Losses(model, case, runs, lambda: progress.advance(task))
         curves, whole = [], []
         for head in heads:
-            keeps_part = [
-                loss({"head": list(head), "part": part}, partial(only_one, model, *head, part)) for part in parts
-            ]
-            curves.append([round(each - full, 6) for each in keeps_part])
-            is_whole = loss({"whole": list(head), "ratio": RATIO}, partial(only_whole, model, *head))
-            whole.append(round(is_whole - full, 6))
+            options = [({"head": list(head), "part": part}, partial(only_one, model, *head, part)) for part in parts]
+            curves.append([of_case.over_full(*option) for option in options])
+            whole.append(of_case.over_full({"whole": list(head), "ratio": RATIO}, partial(only_whole, model, *head)))
         losses.append(curves)
         losses_whole.append(whole)
+        seconds += of_case.seconds
     mean, mean_whole = np.array(losses).mean(axis=0), np.array(losses_whole).mean(axis=0)
     shares = torch.tensor([best_shares(mean, parts, keep) for keep in KEEPS]).reshape(len(KEEPS), len(layers), kv_heads)
     return {

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvcluster.fast.huggingface.bytes_ratio import BITS
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
-from kvcluster.fast.huggingface.profiles import n_whole_by_default
+from kvcluster.fast.huggingface.profiles import Profile, n_whole_by_default
 from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 
 from ..machine import describe
 from ..models import load_model
+from ..places import writing
 from ..runs import Runs
 from ..texts import built_in_text, read_text
+from .bits import best_bits
 from .direct import RATIO, check_parts
 from .figure import draw_losses, draw_shares
 from .rules import RULES, rule_for
@@ -39,7 +43,7 @@ BARS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Tim
 class Settings:
     """What the user asked for; see the options of the command. `text` is a name, None for the built-in text.
 
-    `parts` are for the direct rule alone, None for its own.
+    `parts` are for the direct rule alone, None for its own; `with_bits` asks for the bits at each number of bytes too.
     """
 
     model: str
@@ -48,6 +52,7 @@ class Settings:
     n_tokens: int
     rule: str = "auto"
     parts: tuple[float, ...] | None = None
+    with_bits: bool = True
 
 
 def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None, threads: int | None) -> None:
@@ -63,11 +68,12 @@ def run_tune(settings: Settings, *, json_path: Path | None, figure: Path | None,
     print_result(console, result)
     if json_path is not None:
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in result.items()]
-        json_path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        console.print(f"Written: {json_path}", highlight=False, soft_wrap=True)
+        with writing(json_path):
+            json_path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        console.print(f"Written: {escape(str(json_path))}", highlight=False, soft_wrap=True)
     if figure is not None:
         draw(figure, result)
-        console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
+        console.print(f"Figure: {escape(str(figure))}", highlight=False, soft_wrap=True)
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
@@ -103,11 +109,13 @@ def tune(model: Any, tokenizer: Any, text: str, settings: Settings, runs: Runs, 
     model_fields = fingerprint(model)
     measured = RULES[rule](model, tokenizer, text, runs, progress, **sizes)
     own_settings = {"n_sink": N_SINK, "n_recent": N_RECENT, "part": "tuning"}
+    result = {"name": Path(str(model.config.name_or_path)).name, "rule": rule, **measured, "weights": weights}
+    if settings.with_bits:
+        sizes.pop("parts", None)
+        profile = Profile.of(json.loads(json.dumps(result)))  # as it will be read
+        result |= best_bits(model, tokenizer, text, profile, runs, progress, **sizes)
     return {
-        "name": Path(str(model.config.name_or_path)).name,
-        "rule": rule,
-        **measured,
-        "weights": weights,
+        **result,
         "model": model_fields,
         "settings": asdict(settings) | own_settings | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()},
         "command": command(settings),
@@ -122,12 +130,31 @@ def command(settings: Settings) -> str:
     sizes = ["--contexts", str(settings.n_contexts), "--tokens", str(settings.n_tokens)]
     rule = [] if settings.rule == "auto" else ["--rule", settings.rule]
     parts = [] if settings.parts is None else ["--parts", ",".join(map(str, settings.parts))]
-    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes, *rule, *parts])
+    bits = [] if settings.with_bits else ["--no-bits"]
+    return shlex.join(["kvcluster", "tune", settings.model, *text, *sizes, *rule, *parts, *bits])
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
-    """A table of heads and what it means."""
+    """A table of heads, one of bits, and what they mean."""
     (print_shares if result["rule"] == "reading" else print_losses)(console, result)
+    if "bits" in result:
+        print_bits(console, result["bits"])
+
+
+def print_bits(console: Console, found: list[dict[str, Any]]) -> None:
+    """What is lost in each number of bits at equal bytes."""
+    table = Table(title="What is lost at equal bytes (nats a token)")
+    for column in ("bytes / 16 bits", *(f"{bits} bits" for bits in BITS), "least"):
+        table.add_column(column, justify="right")
+    for at in found:
+        losses = [f"{at['losses'][str(bits)]:.3f}" if str(bits) in at["losses"] else "" for bits in BITS]
+        table.add_row(f"{at['bytes_ratio']:g}", *losses, str(at["bits"]))
+    console.print(table)
+    console.print(
+        "Bytes: of clustered entries over those of all their tokens in 16 bits; fewer bits buy more entries, shared "
+        "out as above. Empty: all tokens fit in more bits.",
+        highlight=False,
+    )
 
 
 def print_losses(console: Console, result: dict[str, Any]) -> None:

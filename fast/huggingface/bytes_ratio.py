@@ -7,13 +7,16 @@ of bits should go is our choice, from what two models keep at equal bytes: see d
 from numbers import Real
 from typing import Any
 
-from ..exact.quantization import GROUP
+from ..exact.quantization import GROUP, PLANES
+from .profiles import Profile
 
-__all__ = ["N_EXACT", "chosen_for_bytes", "share_of_bytes"]
+__all__ = ["BITS", "N_EXACT", "chosen_for_bytes", "head_dim", "share_of_bytes"]
 
+BITS = tuple(PLANES)  # from the most
 N_EXACT = 32  # last tokens, which are exact
 COUNT_BITS = 16  # of an entry
-# Bits, and the smallest part of the tokens that they are used for; below it fewer bits keep more tokens instead.
+# Bits, and the smallest part of the tokens that they are used for where no profile says more; below it fewer bits keep
+# more tokens instead.
 LEAST_KEPT = {8: 1.0, 4: 0.14, 3: 0.0}
 
 
@@ -27,8 +30,18 @@ def share_of_bytes(bits: int, dim: int, itemsize: int) -> float:
     return (2 * dim * of_number + COUNT_BITS) / (2 * dim * 8 * itemsize)
 
 
-def chosen_for_bytes(bytes_ratio: float, config: Any, itemsize: int) -> tuple[float, int]:
+def head_dim(config: Any) -> int:
+    """Features of a key."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def chosen_for_bytes(
+    bytes_ratio: float, config: Any, itemsize: int, profile: Profile | None = None
+) -> tuple[float, int]:
     """`keep_ratio` and `bits` for clustered entries that take `bytes_ratio` of what all their tokens would take.
+
+    Fewest bits are those that `profile` has found at so many bytes, or that two models favour; more are taken if all
+    tokens fit.
 
     Raises
     ------
@@ -38,8 +51,10 @@ def chosen_for_bytes(bytes_ratio: float, config: Any, itemsize: int) -> tuple[fl
         raise TypeError(f"bytes_ratio must be a number, got {bytes_ratio!r}")
     if not 0 < bytes_ratio < 1:
         raise ValueError(f"bytes_ratio must be in (0, 1), got {bytes_ratio}")
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for bits, least in LEAST_KEPT.items():
+    dim = head_dim(config)
+    found = None if profile is None else profile.bits_at(float(bytes_ratio) * itemsize / 2)
+    least_kept = LEAST_KEPT if found is None else {bits: 0.0 if bits == found else 1.0 for bits in BITS}
+    for bits, least in least_kept.items():
         kept = float(bytes_ratio) / share_of_bytes(bits, dim, itemsize)
         if kept >= least:
             return min(1.0, kept), bits

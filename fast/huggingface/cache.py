@@ -16,11 +16,12 @@ from ..ragged_cache import RaggedCache
 from ..recent_queries import needs_queries
 from .bytes_ratio import N_EXACT, chosen_for_bytes
 from .entry_layer import ClusteredLayer
-from .head_pairs import HeadPairs
+from .head_pairs import HeadPairs, is_sharded
 from .hooks import ModelHooks, check_model
 from .layer_choices import N_RECENT, NEEDED_FOR_QUERIES, choose_layers
-from .layers import ModelCache, layers_of_model
-from .profiles import Profile
+from .layers import layers_of_model
+from .model_cache import ModelCache
+from .profiles import Profile, profile_for
 
 __all__ = ["ClusteredCache"]
 
@@ -70,8 +71,9 @@ class ClusteredCache(ModelCache):
             `sdpa` or `eager` attention.
         keep_ratio : entries kept / tokens of what is clustered; 1 by default if there is a budget.
         bytes_ratio : in place of `keep_ratio` and `bits`, the memory that clustered entries take over what their tokens
-            would take in the dtype of the model: `chosen_for_bytes` says which bits and how many entries that is, and
-            `report` what has been chosen. `n_exact` is then 32 if it can be, unless it is given.
+            would take in the dtype of the model: the profile says with which bits least is lost, without one
+            `chosen_for_bytes`, and `report` what has been chosen. `n_exact` is then 32 if it can be, unless it is
+            given.
         budget : the most entries that a KV head stores between two calls, sinks and recent tokens included. As tokens
             come, clusters are merged further. Without it entries grow with the tokens. Needs
             `method=SoftMatching()`.
@@ -124,7 +126,8 @@ class ClusteredCache(ModelCache):
             if keep_ratio is not None or budget is not None or bits != 16:
                 raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
             dtype: Any = model.dtype
-            keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, dtype.itemsize)
+            found = None if is_sharded(model) else profile_for(model, profile)
+            keep_ratio, bits = chosen_for_bytes(bytes_ratio, config, dtype.itemsize, found)
             if n_exact is None and chunk_size % GROUP == 0:
                 n_exact = min(N_EXACT, N_RECENT if n_recent is None else n_recent)
         given: dict[str, Any] = {"keep_ratio": keep_ratio, "budget": budget, "n_dense_layers": n_dense_layers}

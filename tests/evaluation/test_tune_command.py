@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from kvcluster.cli import app
 from kvcluster.evaluation.models import load_llama
+from kvcluster.evaluation.pages import fill
 from kvcluster.evaluation.runs import Runs
-from kvcluster.evaluation.tuning import rules, run
+from kvcluster.evaluation.tuning import losses, rules, run
 from kvcluster.evaluation.tuning.direct import PARTS, RATIO, best_shares, only_whole, order_by_worth
 from kvcluster.fast.huggingface import ChelseaCache, ClusteredCache, Profile, whole_heads_of
 
-SIZE = ["--tokens", 500, "--contexts", 2, "--threads", 1]
+SIZE = ["--tokens", 500, "--contexts", 2, "--threads", 1, "--no-bits"]  # which are in test_tune_bits.py
 READING = [*SIZE, "--rule", "reading"]
 
 
@@ -97,10 +98,10 @@ def png_size(path):
     return struct.unpack(">II", path.read_bytes()[16:24])
 
 
-@pytest.mark.parametrize(("rule", "part"), [("reading", "second_reading"), ("direct", "loss_of")])
+@pytest.mark.parametrize(("rule", "part"), [("reading", (rules, "second_reading")), ("direct", (losses, "loss_of"))])
 def test_a_killed_run_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatch, rule, part):
     given = [llama, "--text", text, *SIZE, "--rule", rule, "--json", tmp_path / "made.json"]
-    calls, whole = [], getattr(rules, part)
+    calls, whole = [], getattr(*part)
 
     def killed_at_the_second(*arguments, **options):
         calls.append(arguments)
@@ -108,7 +109,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(rules, part, killed_at_the_second)
+    monkeypatch.setattr(*part, killed_at_the_second)
     CliRunner().invoke(app, ["tune", *map(str, given)])
     assert not (tmp_path / "made.json").exists()
     with (tmp_path / "made.runs.jsonl").open("a") as file:
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if len(model[2]) < 4])
 def test_every_family_is_tuned_at_the_layers_that_attend_to_everything(name, rule):
     model, sliding = tiny(name)
-    settings = run.Settings(name, None, n_contexts=2, n_tokens=300, rule=rule)
+    settings = run.Settings(name, None, n_contexts=2, n_tokens=300, rule=rule, with_bits=False)
     with Progress(disable=True) as progress:
         result = run.tune(model, character_tokenizer(), short_text(), settings, Runs(), progress)
     assert result["layers"] == [layer for layer in range(4) if layer not in sliding]
@@ -164,12 +165,12 @@ def test_the_best_shares_are_those_of_every_way_to_share():
 
 def test_the_parts_of_the_direct_rule_can_be_chosen(llama, text, tmp_path):
     made = tmp_path / "made.json"
-    given = [llama, "--text", text, "--tokens", 500, "--contexts", 1, "--threads", 1]
+    given = [llama, "--text", text, "--tokens", 500, "--contexts", 1, "--threads", 1, "--no-bits"]
     assert tuned(*given, "--parts", "0.3, 0.6", "--json", made).exit_code == 0
     chosen = json.loads(made.read_text())
     assert chosen["parts"] == [0.3, 0.6]
     assert np.array(chosen["losses"]).shape == (3, 2, 2)
-    assert shlex.split(chosen["command"])[-2:] == ["--parts", "0.3,0.6"]
+    assert shlex.split(chosen["command"])[-3:] == ["--parts", "0.3,0.6", "--no-bits"]
     n_runs = len(Runs(made.with_suffix(".runs.jsonl")).all)
     assert n_runs == 1 + 6 * (2 + 1)
     assert tuned(*given, "--parts", "0.3,0.6,0.9", "--json", made).exit_code == 0
@@ -230,10 +231,11 @@ def test_without_torch_it_says_what_to_install():
 
 
 def test_what_ships_is_what_was_measured():
-    from benchmarks.tuning.run import RESULTS, SHIPPED, shipped
+    from benchmarks.tuning.run import PAGE, RESULTS, SHIPPED, bits_tables, shipped
 
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     assert SHIPPED.read_text() == shipped(results)
+    assert PAGE.read_text() == fill(PAGE.read_text(), bits_tables(results))
     [direct] = [result for result in results if result["rule"] == "direct"]
     heads = [(layer, head) for layer in direct["layers"] for head in range(len(direct["losses_whole"][0]))]
     assert order_by_worth(np.ravel(direct["losses_whole"]), heads) == [tuple(pair) for pair in direct["heads"]]
