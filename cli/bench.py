@@ -26,7 +26,7 @@ def bench(
     except ModuleNotFoundError as error:
         fail("bench", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
-    check_places("bench", json, figures)
+    check_places(json, figures)
     chosen = {part.strip() for part in only.split(",")}
     if not chosen <= set("12345"):
         fail("bench", f"only must be numbers from 1 to 5, got {only}")

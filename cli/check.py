@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .refusing import check_places, fail
+
 __all__ = ["check"]
 
 
@@ -28,7 +30,9 @@ def check(
     try:
         from kvcluster.conformance.commands import CannotRun, check_and_show, write_scaffold
     except ModuleNotFoundError as error:
-        raise fail(f"{error.name} is not installed: pip install 'kvcluster[oracle]'") from error
+        fail("check", f"{error.name} is not installed: pip install 'kvcluster[oracle]'")
+    check_places(json_file, None)
+    check_places(junit, None)
     try:
         if scaffold:
             write_scaffold(target)
@@ -42,11 +46,5 @@ def check(
             junit_file=junit,
         )
     except CannotRun as error:
-        raise fail(str(error)) from error
+        fail("check", str(error))
     raise typer.Exit(0 if agrees else 1)
-
-
-def fail(message: str) -> typer.Exit:
-    """One line on standard error, exit code 2."""
-    typer.echo(f"kvcluster check: {message}", err=True)
-    return typer.Exit(2)

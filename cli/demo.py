@@ -27,12 +27,6 @@ def demo(
         from kvcluster.evaluation.demo.run import run_demo
     except ModuleNotFoundError as error:
         fail("demo", f"{error.name} is not installed; the demo needs: pip install 'kvcluster[hf]'")
-    from kvcluster.evaluation.errors import UnusableInputError
 
-    try:
-        agrees = run_demo(
-            model, text, keep_ratio=keep_ratio, chunk_size=chunk_size, n_context=tokens, figure_path=figure
-        )
-    except UnusableInputError as error:
-        fail("demo", str(error))
+    agrees = run_demo(model, text, keep_ratio=keep_ratio, chunk_size=chunk_size, n_context=tokens, figure_path=figure)
     raise typer.Exit(0 if agrees else 1)

@@ -61,12 +61,11 @@ def evaluate(
     first token of an answer comes from the exact prefill then, all others from the compressed cache.
     """
     try:
-        from kvcluster.evaluation.errors import UnusableInputError
         from kvcluster.evaluation.quality.evaluate import Settings, run_eval
     except ModuleNotFoundError as error:
         fail("eval", f"{error.name} is not installed: pip install 'kvcluster[hf]'")
 
-    check_places("eval", json, figures)
+    check_places(json, figures)
     for path in (longbench, ruler_files):
         if path is not None and not path.is_dir():
             fail("eval", f"{path} must be a folder that exists")
@@ -90,5 +89,5 @@ def evaluate(
     )
     try:
         run_eval(settings, json_path=json, figures=figures, threads=threads)
-    except (UnusableInputError, ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError) as error:
         fail("eval", str(error))

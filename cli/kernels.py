@@ -2,7 +2,7 @@
 
 import os
 
-import typer
+from .refusing import fail
 
 __all__ = ["kernels"]
 
@@ -17,8 +17,7 @@ def kernels() -> None:
     try:
         from kvcluster.fast.kernels.ahead_of_time import KERNELS, TARGETS, TYPES, compile_all
     except ModuleNotFoundError as error:
-        typer.echo(f"kvcluster kernels: {error.name} is not installed: pip install 'kvcluster[fast]'", err=True)
-        raise typer.Exit(2) from error
+        fail("kernels", f"{error.name} is not installed: pip install 'kvcluster[fast]'")
 
     console = Console()
     table = Table(title="Triton kernels, compiled ahead of time; none has run on a GPU here")

@@ -1,21 +1,21 @@
 """How a command says that it cannot do what was asked: one line on standard error, exit code 2."""
 
 from pathlib import Path
-from typing import NoReturn
 
-import typer
+from kvcluster.evaluation.commands import fail
+from kvcluster.evaluation.places import check_file, check_folder
 
 __all__ = ["check_places", "fail"]
 
 
-def fail(command: str, message: str) -> NoReturn:
-    typer.echo(f"kvcluster {command}: {message}", err=True)
-    raise typer.Exit(2)
+def check_places(json: Path | None, figures: Path | None) -> None:
+    """Refuse places that results cannot be written to, before there are any.
 
-
-def check_places(command: str, json: Path | None, figures: Path | None) -> None:
-    """Fail unless results can be written to these places."""
-    if json is not None and not json.absolute().parent.is_dir():
-        fail(command, f"{json} must be a file in an existing folder")
-    if figures is not None and not figures.is_dir():
-        fail(command, f"{figures} must be a folder that exists")
+    Raises
+    ------
+    UnusableInputError : which of them, and why; what the command ends with.
+    """
+    if json is not None:
+        check_file(json)
+    if figures is not None:
+        check_folder(figures)

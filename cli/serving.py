@@ -19,15 +19,18 @@ def serve_demo(
 ) -> None:
     """Serve conversations by vLLM on this machine, stock and then clustered, and compare what the pool held.
 
-    Needs the environment that `make vllm` makes. Listens on loopback only.
+    Needs the environment that `make vllm` makes. Its servers listen on a socket that only this user can open,
+    and to a key of their own.
     """
     for name in ("vllm", "openai"):
         if importlib.util.find_spec(name) is None:
             fail("serve-demo", f"{name} is not installed; run it as make serve-demo")
+    import openai
+
     from kvcluster.evaluation.serving.run import run_demo
     from kvcluster.evaluation.serving.server import ServerFailedError
 
     try:
         run_demo(keep_ratio=keep_ratio, n_conversations=conversations, n_text=tokens, n_new=answer, n_blocks=blocks)
-    except (ServerFailedError, FileNotFoundError, ValueError) as error:
+    except (ServerFailedError, openai.APIError, ValueError) as error:
         fail("serve-demo", str(error))

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .refusing import fail
+
 __all__ = ["vectors"]
 
 
@@ -21,13 +23,7 @@ def vectors(
 
         is_right = write_or_verify(folder, seed=seed, is_verified=verify)
     except ModuleNotFoundError as error:
-        raise fail(f"{error.name} is not installed: pip install 'kvcluster[oracle]'") from error
-    except (OSError, ValueError) as error:
-        raise fail(str(error)) from error
+        fail("vectors", f"{error.name} is not installed: pip install 'kvcluster[oracle]'")
+    except ValueError as error:
+        fail("vectors", str(error))
     raise typer.Exit(0 if is_right else 1)
-
-
-def fail(message: str) -> typer.Exit:
-    """One line on standard error, exit code 2."""
-    typer.echo(f"kvcluster vectors: {message}", err=True)
-    return typer.Exit(2)

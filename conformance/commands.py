@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -70,7 +71,7 @@ def write_scaffold(target: str) -> None:
         raise CannotRun(f"TARGET must be a new .py file for --scaffold, got {target!r}")
     write(path, scaffold(target))
     Console(width=None if sys.stdout.isatty() else 120).print(
-        f"{target} written: fill it in, then run kvcluster check {target}"
+        escape(f"{target} written: fill it in, then run kvcluster check {target}")
     )
 
 
@@ -110,7 +111,7 @@ def table_of(folder: Path, numbers: dict[str, int]) -> Table:
     """Cases and bytes of every operation."""
     paths = [folder / f"{operation}.safetensors" for operation in numbers]
     sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
-    table = Table(title=f"Test vectors in {folder}", show_footer=True)
+    table = Table(title=escape(f"Test vectors in {folder}"), show_footer=True)
     table.add_column("operation", footer="all")
     table.add_column("cases", justify="right", footer=f"{sum(numbers.values()):,}")
     table.add_column("bytes", justify="right", footer=f"{sum(sizes):,}")
@@ -122,13 +123,13 @@ def table_of(folder: Path, numbers: dict[str, int]) -> Table:
 def loaded(target: str) -> Implementation:
     try:
         return load_implementation(target)
-    except Exception as error:  # whatever a module raises when it is imported
+    except (Exception, SystemExit) as error:  # whatever a module raises when it is imported
         raise CannotRun(f"{target} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def write(path: Path, text: str) -> None:
     """A file that cannot be written must not look like an implementation that differs."""
     try:
-        path.write_text(text)
+        path.write_text(text, "utf-8", "backslashreplace")  # names of files need not be characters
     except OSError as error:
         raise CannotRun(f"{path} cannot be written: {error.strerror}") from error

@@ -40,7 +40,7 @@ def run(port: Port, case: Case) -> Outcome:
     operation = OPERATIONS[case.operation]
     try:
         return Outcome(operation.call(operation, port, case))
-    except Exception as error:  # whatever an unknown implementation raises is reported and does not stop the suite
+    except (Exception, SystemExit) as error:  # whatever an unknown implementation raises is reported
         return Outcome({}, error)
 
 

@@ -17,7 +17,7 @@ class Outcome(NamedTuple):
     """What a call gave: arrays by name, or the exception that it raised."""
 
     arrays: dict[str, np.ndarray]
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Port:

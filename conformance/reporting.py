@@ -5,6 +5,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +21,7 @@ COLOURS = {"agrees": "green", "differs": "red", "not checked": "dim"}
 
 def show(console: Console, report: Report) -> None:
     """A table, then a panel for each operation that differs."""
-    table = Table(title=f"{report.implementation} against the reference ({report.seconds:.1f} s)")
+    table = Table(title=escape(f"{report.implementation} against the reference ({report.seconds:.1f} s)"))
     for column in ("operation", "cases", "differ", "not put to it", "verdict"):
         table.add_column(column, justify="right" if column in ("cases", "differ") else "left")
     for result in report.operations:

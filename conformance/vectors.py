@@ -28,6 +28,7 @@ __all__ = ["verify_vectors", "write_vectors"]
 
 FORMAT = {"format": "kvcluster vectors", "arithmetic_contract": 1}
 MANIFEST = "manifest.json"
+NAMES = ("operation", "name")  # of a case
 STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int64": "I64"}
 
 
@@ -80,7 +81,7 @@ def verify_vectors(folder: str | Path, on_case: Callable[[Case], None] | None = 
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    listed = {(case.get("operation"), case.get("name")): case for case in manifest["cases"]}
+    listed = {tuple(case[name] for name in NAMES): case for case in manifest["cases"]}
     differences = []
     for operation, arrays, cases in contents(manifest["seed"], on_case):
         for case in cases:
@@ -209,8 +210,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         stated = {name: manifest[name] for name in FORMAT}
         is_whole = isinstance(manifest["seed"], int) and isinstance(manifest["files"], dict)
-        is_whole = is_whole and all(isinstance(case, dict) for case in manifest["cases"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        is_whole = is_whole and all(isinstance(case[name], str) for case in manifest["cases"] for name in NAMES)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:  # no file; no JSON; other JSON
         raise ValueError(f"folder must hold the {MANIFEST} of vectors, got {folder} ({error!r})") from error
     if stated != FORMAT or not is_whole:
         raise ValueError(f"{MANIFEST} must say {FORMAT}, with seed, files and cases, got {stated}")

@@ -5,9 +5,15 @@ condensed to sums of each context, which is all that intervals need.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from kvcluster.fast.outside import json_of, shown
+
+from .errors import UnusableInputError
+from .places import writing
 
 __all__ = ["N_DEPTHS", "Runs", "condense", "needle_sums", "stored_sums", "total"]
 
@@ -27,22 +33,25 @@ class Runs:
         self.all: list[Run] = []
         if path is None or not path.exists():
             return
+        if not path.is_file():
+            raise UnusableInputError(f"{path} must be a file of results, got a folder or a device")
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode().split("\n")[:-1], 1):
-            try:
-                self.all.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} must be a result as JSON, got: {error}") from error
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            run = json_of(line.decode(errors="replace"), f"{path}:{number}")
+            if not isinstance(run, dict) or not isinstance(run.get("key"), dict):
+                raise UnusableInputError(f"{path}:{number} must be a result, an object with a key, got {shown(run)}")
+            self.all.append(run)
         if len(whole) < len(content):
-            path.write_bytes(whole)
+            with writing(path):
+                os.truncate(path, len(whole))  # not written anew: a killed process would lose them all
 
     def add(self, run: Run) -> Run:
         """Store a run; returns it as it is stored."""
         stored = self.form(run)
         self.all.append(stored)
         if self.path is not None:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(stored, allow_nan=False, separators=(",", ":")) + "\n")
         return stored
 

@@ -1,5 +1,6 @@
 """`python -m kvcluster.theory`: every claim, its check, the verdict; and the figures."""
 
+import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from kvcluster.evaluation.commands import Command, fail, run
+from kvcluster.evaluation.places import check_folder
+
 from .catalogue import CLAIMS
 from .claims import Check, Claim, NotInstalledError
 from .real_cache import MODEL
@@ -21,7 +25,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command("theory", cls=Command)
 def main(
     claim: Annotated[str | None, typer.Option(help="Check this claim only, such as M5.", metavar="N")] = None,
     figures: Annotated[Path | None, typer.Option(help="Draw the figures into this folder.", metavar="DIR")] = None,
@@ -34,20 +38,26 @@ def main(
     Ends with 0 if all hold, 1 if one is broken, 2 if one could not be checked because something is not installed.
     """
     chosen = chosen_claims(claim)
-    if figures is not None and not figures.is_dir():
-        raise typer.BadParameter(f"figures must be an existing folder, got {figures}")
+    if figures is not None:
+        check_folder(figures)
+        if importlib.util.find_spec("matplotlib") is None:
+            fail("theory", "matplotlib is not installed: pip install 'kvcluster[hf]'")
     if figures is not None and model != MODEL:
-        raise typer.BadParameter(f"model must be {MODEL} with figures, which show no other, got {model}")
+        fail("theory", f"model must be {MODEL} with figures, which show no other, got {model}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     verdicts_of = {}
-    for attacked in track(chosen, description="Check", console=Console(stderr=True), transient=True):
+    errors = Console(stderr=True)
+    for attacked in track(chosen, "Check", console=errors, transient=True, disable=not errors.is_terminal):
         verdicts_of[attacked] = attempt(attacked, model)
     console.print(table_of(verdicts_of))
     if figures is not None:
         from .figures import draw_all
 
-        for path in draw_all(figures):
-            console.print(f"Drawn: {path}", highlight=False)
+        try:
+            for path in draw_all(figures):
+                console.print(f"Drawn: {escape(str(path))}", highlight=False)
+        except NotInstalledError as error:
+            fail("theory", str(error))
     verdicts = [verdict for checks in verdicts_of.values() for verdict in checks]
     n_broken = sum(isinstance(verdict, Check) and not verdict.holds for verdict in verdicts)
     n_missing = sum(isinstance(verdict, str) for verdict in verdicts)
@@ -64,13 +74,13 @@ def chosen_claims(number: str | None) -> list[Claim]:
 
     Raises
     ------
-    typer.BadParameter : no such claim.
+    typer.Exit : no such claim.
     """
     if number is None:
         return list(CLAIMS)
     chosen = [claim for claim in CLAIMS if claim.number == number.upper()]
     if not chosen:
-        raise typer.BadParameter(f"claim must be one of {' '.join(claim.number for claim in CLAIMS)}, got {number}")
+        fail("theory", f"claim must be one of {' '.join(claim.number for claim in CLAIMS)}, got {number}")
     return chosen
 
 
@@ -111,4 +121,4 @@ def table_of(verdicts_of: dict[Claim, list[Check | str]]) -> Table:
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvcluster.evaluation.places import writing
 from kvcluster.reference import alternating_partition
 
 from .complexity import closed_forms
@@ -35,7 +36,8 @@ def draw_all(folder: Path) -> Iterator[Path]:
     for name, draw in figures.items():
         path = folder / f"{name}.png"
         figure = draw()
-        figure.savefig(path, dpi=100)
+        with writing(path):
+            figure.savefig(path, dpi=100)
         plt.close(figure)
         yield path
 

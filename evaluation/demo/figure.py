@@ -17,6 +17,7 @@ from kvcluster.reference.attention import scaled_logits, softmax
 from kvcluster.reference.clustered_attention import log_counts
 
 from ..colours import BLUE, GREY, ORANGE
+from ..places import check_file, writing
 from .oracle import NextTokenAttention
 
 __all__ = ["check_figure_path", "draw"]
@@ -33,6 +34,7 @@ def check_figure_path(path: Path) -> None:
     suffixes = sorted(f".{name}" for name in FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"figure must end in one of {' '.join(suffixes)}, got {path}")
+    check_file(path)
 
 
 def draw(
@@ -65,7 +67,8 @@ def draw(
     draw_chunk(axes[0], entries, labels[layer][head], int(before[1:-1].argmax()), words)
     draw_sizes(axes[1], entries, entries.counts[0, head].numpy())
     draw_attention(axes[2], entries, before, after)
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -117,7 +120,7 @@ def draw_chunk(axis: Axes, entries: Any, labels: np.ndarray, chunk: int, words: 
         "tokens stayed alone."
     )
     shown_words = [repr(word)[1:-1] for word in words[start : start + n_shown]]
-    axis.set_xticks(range(n_shown), shown_words, rotation=90, fontsize=7)
+    axis.set_xticks(range(n_shown), shown_words, rotation=90, fontsize=7, parse_math=False)
     axis.set_xlim(-1, n_shown)
     axis.set_yticks([])
     axis.set_xlabel(f"tokens of the text, positions {start:,} to {start + n_shown - 1:,}")

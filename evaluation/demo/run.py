@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import DynamicCache
@@ -61,8 +61,6 @@ def run_demo(
     figure_path: Path,
 ) -> bool:
     """Run, print and draw everything; whether the reference confirmed every decision and every output."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     check_arguments(keep_ratio, chunk_size, n_context, figure_path)
     text = None if text_path is None else read_text(text_path)
     console = Console()
@@ -83,7 +81,7 @@ def run_demo(
     if any(labels.size for labels in verdict.labels.values()):
         words = [tokenizer.decode([token]) for token in context[0].tolist()]
         draw(figure_path, clustered.cache, attention, verdict.labels, words)
-        console.print(f"Figure: {figure_path}", highlight=False, soft_wrap=True)
+        console.print(f"Figure: {escape(str(figure_path))}", highlight=False, soft_wrap=True)
     else:
         console.print(
             "No figure: the context is shorter than sinks, one chunk and recent tokens, so nothing was clustered"

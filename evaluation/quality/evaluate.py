@@ -17,6 +17,7 @@ from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from ..errors import UnusableInputError
 from ..machine import describe
 from ..models import load_model
+from ..places import writing
 from ..runs import Runs
 from ..texts import built_in_text, encode, read_text
 from . import METHODS, TASKS, Case, Options, needle_cases, run_all, summarize, task_case, with_profile
@@ -61,6 +62,8 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
     without = [task for task in settings.tasks if task in WITHOUT_QUESTION]
     if settings.is_question_first and without:
         raise ValueError(f"tasks must have a question where it comes first, got {', '.join(without)}")
+    if min(settings.lengths, default=0) < 1:
+        raise ValueError(f"tokens must be whole numbers of at least 1, got {settings.lengths}")
     methods = METHODS if settings.profile is None else with_profile(read_profile(settings.profile))
     pairs = check_methods((name, keep) for name in settings.methods for keep in settings.keeps)
     if threads is not None:
@@ -91,7 +94,8 @@ def run_eval(settings: Settings, *, json_path: Path | None, figures: Path | None
             "settings": written | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()},
             "summaries": summaries,
         }
-        json_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        with writing(json_path):
+            json_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     if figures is not None:
         draw(figures, results, summaries, is_question_first=settings.is_question_first)
 

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ..colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from ..places import writing
 from .methods import METHODS
 
 __all__ = ["bar_lengths", "draw_attention_errors", "draw_frontier", "draw_heat_map", "save"]
@@ -111,5 +112,6 @@ def draw_attention_errors(path: Path, summaries: list[dict[str, Any]], title: st
 
 
 def save(figure: Any, path: Path, dpi: int = 110) -> None:
-    figure.savefig(path, dpi=dpi)
+    with writing(path):
+        figure.savefig(path, dpi=dpi)
     plt.close(figure)

@@ -3,11 +3,14 @@
 Each line is split where its question begins, which the cache must not see.
 """
 
-import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..texts import encode, opening
+from kvcluster.fast.outside import json_of, shown
+
+from ..errors import UnusableInputError
+from ..texts import encode, opening, read_text
 from .cases import Case, Prompt
 
 __all__ = ["longbench_cases", "ruler_cases"]
@@ -41,6 +44,37 @@ RULER_MARKS = ("\nQuestion:", "\nWhat ")  # where the question begins: at the la
 RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # to generate, by the start of the task's name
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is a string of characters: JSON can spell half of a surrogate pair, which is none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def are_answers(value: object) -> bool:
+    return are_texts(value) and value != []
+
+
+def are_classes(value: object) -> bool:
+    return value is None or are_texts(value)
+
+
+# What a value must be, and the test of it.
+Rule = tuple[str, Callable[[object], bool]]
+TEXT: Rule = "a string", is_text
+ANSWERS: Rule = "a list of strings, at least one", are_answers
+CLASSES: Rule = "a list of strings or null", are_classes
+LENGTH: Rule = "a whole number, at least 1", is_length
+LONGBENCH_FIELDS = {"input": TEXT, "context": TEXT, "answers": ANSWERS, "all_classes": CLASSES}
+RULER_FIELDS = {"input": TEXT, "outputs": ANSWERS}
+
+
 def longbench_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int) -> list[Case]:
     """The first `n_cases` of each `<dataset>.jsonl` in `folder`; of contexts over `n_tokens` the middle is left out.
 
@@ -53,7 +87,8 @@ def longbench_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int
     ValueError : no such files; an unknown dataset; a line that is not of this format; a prompt whose question comes
         before its context.
     """
-    prompts, lengths = (known(folder, name) for name in ("dataset2prompt.json", "dataset2maxlen.json"))
+    prompts = known(folder, "dataset2prompt.json", TEXT)
+    lengths = known(folder, "dataset2maxlen.json", LENGTH)
     cases = []
     for path in files(folder):
         dataset = path.stem.removesuffix("_e")
@@ -65,18 +100,18 @@ def longbench_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int
             raise ValueError(
                 f"prompt of {dataset} must have its context before its question, got {before + mark + after!r}"
             )
-        fields = ("input", "context", "answers", "all_classes")
-        for number, line in enumerate(lines(path, fields, n_cases)):
+        for number, line in enumerate(lines(path, LONGBENCH_FIELDS, n_cases)):
             question = after.replace("{input}", line["input"])
             prompt = Prompt(
                 encode(tokenizer, question or "\n"),
                 line["answers"],
                 metric,
-                int(lengths.get(dataset, n_new)),
+                lengths.get(dataset, n_new),
                 line["all_classes"] or [],
             )
             read = encode(tokenizer, before.replace("{input}", "") + line["context"])
             context = without_middle(opening(tokenizer) + read, n_tokens)
+            check_length(context, n_tokens, f"{path}:{number + 1}")
             cases.append(Case(f"longbench {dataset}", number, context, prompts=[prompt]))
     return cases
 
@@ -93,7 +128,7 @@ def ruler_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int) ->
         task = path.parent.name if path.stem in ("validation", "test") else path.stem
         n_new = next((n for start, n in RULER_TOKENS.items() if task.startswith(start)), 128)
         metric = "match part" if task.startswith("qa") else "match all"
-        for number, line in enumerate(lines(path, ("input", "outputs"), n_cases)):
+        for number, line in enumerate(lines(path, RULER_FIELDS, n_cases)):
             text = line["input"]
             places = [text.rfind(mark) for mark in RULER_MARKS]
             start = next((place for place in places if place >= 0), -1)
@@ -102,11 +137,10 @@ def ruler_cases(tokenizer: Any, folder: Path, *, n_tokens: int, n_cases: int) ->
                     f"input must have a question, after one of {RULER_MARKS}, got none in {path}:{number + 1}"
                 )
             context = opening(tokenizer) + encode(tokenizer, text[:start])
-            if len(context) > n_tokens:
-                raise ValueError(
-                    f"context must have at most {n_tokens} tokens, got {len(context)} in {path}:{number + 1}"
-                )
-            question = encode(tokenizer, text[start:] + line.get("answer_prefix", ""))
+            check_length(context, n_tokens, f"{path}:{number + 1}")
+            prefix = line.get("answer_prefix", "")
+            check(prefix, f"{path}:{number + 1}", "answer_prefix", TEXT)
+            question = encode(tokenizer, text[start:] + prefix)
             cases.append(
                 Case(f"ruler file {task}", number, context, prompts=[Prompt(question, line["outputs"], metric, n_new)])
             )
@@ -121,25 +155,48 @@ def files(folder: Path) -> list[Path]:
     return paths
 
 
-def lines(path: Path, fields: tuple[str, ...], n_most: int) -> list[dict[str, Any]]:
+def lines(path: Path, fields: Mapping[str, Rule], n_most: int) -> list[dict[str, Any]]:
     """The first `n_most` lines, each with all of `fields`."""
     objects: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text("utf-8").rstrip("\n").split("\n")[:n_most], 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} must be JSON, got: {error}") from error
+    for number, text in enumerate(read_text(path, "file").rstrip("\n").split("\n")[:n_most], 1):
+        line = json_of(text, f"{path}:{number}")
         missing = [name for name in fields if not isinstance(line, dict) or name not in line]
         if missing:
-            raise ValueError(f"{path}:{number} must have the fields {', '.join(fields)}, got none called {missing[0]}")
+            raise UnusableInputError(
+                f"{path}:{number} must have the fields {', '.join(fields)}, got none called {missing[0]}"
+            )
+        for name, rule in fields.items():
+            check(line[name], f"{path}:{number}", name, rule)
         objects.append(line)
     return objects
 
 
-def known(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of LongBench's, if it is there."""
+def known(folder: Path, name: str, rule: Rule) -> dict[str, Any]:
+    """A JSON file of LongBench's, if it is there: an object whose values are all of one kind."""
     path = next((path for path in (folder / name, folder / "config" / name) if path.is_file()), None)
-    return {} if path is None else json.loads(path.read_text("utf-8"))
+    if path is None:
+        return {}
+    content = json_of(read_text(path, "file"), str(path))
+    if not isinstance(content, dict):
+        raise UnusableInputError(f"{path} must be an object, got {shown(content)}")
+    for dataset, value in content.items():
+        check(value, str(path), dataset, rule)
+    return content
+
+
+def check_length(context: list[int], n_most: int, where: str) -> None:
+    """Refuse a context that is empty or too long."""
+    if not context:
+        raise UnusableInputError(f"context must have a token, got none in {where}")
+    if len(context) > n_most:
+        raise UnusableInputError(f"context must have at most {n_most} tokens, got {len(context)} in {where}")
+
+
+def check(value: object, where: str, name: str, rule: Rule) -> None:
+    """Refuse what the field `name` of a file must not be."""
+    words, is_right = rule
+    if not is_right(value):
+        raise UnusableInputError(f"{name} must be {words}, got {shown(value)} in {where}")
 
 
 def without_middle(tokens: list[int], n_most: int) -> list[int]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import openai
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -80,7 +79,7 @@ def texts_of(folder: Path, number: int, length: int) -> list[str]:
     """Parts of the built-in text, one after the other."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokens = encode(tokenizer, built_in_text())
     if len(tokens) < number * length:
         raise ValueError(f"tokens * conversations must be at most {len(tokens):,}, got {number * length:,}")
@@ -103,10 +102,14 @@ async def watched(server: Server, texts: list[str], n_new: int, name: str, conso
             title = f"The first of {len(texts)} answers; {metrics['running']:.0f} run, {metrics['waiting']:.0f} wait"
             live.update(Group(progress, Panel(run.answers[0].split(END)[0], title=title, title_align="left")))
 
-        asking = asyncio.gather(*(converse(server.url, text, run, at, start) for at, text in enumerate(texts)))
-        while not asking.done():
-            show(await asyncio.to_thread(server.metrics))
-            await asyncio.sleep(WATCHED_EVERY)
+        asking = asyncio.gather(*(converse(server, text, run, at, start) for at, text in enumerate(texts)))
+        try:
+            while not asking.done():
+                show(await asyncio.to_thread(server.metrics))
+                await asyncio.sleep(WATCHED_EVERY)
+        finally:  # at Ctrl-C, or where the server fails, conversations end too
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
         await asking
         run.seconds = time.perf_counter() - start
         show(await asyncio.to_thread(server.metrics))
@@ -115,11 +118,10 @@ async def watched(server: Server, texts: list[str], n_new: int, name: str, conso
     return run
 
 
-async def converse(url: str, text: str, run: Run, at: int, start: float) -> None:
+async def converse(server: Server, text: str, run: Run, at: int, start: float) -> None:
     """One conversation: a text, a question, and the answer as it is streamed."""
     messages: Any = [{"role": "user", "content": text + QUESTION}]
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
-    async with client:
+    async with server.client() as client:
         stream = await client.chat.completions.create(
             model=NAME,
             messages=messages,

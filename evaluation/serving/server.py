@@ -1,24 +1,29 @@
-"""vLLM's OpenAI-compatible server as a process of its own, on loopback only, and what its metrics say."""
+"""vLLM's OpenAI-compatible server as a process of its own, for nobody else, and what its metrics say.
+
+It listens on a Unix socket in a folder that only this user may enter, not on a port: one that is free when it is looked
+for may be another's when the server binds it, who would then be asked, and told the key.
+"""
 
 import contextlib
 import json
 import os
 import re
+import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
+
 __all__ = ["NAME", "Server", "ServerFailedError"]
 
 NAME = "model"  # what clients call the model
-HOST = "127.0.0.1"
+URL = "http://kvcluster"  # for clients that want one; the socket is all that is connected to
 # Both cores compute, nothing is fetched, and vLLM reports its use to nobody.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -38,7 +43,7 @@ METRICS = {
 
 
 class ServerFailedError(Exception):
-    """The server ended or did not start; the message is the line that says why."""
+    """The server did not start, ended or answers no more; the message is the line that says why."""
 
 
 class Server:
@@ -51,6 +56,10 @@ class Server:
     n_blocks : blocks of its pool, each of `page` tokens.
     options : more options of the server, without their two dashes, such as `{"dtype": "bfloat16"}`.
     patience : seconds to wait for it to come up.
+
+    Attributes
+    ----------
+    key : what a client must send; new for every server, and known to the environment of its process alone.
 
     Raises
     ------
@@ -72,9 +81,11 @@ class Server:
         options: Mapping[str, Any] | None = None,
         patience: float = 300.0,
     ) -> None:
-        self.n_blocks, self.patience, self.port = n_blocks, patience, free_port()
+        self.n_blocks, self.patience, self.key = n_blocks, patience, secrets.token_urlsafe()
+        self.folder = tempfile.TemporaryDirectory(prefix="kvcluster-")
+        self.socket = str(Path(self.folder.name, "socket"))
         asked = {
-            **{"model": model, "served-model-name": NAME, "host": HOST, "port": self.port, "block-size": page},
+            **{"model": model, "served-model-name": NAME, "uds": self.socket, "block-size": page},
             **{"num-gpu-blocks-override": n_blocks, "kv-cache-memory-bytes": 2**30, "gpu-memory-utilization": 0.1},
             **(options or {}),
         }
@@ -92,7 +103,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env=environment | ENVIRONMENT,
+            env=environment | ENVIRONMENT | {"VLLM_API_KEY": self.key},  # where other users cannot read it
             start_new_session=True,
         )
         try:
@@ -105,10 +116,6 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
-
     def wait_until_it_answers(self) -> None:
         until = time.monotonic() + self.patience
         while time.monotonic() < until:
@@ -116,19 +123,37 @@ class Server:
                 raise ServerFailedError(self.reason())
             try:
                 self.get("/health")
-            except OSError:  # no one listens yet
+            except httpx.HTTPError:  # it does not listen yet
                 time.sleep(0.2)
             else:
                 return
         raise ServerFailedError(f"the server must answer within {self.patience:.0f} seconds, got none")
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return answer.read().decode()
+        headers = {"Authorization": f"Bearer {self.key}"}
+        with httpx.Client(transport=httpx.HTTPTransport(uds=self.socket), base_url=URL, timeout=30) as client:
+            return client.get(path, headers=headers).raise_for_status().text
+
+    def client(self, timeout: float = 600.0) -> Any:
+        """An `openai.AsyncOpenAI` that talks to this server alone."""
+        import openai
+
+        over_socket = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=self.socket))
+        return openai.AsyncOpenAI(
+            base_url=f"{URL}/v1", api_key=self.key, max_retries=0, timeout=timeout, http_client=over_socket
+        )
 
     def metrics(self) -> dict[str, float]:
-        """Requests running and waiting, the share of the pool that is used, preemptions and tokens so far."""
-        lines = [line for line in self.get("/metrics").splitlines() if not line.startswith("#")]
+        """Requests running and waiting, the share of the pool that is used, preemptions and tokens so far.
+
+        Raises
+        ------
+        ServerFailedError : it does not answer any more.
+        """
+        try:
+            lines = [line for line in self.get("/metrics").splitlines() if not line.startswith("#")]
+        except httpx.HTTPError as error:
+            raise ServerFailedError(f"the server must answer while it is asked, got: {error}") from error
         return {
             name: sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(metric + r"[{ ]", line))
             for name, metric in METRICS.items()
@@ -155,10 +180,4 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)  # children that it may have left
         self.process.wait()
         self.log.close()
-
-
-def free_port() -> int:
-    """A port of loopback on which no one listens."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+        self.folder.cleanup()

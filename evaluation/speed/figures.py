@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..colours import BLUE, GREY, SKY, VERMILION
+from ..places import writing
 
 __all__ = ["draw_decoding", "draw_serving"]
 
@@ -44,7 +45,8 @@ def draw_decoding(path: Path, runs: list[dict[str, Any]]) -> None:
     axes[0, 0].set_ylabel("milliseconds per generated token")
     axes[0, 0].legend(title="dashed: reading the bytes, nothing else")
     figure.suptitle("SmolLM2-135M on this CPU: a smaller cache decodes faster")
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -66,7 +68,8 @@ def draw_serving(path: Path, runs: list[dict[str, Any]], context: int) -> None:
     axis.margins(x=0.15)
     axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
     axis.legend()
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from ..machine import describe, keep_freed_memory
 from ..models import load_llama, smollm2_folder
+from ..places import writing
 from ..report import Section, print_sections
 from ..texts import load_tokens
 from .attention import attention_alone
@@ -88,7 +89,8 @@ def run_bench(*, quick: bool, json_path: Path | None, figures: Path | None, sect
     print_sections(console, measured)
     if json_path is not None:
         content = {"machine": machine, "quick": quick, "sections": [section.as_json() for section in measured]}
-        json_path.write_text(json.dumps(content, indent=1) + "\n")
+        with writing(json_path):
+            json_path.write_text(json.dumps(content, indent=1) + "\n")
     return all(claim.is_met for section in measured for claim in section.claims)
 
 

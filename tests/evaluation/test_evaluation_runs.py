@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import resource
 from dataclasses import replace
 
 import pytest
@@ -73,7 +75,7 @@ def test_runs_go_on_where_they_stopped(model, tokenizer, cases, tmp_path, monkey
     assert len(measured) == 9
     assert [sum(each["attention_errors"]) > 0 for each in with_errors[:6]] == [False, True, True] * 2
     path.write_text("{]\n" + lines[0])
-    with pytest.raises(ValueError, match=r"runs.jsonl:1 must be a result as JSON"):
+    with pytest.raises(ValueError, match=r"runs.jsonl:1 must be JSON"):
         run()
 
 
@@ -248,12 +250,28 @@ def test_files_that_cannot_be_read_are_refused(tokenizer, tmp_path):
             read(tokenizer, tmp_path, **{"n_tokens": 100, "n_cases": 9} | changed)
 
     fails("folder must have files of JSON lines", longbench_cases)
-    write_lines(tmp_path / "mine.jsonl", {"input": "no question", "outputs": []})
+    write_lines(tmp_path / "mine.jsonl", {"input": "no question", "outputs": ["x"]})
     fails("files must be named as datasets of LongBench, .*, got mine.jsonl", longbench_cases)
     fails("input must have a question, .*, got none in .*mine.jsonl:1", ruler_cases)
-    write_lines(tmp_path / "mine.jsonl", {"input": "x" * 101 + "\nQuestion: y", "outputs": []})
+    write_lines(tmp_path / "mine.jsonl", {"input": "x" * 101 + "\nQuestion: y", "outputs": ["x"]})
     fails("context must have at most 100 tokens, got 101 in .*mine.jsonl:1", ruler_cases)
     write_lines(tmp_path / "mine.jsonl", {"input": "a\nQuestion: y"})
     fails("mine.jsonl:1 must have the fields input, outputs, got none called outputs", ruler_cases)
     (tmp_path / "mine.jsonl").write_text("{]")
     fails("mine.jsonl:1 must be JSON", ruler_cases)
+
+
+def test_taking_out_a_half_written_line_writes_nothing(tmp_path):
+    """So that neither a killed process nor a full disk loses the runs before it."""
+    path = tmp_path / "runs.jsonl"
+    lines = "".join(json.dumps({"key": {"number": number}}) + "\n" for number in range(100))
+    path.write_text(lines + '{"key": {"num')
+
+    def read_without_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        assert len(Runs(path).all) == 100
+
+    child = multiprocessing.get_context("fork").Process(target=read_without_room)
+    child.start()
+    child.join(30)
+    assert (child.exitcode, path.read_text()) == (0, lines)
