@@ -56,7 +56,7 @@ CONTENTS = {
     "Use": [*(f"docs/{name}" for name in USE), "docs/vectors/README"],
     "Measured": [*(f"docs/{name}" for name in MEASURED), *BENCHMARKS],
     "API": ["docs/api/*"],
-    "Take part": ["CONTRIBUTING", "CHANGELOG"],
+    "Take part": ["CONTRIBUTING", "SECURITY", "CHANGELOG"],
 }
 
 

@@ -13,7 +13,8 @@ from rich.progress import Progress
 
 from kvcluster.fast import Distinctive
 from kvcluster.fast.huggingface import ClusteredCache, Profile
-from kvcluster.fast.huggingface.bytes_ratio import BITS, N_EXACT, head_dim, share_of_bytes
+from kvcluster.fast.huggingface.bytes_ratio import BITS, N_EXACT, share_of_bytes
+from kvcluster.fast.huggingface.hooks import head_dim
 
 from ..runs import Runs
 from .losses import Losses, loss_cases

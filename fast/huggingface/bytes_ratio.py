@@ -8,9 +8,10 @@ from numbers import Real
 from typing import Any
 
 from ..exact.quantization import GROUP, PLANES
+from .hooks import head_dim
 from .profiles import Profile
 
-__all__ = ["BITS", "N_EXACT", "chosen_for_bytes", "head_dim", "share_of_bytes"]
+__all__ = ["BITS", "N_EXACT", "chosen_for_bytes", "share_of_bytes"]
 
 BITS = tuple(PLANES)  # from the most
 N_EXACT = 32  # last tokens, which are exact
@@ -28,11 +29,6 @@ def share_of_bytes(bits: int, dim: int, itemsize: int) -> float:
     """
     of_number = bits + 32 / GROUP  # a scale and a zero, of 16 bits each, for 32 numbers
     return (2 * dim * of_number + COUNT_BITS) / (2 * dim * 8 * itemsize)
-
-
-def head_dim(config: Any) -> int:
-    """Features of a key."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def chosen_for_bytes(

@@ -11,7 +11,7 @@ from torch import nn
 from .attention import NAME
 from .compiling import uncompiled
 
-__all__ = ["ATTENTION", "ModelHooks", "attention_modules", "check_model"]
+__all__ = ["ATTENTION", "ModelHooks", "attention_modules", "check_model", "head_dim"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 ONE_MASK = ("llama", "mistral")  # models that mask all their layers alike and do not read `layer_types`
@@ -53,6 +53,11 @@ def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
     if "sliding_attention" in (layer_types or ()) and config.sliding_window is None:
         raise ValueError("sliding_window of model must be set for the sliding layers in its layer_types, got None")
     return config
+
+
+def head_dim(config: Any) -> int:
+    """Features of a key."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def attention_modules(model: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from ..distinctive_matching import Distinctive
 from ..methods import method_of, spelled
 from ..soft_matching import SoftMatching
 from .head_pairs import is_sharded
-from .hooks import attention_modules, check_model
+from .hooks import attention_modules, check_model, head_dim
 from .stored import Sizes, check_window
 from .tensor_files import TensorFile, write_tensors
 
@@ -148,8 +148,7 @@ def sizes_of(model: Any) -> Sizes:
     """Those that a cache of `model` has."""
     config = model.config.get_text_config()
     kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Sizes(None if is_sharded(model) else kv_heads, heads // kv_heads, dim)
+    return Sizes(None if is_sharded(model) else kv_heads, heads // kv_heads, head_dim(config))
 
 
 def check_prefixes(description: dict[str, Any], n_layers: int) -> None:

@@ -81,7 +81,7 @@ class TestBuilt:
             *(f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")),
             *(f"docs/api/{name}" for name in ("reference", "conformance", "fast", "fast-huggingface", "evaluation")),
             *("reference/SPECIFICATION", "benchmarks/quality/QUALITY", "docs/vectors/README"),
-            *("CONTRIBUTING", "CHANGELOG"),
+            *("CONTRIBUTING", "SECURITY", "CHANGELOG"),
         ):
             assert (site / f"{page}.html").exists(), page
             assert f'href="{page}.html' in start, page
