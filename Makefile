@@ -20,7 +20,7 @@ export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: help demo test check notebooks site serve-demo vllm gemma gpu lint test-versions test-machines test-vllm install clean
+.PHONY: help demo test check soak notebooks site serve-demo vllm gemma gpu lint test-versions test-machines test-vllm install clean
 
 help: ## this list
 	@awk -F ' *:[^#]*## ' '/^[a-z%-]+:.*## / { sub("%", "NAME", $$1); printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ test: lint ## everything: lint, types, all tests; those of the vLLM plugin if `m
 
 check: lint ## lint, types and the quick tests, for daily work
 	$(BIN)/python -m pytest $(IN_TWO) -m 'not slow'
+
+soak: install ## a fault at every torch call and every line of every change of every cache, an hour
+	KVCLUSTER_SOAK=1 $(BIN)/python -m pytest $(IN_TWO) tests/fast/test_faults.py tests/huggingface/test_faults.py
 
 notebooks: install ## the tutorials in JupyterLab; more of its options in LAB_OPTIONS
 	$(BIN)/jupyter lab --notebook-dir $(CURDIR) --LabApp.default_url=/lab/tree/notebooks \

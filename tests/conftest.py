@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 import types
+from collections import Counter
 
 os.environ.setdefault("KVCLUSTER_TEST_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", os.environ["KVCLUSTER_TEST_THREADS"])
@@ -78,9 +79,15 @@ def few_programs(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many kernel tests really ran, and how many rows the fuzz compared."""
+    """Say how many kernel tests really ran, how many rows the fuzz compared, and what faults left of caches."""
     passed = terminalreporter.stats.get("passed", [])
     kernels = sum("kernels" in report.nodeid or "[triton" in report.nodeid for report in passed)
     rows = sum(value for report in passed for name, value in report.user_properties if name == "rows")
     where = "on CUDA" if torch.cuda.is_available() else "in Triton's interpreter, none on a GPU"
     terminalreporter.write_line(f"Kernel tests that ran: {kernels}, {where}. Fuzzed rows compared: {rows:,}")
+    faults = sum(
+        (Counter(value) for report in passed for name, value in report.user_properties if name == "faults"), Counter()
+    )
+    if faults:
+        left = ", ".join(f"{outcome} {n:,}" for outcome, n in sorted(faults.items()))
+        terminalreporter.write_line(f"Faults in changes of caches: {faults.total():,}, none silent. Left: {left}")

@@ -108,19 +108,21 @@ QUICK = ("clustered", "recall in bits")
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("kind", [(slowly, pytest.param)[kind in QUICK](kind) for kind in MAKERS])
-def test_no_change_fails_silently(kind, name):
+def test_no_change_fails_silently(kind, name, record_property):
     found = outcomes(kind, CHANGES[name], N_PLACES)
     assert sum(found.values()) >= 8
-    print(f"{kind}, {name}: {dict(found)}")
+    record_property("faults", dict(found))
     if name in ("select", "attend"):
         assert "refused" not in found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "attended"])
-def test_what_a_file_held_is_taken_over_whole_or_not_at_all(kind):
+def test_what_a_file_held_is_taken_over_whole_or_not_at_all(kind, record_property):
     state, empty = prepared(kind).state(), MAKERS[kind]()
-    assert set(outcomes(kind, lambda cache: cache.restore(*state), N_PLACES, empty)) <= {"before", "after"}
+    found = outcomes(kind, lambda cache: cache.restore(*state), N_PLACES, empty)
+    assert set(found) <= {"before", "after"}
+    record_property("faults", dict(found))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
