@@ -19,7 +19,7 @@ from kvcluster.evaluation.quality import Case, needle_cases
 from kvcluster.evaluation.quality.llama import Attend, forward, logits_of, read_layers
 from kvcluster.evaluation.quality.scoring import NeedleScore, judged
 from kvcluster.evaluation.texts import built_in_text, encode
-from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 
 __all__ = ["Context", "Held", "answer_spans", "exact", "following_nll", "needle_spans", "read_contexts", "score"]
 

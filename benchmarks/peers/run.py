@@ -40,8 +40,8 @@ from benchmarks.quality.cases import add_case_arguments, cases_of
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.quality import Case
 from kvcluster.evaluation.runs import Runs, condense
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
-from kvcluster.fast.huggingface.saving import fingerprint
 
 __all__ = ["main"]
 

@@ -15,8 +15,8 @@ from kvcluster.evaluation.pages import table
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast.huggingface import known_whole_heads
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 from kvcluster.fast.huggingface.head_pairs import heads_of_layers
-from kvcluster.fast.huggingface.saving import fingerprint
 from kvcluster.fast.kernels import match, merge, score
 
 __all__ = ["agreement_table", "differing_bytes", "fed", "measure_agreement"]

@@ -20,8 +20,8 @@ from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 from kvcluster.fast.huggingface.head_pairs import HeadPairs
-from kvcluster.fast.huggingface.saving import fingerprint
 
 __all__ = ["HEAD", "constants_table", "measure", "measure_constants", "over_full", "soft_matching"]
 

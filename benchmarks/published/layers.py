@@ -11,7 +11,7 @@ from kvcluster.evaluation.quality import needle_cases
 from kvcluster.evaluation.quality.reading import Context
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.texts import built_in_text, encode
-from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 
 __all__ = ["layers_table", "measure_layers"]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 
 from ..layers import full_layers
 from ..runs import Runs

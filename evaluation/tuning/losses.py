@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 
 from ..quality.cases import Case
 from ..quality.needles import needle_cases

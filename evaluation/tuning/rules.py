@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from kvcluster.fast.huggingface.saving import fingerprint
+from kvcluster.fast.huggingface.fingerprints import fingerprint
 
 from ..layers import full_layers
 from ..runs import Runs

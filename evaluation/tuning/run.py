@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvcluster.fast.huggingface.bytes_ratio import BITS
+from kvcluster.fast.huggingface.fingerprints import fingerprint, weights_digest
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 from kvcluster.fast.huggingface.profiles import Profile, n_whole_by_default
-from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
 
 from ..machine import describe
 from ..models import load_model

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 import weakref
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import nn
 from .attention import NAME
 from .compiling import uncompiled
 
-__all__ = ["ATTENTION", "ModelHooks", "attention_modules", "check_model", "head_dim"]
+__all__ = ["ATTENTION", "ModelHooks", "attention_modules", "check_model", "decoder_of", "head_dim"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 ONE_MASK = ("llama", "mistral")  # models that mask all their layers alike and do not read `layer_types`
@@ -23,6 +24,7 @@ REQUIRED = {
     "is_heterogeneous": False,
 }
 ATTENTION = ("sdpa", "eager")
+LOCK = threading.RLock()  # held while hooks come and go; a thread may drop hooks while it makes others
 
 
 def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
@@ -66,6 +68,14 @@ def attention_modules(model: Any) -> list[Any]:
     return sorted(modules, key=lambda module: module.layer_idx)
 
 
+def decoder_of(model: Any) -> Any:
+    """The module of `model` whose forward calls the layers, whatever wraps it: adapters, a compiler, a head."""
+    first = attention_modules(model)[0]
+    parts = next(name for name, x in model.named_modules() if x is first).split(".")  # such as model.layers.0.self_attn
+    number = next(place for place, part in enumerate(parts) if part.isdigit())
+    return model.get_submodule(".".join(parts[: number - 1]))
+
+
 class ModelHooks:
     """The hooks on one model, shared by all caches made for it and removed with the last of them.
 
@@ -77,9 +87,15 @@ class ModelHooks:
     Attributes
     ----------
     model : weak reference to the base model, without head, of the one that was given.
+
+    Notes
+    -----
+    Caches of one model may be made and dropped by several threads at once. The last hooks may go while new ones are
+    made: a lock keeps the two apart, and the new ones keep what the modules had before any hooks.
     """
 
     _by_model: ClassVar[weakref.WeakKeyDictionary[nn.Module, weakref.ref["ModelHooks"]]] = weakref.WeakKeyDictionary()
+    _configs: ClassVar[weakref.WeakKeyDictionary[nn.Module, list[Any]]] = weakref.WeakKeyDictionary()  # without hooks
 
     def __init__(self, model: Any) -> None:
         self.model = weakref.ref(model)
@@ -88,8 +104,9 @@ class ModelHooks:
         for module in attention_modules(model):
             handles.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
             handles.append(module.register_forward_hook(after_attention, with_kwargs=True))
-        self.configs = [(module, module.config) for module in attention_modules(model)]
-        weakref.finalize(self, remove, handles, self.configs)
+        modules = attention_modules(model)
+        self.configs = list(zip(modules, self._configs.setdefault(model, [x.config for x in modules]), strict=True))
+        weakref.finalize(self, remove, handles, self.configs, self.model)
         self.served: str | None = None
         self.serve(model.config._attn_implementation)
 
@@ -107,13 +124,13 @@ class ModelHooks:
     @classmethod
     def of(cls, model: nn.Module) -> "ModelHooks":
         """The hooks on `model`, new ones if there are none."""
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: the wrapper has no modules of its own
-        base: Any = model.base_model
-        hooks = cls.known(base)
-        if hooks is None:
-            hooks = cls(base)
-            cls._by_model[base] = weakref.ref(hooks)
-        return hooks
+        base = decoder_of(model)
+        with LOCK:
+            hooks = cls.known(base)
+            if hooks is None:
+                hooks = cls(base)
+                cls._by_model[base] = weakref.ref(hooks)
+            return hooks
 
     @classmethod
     def known(cls, base: nn.Module) -> "ModelHooks | None":
@@ -125,11 +142,17 @@ class ModelHooks:
         return self  # a copied cache serves the same model
 
 
-def remove(handles: list[Any], configs: list[tuple[Any, Any]]) -> None:
-    for handle in handles:
-        handle.remove()
-    for module, config in configs:
-        module.config = config
+def remove(handles: list[Any], configs: list[tuple[Any, Any]], model: "weakref.ref[Any]") -> None:
+    """Take the hooks off, and give back the configs unless new hooks have come in their place."""
+    with LOCK:
+        for handle in handles:
+            handle.remove()
+        base = model()
+        if base is None or ModelHooks.known(base) is not None:
+            return
+        ModelHooks._configs.pop(base, None)
+        for module, config in configs:
+            module.config = config
 
 
 def arguments_of(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +189,9 @@ def check_call(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if arguments.get("use_cache") is False:  # generate feeds all tokens again at each step then
         raise ValueError(f"use_cache must not be False with a {type(cache).__name__}: pass none to do without")
     cache.check_whole()
-    padding = left_padding(mask, cache)
+    new = next(x for x in map(arguments.get, ("input_ids", "inputs_embeds")) if x is not None)
+    padding = left_padding(mask, cache, new.shape[1])
+    check_tokens_are_new(arguments.get("input_ids"), cache)
     for layer in cache.own_layers:
         layer.is_announced, layer.padding = False, padding
     cache.begun = cache.n_seen
@@ -180,8 +205,23 @@ def after_call(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> N
         cache.begun = None
 
 
-def left_padding(mask: Any, cache: Any) -> list[int] | None:
-    """Padding of each row in `mask` (batch, tokens seen and new ones); None if there is none.
+def check_tokens_are_new(tokens: Any, cache: Any) -> None:
+    """Refuse a prompt that the cache has seen, and nothing else: it would be read once more, behind itself.
+
+    The first tokens are remembered until the next come.
+    """
+    prompt = cache.prompt
+    are_alike = prompt is not None and tokens is not None and tokens.shape == prompt.shape
+    if are_alike and cache.n_seen == tokens.shape[1] and torch.equal(tokens, prompt):
+        raise ValueError(
+            f"input_ids must be new tokens, or the {cache.n_seen} that the cache has seen and new ones behind them, "
+            "got just those that it has seen: to generate from them, crop(-1) the cache first"
+        )
+    cache.prompt = tokens.detach().clone() if cache.n_seen == 0 and tokens is not None else None
+
+
+def left_padding(mask: Any, cache: Any, n_new: int) -> list[int] | None:
+    """Padding of each row in `mask` (batch, tokens seen and `n_new` new ones); None if there is none.
 
     Raises
     ------
@@ -195,6 +235,9 @@ def left_padding(mask: Any, cache: Any) -> list[int] | None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise ValueError(f"{name} must be (batch, tokens), got {tuple(getattr(mask, 'shape', ())) or type(mask)}")
+    if mask.shape[1] != cache.n_seen + n_new:
+        rule = f"{name} must have a column for each of {cache.n_seen} tokens seen and {n_new} new ones"
+        raise ValueError(f"{rule}, got {mask.shape[1]}")
     is_real = mask != 0
     if earlier is None and bool(is_real.all()):
         return None
@@ -216,7 +259,7 @@ def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
     layer = our_layer(module, kwargs)
     if layer is None:
         return None
-    layer.is_announced = True
+    layer.is_announced, layer.is_attended = True, False
     layer.has_own_attention = module.config._attn_implementation == NAME
     if layer.has_own_attention:
         return args, {**kwargs, "kvcluster_layer": layer}
@@ -234,5 +277,11 @@ def before_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[An
 def after_attention(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of an attention module: the new tokens have been attended to, their layer may cluster."""
     layer = our_layer(module, kwargs)
-    if layer is not None:
-        layer.finish()
+    if layer is None:
+        return
+    if layer.is_announced or (layer.has_own_attention and not layer.is_attended):
+        raise RuntimeError(
+            f"attention of layer {module.layer_idx} must be transformers' own, which asks its cache and its attention "
+            f"function: the forward of its {type(module).__name__} has been replaced"
+        )
+    layer.finish()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from .attention import without_gradients
 from .compiling import uncompiled
 from .row_groups import RowGroups
 from .versions import AnyVersionLayer
@@ -36,6 +37,7 @@ class EntryLayer(AnyVersionLayer):
     def __init__(self) -> None:
         self.is_announced = False  # by the hooks, before each call of its attention module
         self.has_own_attention = False  # in this call; else log counts are in the mask
+        self.is_attended = False  # by our attention function, in this call
         self.padding: Sequence[int] | None = None  # of each row, if there is any, this call's included; from the hooks
         self.is_first = True  # whether the tokens of the last call were the first ones
         self.reset()
@@ -68,8 +70,10 @@ class EntryLayer(AnyVersionLayer):
         if self.is_first or (self.has_own_attention and self.attends(key_states.shape[2])):
             return key_states, value_states  # own attention does not use them
         if self.cache.is_padded:
-            return self.side_by_side(width, "keys"), self.side_by_side(width, "values")
-        return self.held()
+            held = self.side_by_side(width, "keys"), self.side_by_side(width, "values")
+        else:
+            held = self.held()
+        return without_gradients(held[0], key_states), without_gradients(held[1], value_states)
 
     def side_by_side(self, width: int, name: str) -> Tensor:
         """Keys or values of all rows of a batch with padding, (batch, kv_heads, width, dim), the last entries last."""

@@ -32,6 +32,7 @@ class ModelCache(Cache):
 
     is_kvcluster = True
     attention: tuple[str, ...] = ATTENTION  # kinds that the model may run
+    prompt: Tensor | None = None  # tokens of the first call, until the next
     begun: int | None = None  # while a call or a change lasts: tokens seen before the call, or HALFWAY
 
     def __init__(self, layers: list[Any], hooks: ModelHooks, parameters: dict[str, Any]) -> None:
@@ -62,8 +63,9 @@ class ModelCache(Cache):
 
         Notes
         -----
-        Models are told apart by their config and by a sample of the weights: those that differ only in feed-forward
-        layers, or only in layers between the first and the last, are taken for the same.
+        Models are told apart by their config, by a sample of the weights of every layer, and by the adapters of PEFT
+        at work. Files of versions before 0.3 tell less: models that differ only in feed-forward layers, or only in
+        layers between the first and the last, are taken for the same.
         """
         return load_cache(cls, path, model, {})
 
@@ -140,7 +142,7 @@ class ModelCache(Cache):
             if layer.is_sliding:
                 forget_window(layer)
             layer.reset()
-        self.begun = None
+        self.begun = self.prompt = None
 
     @property
     def padding(self) -> list[int] | None:

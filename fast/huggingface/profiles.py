@@ -22,8 +22,8 @@ from typing import Any
 from ..arguments import check_integer, check_keep_ratio
 from ..exact.quantization import PLANES
 from ..outside import read_json, shown
+from .fingerprints import weights_digest
 from .profile_fields import fields_of
-from .saving import weights_digest
 from .sharing import shared_out
 
 __all__ = ["Profile", "known_profile", "known_whole_heads", "n_whole_by_default", "profile_for", "whole_heads_of"]

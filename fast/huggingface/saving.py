@@ -11,40 +11,24 @@ import json
 import os
 import stat
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..distinctive_matching import Distinctive
 from ..methods import method_of, spelled
 from ..soft_matching import SoftMatching
+from .fingerprints import check_fingerprint, digest, fingerprint, plain
 from .head_pairs import is_sharded
 from .hooks import attention_modules, check_model, head_dim
 from .stored import Sizes, check_window
 from .tensor_files import TensorFile, write_tensors
 
-__all__ = ["fingerprint", "load_cache", "save_cache", "weights_digest"]
+__all__ = ["load_cache", "save_cache"]
 
 FORMAT_VERSION = "1"
-CONFIG_FIELDS = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_size",
-    "vocab_size",
-    "rope_parameters",
-    "rope_theta",  # and the next: as transformers 4 has them
-    "rope_scaling",
-    "layer_types",
-    "no_rope_layers",
-    "sliding_window",
-)
 PRIVATE = 0o600  # mode of new files
-SAMPLED = 512  # numbers of each matrix of weights
 
 
 def save_cache(cache: Any, model: Any, path: str | Path) -> None:
@@ -217,46 +201,10 @@ def parameters_of(description: dict[str, Any], path: str | Path) -> dict[str, An
     return parameters
 
 
-def check_fingerprint(ours: dict[str, Any], theirs: dict[str, Any], path: str | Path) -> None:
-    for field in ours | theirs:
-        if ours.get(field) != theirs.get(field):
-            rule = f"{field} of the model that path was saved with must be that of model, {ours.get(field)}"
-            raise ValueError(f"{rule}, got {theirs.get(field)} in {path}")
-
-
 def check_names(names: set[str], expected: set[str], path: str | Path) -> None:
     if names != expected:
         lacking, unknown = sorted(expected - names), sorted(names - expected)
         raise ValueError(f"path must hold the tensors that were saved, got {lacking} missing, {unknown} more in {path}")
-
-
-def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells `model` from others whose caches differ, as JSON has it.
-
-    Its type, dtype and the fields of its config that shape a cache; and `weights_digest`.
-    """
-    config = model.config.get_text_config()
-    fields = {"model_type": config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
-    fields |= {name: getattr(config, name, None) for name in CONFIG_FIELDS}
-    return json.loads(json.dumps(fields | {"weights": weights_digest(model)}, default=plain))
-
-
-def weights_digest(model: Any, dtype: torch.dtype | None = None) -> str:
-    """A SHA-256 of some of the weights of `model`, as they are or as they would be in another `dtype`.
-
-    Of `SAMPLED` numbers, evenly spaced, of each parameter of the first and of the last attention layer and of the
-    embedding. Models that differ only elsewhere are not told apart.
-    """
-    attention = attention_modules(model)
-    sampled = [(f"{end}.{name}", x) for end in (0, -1) for name, x in sorted(attention[end].named_parameters())]
-    sampled.append(("embedding", model.get_input_embeddings().weight))
-    total = hashlib.sha256()
-    for name, weight in sampled:
-        own = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model, this rank's part
-        numbers = own.detach().flatten()
-        step = -(-len(numbers) // SAMPLED) | 1  # odd, so that the columns of even matrices take turns
-        total.update(f"{name} {digest(numbers[::step].to(dtype or own.dtype).cpu())}\n".encode())
-    return total.hexdigest()
 
 
 def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -279,15 +227,3 @@ def restore(layer: Any, tensors: dict[str, Tensor], numbers: Any, of: Sizes) -> 
     layer.cache.restore(tensors, numbers, of)
     if tensors:
         layer.lazy_initialization(*next(cache.like for cache in layer.cache.caches if cache.n_seen))
-
-
-def digest(array: Tensor) -> str:
-    """SHA-256 of dtype, shape and numbers of a tensor on the host."""
-    total = hashlib.sha256(f"{array.dtype} {tuple(array.shape)} ".encode())
-    total.update(array.contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def plain(number: Any) -> int | float:
-    """Another library's number as one of Python's, which JSON knows."""
-    return int(number) if isinstance(number, Integral) else float(number)

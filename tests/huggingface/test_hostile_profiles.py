@@ -7,7 +7,7 @@ import pytest
 from models import tiny_llama
 
 from kvcluster.fast.huggingface import ClusteredCache, Profile, whole_heads_of
-from kvcluster.fast.huggingface.saving import weights_digest
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 
 HEADS = [[2, 1], [0, 0], [1, 1], [2, 0], [1, 0], [0, 1]]
 SHARES = [[[0.1, 0.05], [0.1, 0.1], [0.05, 0.2]], [[0.5, 0.3], [0.4, 0.6], [0.2, 1.0]]]

@@ -25,7 +25,7 @@ from kvcluster.fast.huggingface import (
     profiles,
     whole_heads_of,
 )
-from kvcluster.fast.huggingface.saving import fingerprint, weights_digest
+from kvcluster.fast.huggingface.fingerprints import fingerprint, weights_digest
 
 HEADS = [[2, 1], [0, 0], [1, 1], [2, 0], [1, 0], [0, 1]]
 SHARES = [[[0.1, 0.05], [0.1, 0.1], [0.05, 0.2]], [[0.5, 0.3], [0.4, 0.6], [0.2, 1.0]]]
