@@ -186,7 +186,7 @@ MUTANTS = (
         RAGGED,
         made_with(CACHE, n_sink=lambda given: (n := given.get("n_sink", 16)) + -n % given.get("chunk_size", 256)),
     ),
-    Mutant("one chunk an append", RAGGED, put(one_chunk, f"{CACHE}.cluster")),
+    Mutant("one chunk an append", RAGGED, put(one_chunk, f"{CACHE}._cluster")),
     Mutant("single tokens are not clustered", RAGGED, put(single_tokens_unclustered, f"{CACHE}.append")),
     Mutant(
         "append returns what is left",
