@@ -41,8 +41,8 @@ __all__ = ["main", "make_tables"]
 
 HERE = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "bits.md"
-PEERS = ROOT / "benchmarks" / "peers" / "results" / "bits.jsonl"  # of SmolLM2, by make bench-peers
 MODELS = "smollm2", "gemma3-270m"
+PEERS = dict(zip(MODELS, ("bits.jsonl", "bits-gemma3-270m.jsonl"), strict=True))  # by make bench-peers
 SHORT, LONG = 4096, 16384
 N_CONTEXTS = {SHORT: 4, LONG: 2}
 ALL = METHODS | VARIANTS | LAYOUTS | {name: how for of in OF_OTHERS.values() for name, how in of.items()}
@@ -85,8 +85,7 @@ def main() -> None:
     if not arguments.page_only:
         for name in arguments.models:
             measure(name)
-    runs = {name: Runs(results(name)).all for name in MODELS}
-    runs[MODELS[0]] = [*runs[MODELS[0]], *(run for run in Runs(PEERS).all if run["key"]["method"].endswith("bits"))]
+    runs = {name: [*Runs(results(name)).all, *by_peers(name)] for name in MODELS}
     found = {name: summarize([run for run in of if run["n_tokens"] < LONG]) for name, of in runs.items() if of}
     longer = summarize([run for run in runs[MODELS[1]] if run["n_tokens"] >= LONG])
     tables = make_tables(found) | {"longer": longer_table(longer)}
@@ -95,6 +94,12 @@ def main() -> None:
     console = Console()
     for name, markdown in tables.items():
         console.print(f"\n{name}", Markdown(markdown))
+
+
+def by_peers(name: str) -> list[dict[str, Any]]:
+    """What kvpress's presses leave, in few bits."""
+    runs = Runs(HERE.parent / "peers" / "results" / PEERS[name]).all
+    return [run for run in runs if run["key"]["method"].endswith("bits")]
 
 
 def results(name: str) -> Path:
