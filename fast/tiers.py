@@ -56,7 +56,9 @@ class TieredRecallCache(RecallCache):
     Raises
     ------
     ValueError : a folder that does not exist, or a folder for CUDA tensors; and all that `RecallCache` raises.
-    OSError : from `append`, `extend` and `select`, where the disk is full. The cache is then as it was, and usable.
+    OSError : the disk is full. After `extend` and `select` the cache is as it was, and usable; in the middle of
+        `cluster` it is lost, and refuses everything.
+    RuntimeError : in a process that was forked from the one that made it.
 
     Notes
     -----
@@ -84,6 +86,7 @@ class TieredRecallCache(RecallCache):
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
         self.folder, self.n_steps, self.device = folder, n_steps, torch.device("cpu")
+        self._process = os.getpid()
 
     @classmethod
     def as_published(
@@ -110,6 +113,7 @@ class TieredRecallCache(RecallCache):
 
     def check_new(self, keys: Tensor, values: Tensor) -> None:
         """Refuse tokens that cannot be appended."""
+        self._check_process()
         check_shape("keys", keys)
         check_shape("values", values)
         device = keys.device if self._held is None else self.device
@@ -119,6 +123,19 @@ class TieredRecallCache(RecallCache):
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
         super().check_new(keys.detach().cpu(), values.detach().cpu())
+
+    def _check_due(self) -> None:
+        self._check_process()
+
+    def _check_crop(self, n_tokens: int) -> None:
+        self._check_process()
+        super()._check_crop(n_tokens)
+
+    def _check_process(self) -> None:
+        """Refuse a process that was forked from the one that made the cache: the file is one for both."""
+        if os.getpid() != self._process:
+            rule = f"a TieredRecallCache must be used by the process that made it, {self._process}"
+            raise RuntimeError(f"{rule}, whose file others would write to, got {os.getpid()}: make a new one there")
 
     def _extend(self, keys: Tensor, values: Tensor) -> None:
         if self._held is None:
@@ -132,6 +149,7 @@ class TieredRecallCache(RecallCache):
         return self._near_backend
 
     def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        self._check_process()
         if self._held is None:
             return
         moved = tuple(self._slow((len(indices), *array.shape[1:]), array.dtype) for array in self._held)
@@ -147,6 +165,7 @@ class TieredRecallCache(RecallCache):
         return self.device
 
     def _reached(self, taken: list[Tensor] | None) -> Reached:
+        self._check_process()
         return self._brought(taken)
 
     def _in_order_of_arrival(self, array: Tensor) -> Tensor:
@@ -181,6 +200,6 @@ def mapped_memory(shape: tuple[int, ...], dtype: torch.dtype, folder: str | Path
             memory = mmap.mmap(file.fileno(), nbytes)  # keeps the file open
     except OSError as error:
         where = tempfile.gettempdir() if folder is None else str(folder)
-        rule = f"the slow tier needs a file of {nbytes:,} bytes and got none, the cache is as it was"
+        rule = f"the slow tier needs a file of {nbytes:,} bytes and got none"
         raise OSError(error.errno, f"{error.strerror}: {rule}", where) from error
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -175,7 +175,7 @@ def test_a_full_disk_refuses_the_append_and_nothing_else(tmp_path, monkeypatch, 
         assert_same_cache(cache, expected)
         assert torch.equal(cache.attend(query_of(3)), expected.attend(query_of(3)))
         calls.clear()
-        with pytest.raises(OSError, match="the cache is as it was"):
+        with pytest.raises(OSError, match="the slow tier needs a file"):
             cache.select(torch.tensor([0, 0, 1, 1]))
         assert_same_cache(cache, expected)
     for each in (cache, expected):  # there is room again
@@ -262,3 +262,23 @@ def test_bad_tensors_are_refused_and_leave_the_cache_as_it_was(tmp_path):
         make_tiered(**PARAMETERS).attend(query_of(0))
     with pytest.raises(ValueError, match="backend must be"):
         make_tiered(**PARAMETERS, backend="cuda").append(keys, values)
+
+
+def test_a_forked_process_cannot_write_into_the_file_of_another(tmp_path):
+    cache, expected = filled(tmp_path)
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for use in (
+            lambda: cache.append(*tokens_of(1, 4)),
+            lambda: cache.attend(query_of(0)),
+            lambda: cache.crop(1),
+            lambda: cache.select(torch.tensor([0, 1])),
+        ):
+            try:
+                use()
+            except RuntimeError as error:
+                refused += "must be used by the process that made it" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    assert_same_cache(cache, expected)
