@@ -30,6 +30,7 @@ __all__ = [
     "check_whole_heads",
     "dtype_name",
     "entries_of_chunk",
+    "scale_of",
     "with_four_axes",
 ]
 
@@ -280,3 +281,14 @@ def check_query(query: torch.Tensor, keys: torch.Tensor | None) -> None:
         raise ValueError(f"keys must hold at least one token, got shape {tuple(keys.shape)}")
     if query.shape[-2] == 0:
         raise ValueError(f"query must not be empty, got {tuple(query.shape)}")
+
+
+def scale_of(scale: float | None, query: torch.Tensor) -> float:
+    """The factor of the logits, 1 / sqrt(dim) by default; refuses what is no finite number."""
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)

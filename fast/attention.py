@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from .arguments import check_attention, with_four_axes
+from .arguments import check_attention, scale_of, with_four_axes
 from .backends import AnyBackend, implementation
 
 __all__ = ["attend_any", "attend_entries", "attention"]
@@ -64,6 +64,6 @@ def attend_entries(
     Computed in float32 whatever the dtypes. Costs 2 * rows * entries * dim multiply-adds. The C++ and the Triton
     implementation read an entry once per 64 or 16 rows, and hold no memory that grows with rows * entries.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(scale, query)
     output: Tensor = implementation("attend", backend, query, keys, values)(query, keys, values, counts, queries, scale)
     return output

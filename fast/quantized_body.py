@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .arguments import check_half_range, check_query
+from .arguments import check_half_range, check_query, scale_of
 from .backends import implementation
 from .entry_cache import EntryCache
 from .exact.blocks import put_in
@@ -106,9 +106,8 @@ class CacheWithBits(EntryCache):
         check_rooms(lengths, (keys.shape[2],) * len(firsts))
         keys, values, counts = (x.flatten(1, 2) for x in (keys, values, counts))
         attend = implementation("attend_packed", "auto", query, keys, values)
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
         others = keys, values, counts.squeeze(-1), lengths, firsts
-        output: Tensor = attend(query, *others, self._packed.packed(), queries, scale)
+        output: Tensor = attend(query, *others, self._packed.packed(), queries, scale_of(scale, query))
         return output
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor] | None:

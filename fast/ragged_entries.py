@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_query
+from .arguments import check_append, check_query, scale_of
 from .backends import implementation
 from .entry_cache import with_batch
 from .exact.quantization import GROUP, within_range
@@ -134,7 +134,7 @@ class RaggedEntries(AllOrNothing):
         rows, lengths = self._filled_rows(), self.exact_lengths
         check_rooms(lengths, rows.rooms)
         keys, values, counts = rows.in_rows()
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scale = scale_of(scale, query)
         if self._packed is not None:
             attend = implementation("attend_packed", "auto", query, keys, values)
             others = keys, values, counts, lengths, rows.firsts

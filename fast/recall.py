@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_attention, check_integer
+from .arguments import check_attention, check_integer, scale_of
 from .backends import Backend, choose, implementation
 from .exact.clusters import Clusters
 from .memory.body_clusters import mean_deviations, mean_of_members
@@ -55,8 +55,7 @@ def recall_attention(
     if centroids_for_rest:
         rest = flat.centroids, mean_of_members(flat_values, flat, chosen), (flat.counts - selection.taken).int()
     attend = implementation("attend_places", backend, flat_query, flat_keys, flat_values)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output = attend(flat_query, flat_keys, flat_values, tokens, rest, scale)
+    output = attend(flat_query, flat_keys, flat_values, tokens, rest, scale_of(scale, query))
     return output.reshape(*query.shape[:-1], values.shape[-1])
 
 

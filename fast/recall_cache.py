@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from .arguments import check_query
+from .arguments import check_query, scale_of
 from .backends import AnyBackend
 from .exact.clusters import Clusters
 from .exact.entries import Reached
@@ -126,7 +126,7 @@ class RecallCache(RecallTokens):
         """Attention of a group's query heads (..., group, dim) to sinks, recalled and recent tokens."""
         check_query(query, self._keys_like)
         flat = self._flat(query.detach())
-        output = self._step(self._take(flat)).attend(flat, query.shape[-1] ** -0.5 if scale is None else scale)
+        output = self._step(self._take(flat)).attend(flat, scale_of(scale, query))
         return output.reshape(*query.shape[:-1], output.shape[-1])
 
     def entries(self, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor]:

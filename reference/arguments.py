@@ -24,6 +24,7 @@ __all__ = [
     "check_n_heads",
     "check_pair",
     "check_recent_share",
+    "check_scale",
     "check_scored",
     "check_seed",
     "check_share",
@@ -267,3 +268,11 @@ def check_half_range(name: str, array: np.ndarray, why: str) -> None:
     largest = float(np.abs(array.astype(np.float64)).max(initial=0))
     if largest > half:
         raise ValueError(f"{name} must be at most {half:.3g} in size {why}, got {largest:.3g}")
+
+
+def check_scale(scale: float) -> None:
+    """Refuse what is not a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if not np.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")

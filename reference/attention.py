@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Float64
 
-from .arguments import check_attention
+from .arguments import check_attention, check_scale
 
 __all__ = ["attention", "softmax"]
 
@@ -64,4 +64,5 @@ def scaled_logits(query: np.ndarray, keys: np.ndarray, scale: float | None) -> n
     """`scale * query . key` in float64, `(..., queries, tokens)`."""
     if scale is None:
         scale = 1 / np.sqrt(query.shape[-1])
+    check_scale(scale)
     return scale * np.einsum("...qd,...td->...qt", query.astype(np.float64), keys.astype(np.float64))

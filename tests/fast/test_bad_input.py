@@ -1,5 +1,7 @@
 """Bad input: one clear error that names argument, rule and value, in both backends the same."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,34 @@ def test_tensors_on_different_devices_are_refused():
     elsewhere = torch.ones(2, 6, 4, device="meta")
     with pytest.raises(ValueError, match="must be on one device"):
         fast.attention(to_torch(GOOD), elsewhere, to_torch(GOOD))
+
+
+SCALES = (float("nan"), float("inf"), np.float32("nan"), "0.5", 1j, (0.5,), True)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=repr)
+def test_a_scale_that_is_no_finite_number_is_refused_everywhere(scale):
+    rules = {"chunk_size": 2, "n_sink": 0, "n_recent": 0}
+    refused = set()
+    for package, convert in ((reference, np.copy), (fast, to_torch)):
+        good, counts = convert(GOOD), convert(COUNTS)
+        clusters = package.kmeans(good, n_clusters=2)
+        caches = [
+            package.ClusteredCache(keep_ratio=0.5, **rules),
+            package.ClusteredCache(keep_ratio=0.5, bits=4, **rules | {"chunk_size": 32}),
+            package.RaggedCache(keep_ratios=(0.5, 1.0), **rules),
+            package.RecallCache(budget=5, n_sink=0, segment_size=2, tokens_per_cluster=1),
+        ]
+        for cache in caches:
+            cache.append(convert(np.ones((2, 70, 4), dtype=np.float32)), convert(np.ones((2, 70, 4), dtype=np.float32)))
+        for attend in (
+            functools.partial(package.attention, good, good, good),
+            functools.partial(package.clustered_attention, good, good, good, counts),
+            functools.partial(package.recall_attention, good, good, good, clusters, budget=3),
+            *(functools.partial(cache.attend, good) for cache in caches),
+        ):
+            refused.add(message(attend, scale=scale))
+            for right in (None, 0.25, np.float64(0.25), 1, -0.5):
+                attend(scale=right)
+    [(_, said)] = refused
+    assert said.startswith("scale must be ")
