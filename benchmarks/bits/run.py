@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ def main() -> None:
 
 
 def by_peers(name: str) -> list[dict[str, Any]]:
-    """What kvpress's presses leave, in few bits."""
-    runs = Runs(HERE.parent / "peers" / "results" / PEERS[name]).all
-    return [run for run in runs if run["key"]["method"].endswith("bits")]
+    """What kvpress's presses leave, in few bits, of the contexts on which all of them ran."""
+    runs = [run for run in Runs(HERE.parent / "peers" / "results" / PEERS[name]).all if "bits" in run["key"]["method"]]
+    n_of_case = Counter(run["key"]["case"] for run in runs)
+    return [run for run in runs if n_of_case[run["key"]["case"]] == max(n_of_case.values())]
 
 
 def results(name: str) -> Path:
@@ -160,7 +162,8 @@ def title(summary: dict[str, Any]) -> str:
     """What a row shows."""
     name, is_all = summary["method"], summary["keep"] == 1.0
     if name.startswith("kvpress"):
-        return name
+        n_contexts = summary["n_contexts"]
+        return name if n_contexts == N_CONTEXTS[SHORT] else f"{name}, {n_contexts} contexts"
     if name.split("-")[0] in BY_OTHERS:
         return f"all tokens, {name[-1]} bits by {BY_OTHERS[name.split('-')[0]]}"
     if name in LAYOUTS:
