@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import check_append, check_heads, check_query, check_whole_heads
 from .attention import attend_entries
 from .clustered_attention import clustered_attention
-from .memory.changes import AllOrNothing, take_over, withhold, worked_on
+from .memory.changes import AllOrNothing
 from .memory.room import move_to_room, with_room
 from .memory.whole_heads import apart, heads_apart, in_order, together
 from .memory.work import ClusteringWork
@@ -119,20 +119,12 @@ class EntryCache(AllOrNothing):
         Returns keys, values and counts of all heads as they were just before this clustering, the new tokens last.
         """
         self.check_new(keys, values)
-        return self._append(keys, values)
-
-    def _append(self, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        working = worked_on(self)
-        working._extend(*tokens)
-        seen = working.entries()
-        assert seen is not None
-        if working.is_due:
-            seen = seen[0].clone(), seen[1].clone(), seen[2].clone()
-            working._check_due()
-            withhold(self, "append")
-            working._cluster()
-        take_over(self, working)
+        seen: tuple[Tensor, Tensor, Tensor] = self._append(keys, values)
         return seen
+
+    def _seen(self) -> tuple[Tensor, ...] | None:
+        seen = self.entries()
+        return tuple(array.clone() for array in seen) if seen is not None and self.is_due else seen
 
     def _extend(self, keys: Tensor, values: Tensor) -> None:
         keys, values = keys.detach(), values.detach()  # no graph may hold on to them

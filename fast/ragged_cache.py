@@ -136,18 +136,8 @@ class RaggedCache(WithQueries, RaggedEntries):
         return self.n_seen - self._rules.least_seen((1,) * n_chunks, self.n_seen, n_groups)
 
     def _extend(self, keys: Tensor, values: Tensor, queries: Tensor | None = None) -> None:
-        if queries is not None:
-            self._observe(queries)
-        n_new = keys.shape[-2]
-        before = self.exact_lengths
-        after = tuple(n + n_new for n in before)
-        rows = self._rows
-        if rows is None or not rows.has_room(after):
-            new = empty_rows(keys, values, self._with_room(after))
-            rows = new if rows is None else new.filled(rows, [(0, n, 0) for n in before])
-        rows.write(before, keys.detach(), values.detach())
-        self._rows, self._lost, self._before = rows, None, None
-        self._n_seen += n_new
+        super()._extend(keys, values, queries)
+        self._lost = self._before = None
 
     def check_new(self, keys: Tensor, values: Tensor) -> None:
         """Refuse tokens that cannot be appended, and with `bits` numbers too large to be quantized."""

@@ -11,7 +11,7 @@ from .arguments import check_append, check_query, scale_of
 from .backends import implementation
 from .entry_cache import with_batch
 from .exact.quantization import GROUP, within_range
-from .memory.changes import AllOrNothing, take_over, withhold, worked_on
+from .memory.changes import AllOrNothing
 from .memory.packed import PackedBlocks
 from .memory.ragged import RaggedRows, check_rooms, empty_rows
 from .memory.room import with_room
@@ -98,25 +98,23 @@ class RaggedEntries(AllOrNothing):
         Returns `entries` as they were just before this clustering, the new tokens last.
         """
         self.check_new(keys, values)
-        return self._append(keys, values)
-
-    def _append(self, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        working = worked_on(self)
-        working._extend(*tokens)
-        seen = working.entries()
-        assert seen is not None
-        if working.is_due:
-            working._check_due()
-            withhold(self, "append")
-            working._cluster()
-        take_over(self, working)
+        seen: tuple[Tensor, Tensor, Tensor] = self._append(keys, values)
         return seen
 
-    def _extend(self, keys: Tensor, values: Tensor) -> None:
-        raise NotImplementedError
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        return self.entries()
 
-    def _cluster(self) -> None:
-        raise NotImplementedError
+    def _extend(self, keys: Tensor, values: Tensor) -> None:
+        n_new = keys.shape[-2]
+        before = self.exact_lengths
+        after = tuple(n + n_new for n in before)
+        rows = self._rows
+        if rows is None or not rows.has_room(after):
+            new = empty_rows(keys, values, self._with_room(after))
+            rows = new if rows is None else new.filled(rows, [(0, n, 0) for n in before])
+        rows.write(before, keys.detach(), values.detach())
+        self._rows = rows
+        self._n_seen += n_new
 
     def attend(
         self, query: Float[Tensor, "*lead queries dim"], *, scale: float | None = None

@@ -10,7 +10,6 @@ from .arguments import check_query, scale_of
 from .backends import AnyBackend
 from .exact.clusters import Clusters
 from .exact.entries import Reached
-from .memory.changes import take_over, withhold, worked_on
 from .memory.fast_tier import FastTier
 from .memory.segments import RecallSettings
 from .memory.step import RecallStep
@@ -101,12 +100,7 @@ class RecallCache(RecallTokens):
     def append(self, keys: Float[Tensor, "*lead tokens dim"], values: Float[Tensor, "*lead tokens dim_value"]) -> None:
         """Take the next tokens, then cluster every segment that is due."""
         self.check_new(keys, values)
-        working = worked_on(self)
-        working._extend(keys, values)
-        if working.is_due:
-            withhold(self, "append")
-            working._cluster()
-        take_over(self, working)
+        self._append(keys, values)
 
     @property
     def _keys_like(self) -> Tensor | None:

@@ -19,7 +19,7 @@ from kvcluster.evaluation.quality import Case, needle_cases
 from kvcluster.evaluation.quality.llama import Attend, forward, logits_of, read_layers
 from kvcluster.evaluation.quality.scoring import NeedleScore, judged
 from kvcluster.evaluation.texts import built_in_text, encode
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 
 __all__ = ["Context", "Held", "answer_spans", "exact", "following_nll", "needle_spans", "read_contexts", "score"]
 
@@ -56,7 +56,7 @@ def read_contexts(model: Any, tokenizer: Any, which: str, kind: str, **sizes: An
     `sizes` are those of `needle_cases`.
     """
     cases = needle_cases(tokenizer, encode(tokenizer, built_in_text()), which, kinds=(kind,), **sizes)
-    weights = fingerprint(model)["weights"]
+    weights = weights_digest(model)
     CACHED.mkdir(parents=True, exist_ok=True)
     contexts = []
     for case in cases:

@@ -40,7 +40,7 @@ from benchmarks.quality.cases import add_case_arguments, cases_of
 from kvcluster.evaluation.models import load_model
 from kvcluster.evaluation.quality import Case
 from kvcluster.evaluation.runs import Runs, condense
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 from kvcluster.fast.huggingface.hooks import MODEL_TYPES
 
 __all__ = ["main"]
@@ -160,7 +160,7 @@ def run_case_rereading(
 
 def shared_key(model: Any, case: Case) -> dict[str, Any]:
     """What the keys of all runs of a case have in common."""
-    shared = {"case": case.fingerprint, "model": fingerprint(model)["weights"]}
+    shared = {"case": case.fingerprint, "model": weights_digest(model)}
     return shared | {"is_stepwise": False, "has_attention_error": False}
 
 

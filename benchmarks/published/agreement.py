@@ -15,7 +15,7 @@ from kvcluster.evaluation.pages import table
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast.huggingface import known_whole_heads
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 from kvcluster.fast.huggingface.head_pairs import heads_of_layers
 from kvcluster.fast.kernels import match, merge, score
 
@@ -32,7 +32,7 @@ RATIO = 0.25
 
 def measure_agreement(name: str, model: Any, tokenizer: Any, runs: Runs, *, n_tokens: int) -> None:
     """Add what is missing of the model `name`: each layer that attends to everything, arrival and backend."""
-    weights = fingerprint(model)["weights"]
+    weights = weights_digest(model)
     types = getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
     layers = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
     whole = heads_of_layers(model, known_whole_heads(model) if name == "smollm2" else [])  # of Gemma none would be left

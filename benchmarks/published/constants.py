@@ -20,7 +20,7 @@ from kvcluster.evaluation.statistics import estimate, exp_ratio_of_sums
 from kvcluster.evaluation.texts import built_in_text, encode
 from kvcluster.fast import SoftMatching
 from kvcluster.fast.huggingface import ClusteredCache
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 from kvcluster.fast.huggingface.head_pairs import HeadPairs
 
 __all__ = ["HEAD", "constants_table", "measure", "measure_constants", "over_full", "soft_matching"]
@@ -35,7 +35,7 @@ def measure_constants(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int
     """Add what is missing: needles in both settings, and perplexity, on contexts of the tuning half of the text."""
     tokens = encode(tokenizer, built_in_text())
     cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], n_contexts=n_contexts)
-    weights = fingerprint(model)["weights"]
+    weights = weights_digest(model)
     variants = [(FULL, 1.0, 0, 0), *(("soft", k, c, s) for k in KEEPS for c in CHUNKS for s in SINKS)]
     with Progress() as progress:
         task = progress.add_task("Constants", total=len(cases) * len(variants))

@@ -11,7 +11,7 @@ from kvcluster.evaluation.quality import needle_cases
 from kvcluster.evaluation.quality.reading import Context
 from kvcluster.evaluation.runs import Runs
 from kvcluster.evaluation.texts import built_in_text, encode
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 
 __all__ = ["layers_table", "measure_layers"]
 
@@ -22,7 +22,7 @@ def measure_layers(model: Any, tokenizer: Any, runs: Runs, *, n_contexts: int, n
     """Add what is missing: soft matching with each of the layers whole in turn, on contexts of the tuning half."""
     tokens = encode(tokenizer, built_in_text())
     cases = needle_cases(tokenizer, tokens, "tuning", lengths=[n_tokens], n_contexts=n_contexts)
-    weights = fingerprint(model)["weights"]
+    weights = weights_digest(model)
     full = [layer for layer, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
     with Progress() as progress:
         task = progress.add_task("Whole layers", total=len(cases) * (1 + len(full)))

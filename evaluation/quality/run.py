@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 
 from ..layers import full_layers
 from ..runs import Runs
@@ -88,7 +88,7 @@ def run_all(
     for n_tokens in sorted({n for case in cases for n in lengths(case, options)}):
         for name, keep in pairs:
             methods[name].make(model, keep, n_tokens)
-    weights = fingerprint(model)["weights"]
+    weights = weights_digest(model)
     of_methods = {name: methods[name].profile for name, _ in pairs}
     profiles = {name: profile_of(model).digest for name, profile_of in of_methods.items() if profile_of is not None}
     results = []

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 
 from ..quality.cases import Case
 from ..quality.needles import needle_cases
@@ -38,7 +38,7 @@ class Losses:
         self.model, self.case, self.runs, self.on_loss = model, case, runs, on_loss
         self.context = Context(model, case.tokens)
         self.seconds: list[float] = []
-        self.rule = {"n_sink": N_SINK, "n_recent": N_RECENT, "model": fingerprint(model)["weights"]}
+        self.rule = {"n_sink": N_SINK, "n_recent": N_RECENT, "model": weights_digest(model)}
         self.full = self.nats({"head": None, "part": 1.0}, lambda: None)
 
     def over_full(self, own: dict[str, Any], make: Callable[[], Any]) -> float:

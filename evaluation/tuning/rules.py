@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from kvcluster.fast.huggingface.fingerprints import fingerprint
+from kvcluster.fast.huggingface.fingerprints import weights_digest
 
 from ..layers import full_layers
 from ..runs import Runs
@@ -50,7 +50,7 @@ def by_reading(
     length = n_tokens - len(start)
     contexts = [start + span(tokens, "tuning", number, length) for number in range(n_contexts)]
     rule = {"keeps": list(KEEPS), "n_sink": N_SINK, "n_recent": N_RECENT, "n_piece": N_PIECE}
-    rule["model"] = fingerprint(model)["weights"]
+    rule["model"] = weights_digest(model)
     found = []
     for number, context in enumerate(contexts, 1):
         key = rule | {"tokens": digest(context)}

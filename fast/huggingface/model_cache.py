@@ -49,7 +49,6 @@ class ModelCache(Cache):
         ValueError : `path` is a folder, a pipe or a device.
         RuntimeError : a call of the model failed halfway, or the model that the cache was made for is gone.
         """
-        self.check_whole()
         save_cache(self, self._hooks.model(), path)
 
     @classmethod

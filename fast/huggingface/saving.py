@@ -54,9 +54,7 @@ def save_cache(cache: Any, model: Any, path: str | Path) -> None:
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
     check_is_file(path)
     mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else PRIVATE
-    seen = sorted({layer.get_seq_length() for layer in cache.layers})
-    if len(seen) > 1:
-        raise RuntimeError(f"the layers of the cache must have seen the same tokens, got {seen[0]} to {seen[-1]}")
+    cache.check_whole()
     if model is None:
         raise RuntimeError("the model that the cache was made for must exist: the file tells it from others")
     tensors: dict[str, Tensor] = {}

@@ -91,6 +91,21 @@ class AllOrNothing(Withheld):
 
     _kept_for_good = "older tokens are clustered for good"
 
+    def _append(self, *tokens: Tensor) -> Any:
+        """Take tokens that have been checked and cluster what is due; returns `_seen` just before this clustering."""
+        working: Any = worked_on(self)
+        working._extend(*tokens)
+        seen = working._seen()
+        if working.is_due:
+            working._check_due()
+            withhold(self, "append")
+            working._cluster()
+        take_over(self, working)
+        return seen
+
+    def _seen(self) -> Any:
+        """What `append` returns, which the clustering that is due must not change."""
+
     def extend(self, keys: Tensor, values: Tensor) -> None:
         """The first half of `append`: take the next tokens, exact as yet."""
         self.check_new(keys, values)
