@@ -68,8 +68,13 @@ class Lines:
 
 @contextmanager
 def fault_at(kind: str, place: int | None) -> Iterator[Any]:
-    """Within, `Fault` at this place; None: only count the places."""
-    with TorchCalls(place) if kind == KINDS[0] else Lines(place) as places:
+    """Within, `Fault` at this place; None: only count the places.
+
+    Whether gradients are on is as before, afterwards: where a line is that of a `with`, Python may raise before it
+    leaves that, and `torch.no_grad` would last.
+    """
+    raising = TorchCalls(place) if kind == KINDS[0] else Lines(place)
+    with torch.set_grad_enabled(torch.is_grad_enabled()), raising as places:
         yield places
 
 

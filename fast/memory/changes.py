@@ -7,12 +7,12 @@ where entries are takes them away from the cache for as long as it lasts: if it 
 """
 
 import copy
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Int64
 from torch import Tensor
 
-from ..arguments import check_integer
+from ..scalars import check_integer
 from .ordinary import on_ordinary_tensors
 
 __all__ = ["AllOrNothing", "Withheld", "attempt", "change", "selected", "take_over", "withhold", "worked_on"]
@@ -20,6 +20,7 @@ __all__ = ["AllOrNothing", "Withheld", "attempt", "change", "selected", "take_ov
 C = TypeVar("C")
 
 
+@runtime_checkable
 class OfRows(Protocol):
     """What can be narrowed to some of its rows."""
 

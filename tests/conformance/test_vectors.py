@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from agreement import attention_is_exact, bounds_are_alike
 from numpy._core import _multiarray_umath as processor
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from kvcluster.cli.vectors import vectors
+from kvcluster.cli import app
 from kvcluster.conformance import OPERATIONS, all_cases
 from kvcluster.conformance.comparing import expected, oracle_arguments
 from kvcluster.conformance.exact import exact_attention, exact_bound
@@ -30,8 +29,6 @@ SOURCE = Path(__file__).resolve().parents[2] / "docs" / "vectors" / "reader.cpp"
 COMPILE = ("c++", "-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 CACHES = ("ClusteredCache", "ChelseaCache", "RaggedCache", "RecallCache")
 ATTENTION = ("attention", "clustered_attention", "recall_attention", *CACHES)
-app = typer.Typer()
-app.command()(vectors)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def content_of(folder):
 
 
 def run_command(*arguments):
-    done = CliRunner().invoke(app, [*map(str, arguments)])
+    done = CliRunner().invoke(app, ["vectors", *map(str, arguments)])
     return done.exit_code, done.output
 
 
