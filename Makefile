@@ -20,7 +20,7 @@ export IPYTHONDIR := $(CACHES)/ipython
 export TRITON_CACHE_DIR := $(CACHES)/triton
 export TORCHINDUCTOR_CACHE_DIR := $(CACHES)/inductor
 
-.PHONY: help demo test check soak notebooks site serve-demo vllm gemma gpu lint test-versions test-machines test-vllm install clean
+.PHONY: help demo test check soak notebooks site theory-pdf serve-demo vllm gemma gpu lint test-versions test-machines test-pythons test-vllm install clean
 
 help: ## this list
 	@awk -F ' *:[^#]*## ' '/^[a-z%-]+:.*## / { sub("%", "NAME", $$1); printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ notebooks: install ## the tutorials in JupyterLab; more of its options in LAB_OP
 
 site: install ## all pages as a site, for a browser without a network, in .cache/site
 	$(BIN)/python docs/site/build_site.py
+
+theory-pdf: install ## all numbered claims with their proofs, printed by Chromium, in .cache/theory.pdf
+	$(BIN)/python docs/site/print_theory.py
 
 bench-%: install ## benchmarks/NAME/run.py, more of its options in OPTIONS; run it alone
 	$(BIN)/python benchmarks/$*/run.py $(OPTIONS)
@@ -108,6 +111,9 @@ $(CACHES)/versions/%/.installed: requirements/transformers-%.txt .venv/.installe
 
 test-machines: install ## all tests as on processors with other instructions, with one thread and two
 	$(BIN)/python tests/machines.py
+
+test-pythons: install ## what needs NumPy alone on Python 3.11 to 3.13 and NumPy 2.0 to 2.4, where they are on the path
+	$(BIN)/python tests/pythons.py
 
 test-vllm: vllm ## the tests of the vLLM plugin
 	$(VLLM)/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider tests/vllm
