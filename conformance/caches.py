@@ -11,7 +11,22 @@ from .inputs import refused_arrays
 from .operation import Spelling
 from .port import Port
 
-__all__ = ["attended", "cache_spelling", "fill", "good_tokens", "held_by", "refused_tokens", "small_tokens"]
+__all__ = [
+    "BESIDE",
+    "attended",
+    "beside",
+    "cache_spelling",
+    "fill",
+    "good_tokens",
+    "held_by",
+    "numbers_of",
+    "refused_tokens",
+    "small_tokens",
+]
+
+# Compared where a cache shows them; files of vectors, which came before, are without them.
+BESIDE = {"n_clustered", "nbytes", "bytes_of_count", "deviations", "members", "all_returned_keys"}
+BESIDE |= {"all_returned_values", "all_returned_counts"}
 
 
 def cache_spelling(port: Port, case: Case) -> Spelling:
@@ -33,6 +48,27 @@ def fill(port: Port, cache: Any, case: Case) -> Any:
 def held_by(port: Port, cache: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays that a cache stores, as far as it shows them."""
     return {name: port.to_numpy(getattr(cache, name)) for name in names if getattr(cache, name, None) is not None}
+
+
+def numbers_of(port: Port, cache: Any, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The numbers that a cache tells, as far as it does."""
+    return {name: port.number(getattr(cache, name)) for name in names if getattr(cache, name, None) is not None}
+
+
+def beside(port: Port, cache: Any, returned: Any) -> dict[str, np.ndarray]:
+    """What else a cache may show: how much it has clustered and takes, and all that its last append returned.
+
+    Of entries in one rectangle only those that are there: zeros where the count is 0.
+    """
+    results = numbers_of(port, cache, ("n_clustered", "nbytes"))
+    if getattr(cache, "counts", None) is not None:
+        results["bytes_of_count"] = np.array(port.to_numpy(cache.counts).dtype.itemsize)
+    if isinstance(returned, tuple) and len(returned) == 3:
+        keys, values, counts = (port.to_numpy(array) for array in returned)
+        if keys.shape[:-1] == counts.shape == values.shape[:-1]:
+            keys, values = (np.where(counts[..., None] > 0, array, np.zeros_like(array)) for array in (keys, values))
+        results |= {"all_returned_keys": keys, "all_returned_values": values, "all_returned_counts": counts}
+    return results
 
 
 def attended(port: Port, cache: Any, case: Case) -> dict[str, np.ndarray]:

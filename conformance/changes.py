@@ -8,7 +8,7 @@ import numpy as np
 
 from .case import Case
 
-__all__ = ["changed", "given", "shifted", "without"]
+__all__ = ["changed", "flushed", "given", "shifted", "without"]
 
 
 def without(name: str) -> Callable[[Case], Case]:
@@ -34,3 +34,10 @@ def changed(**arrays: Callable[[np.ndarray], np.ndarray]) -> Callable[[Case], Ca
         return replace(case, arrays=changed_arrays)
 
     return change
+
+
+def flushed(array: np.ndarray) -> np.ndarray:
+    """Without subnormal numbers, of which zeros are left; those of float16 are not subnormal once they are float32."""
+    wide = array.astype(np.float32)
+    is_kept = (np.abs(wide) >= np.finfo(np.float32).tiny) | (wide == 0)
+    return np.where(is_kept, wide, np.copysign(np.float32(0), wide)).astype(array.dtype)

@@ -7,6 +7,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from .inputs import DTYPES
+
 __all__ = ["Drawing"]
 
 T = TypeVar("T")
@@ -16,12 +18,13 @@ RATIOS = (1.0, 0.5, 0.75, 0.25, 0.2, 0.7)
 
 
 class Drawing:
-    """Draws of one case, whose arrays have the same dim and one leading index, or two if there are two `heads`."""
+    """Draws of one case, whose arrays have the same dtype, dim and number of `heads`, up to the given ones."""
 
-    def __init__(self, draw: st.DrawFn) -> None:
+    def __init__(self, draw: st.DrawFn, dtype: str = "f32", most_dim: int = 3, most_heads: int = 1) -> None:
         self.draw = draw
-        self.dim = self.integer(1, 3)
-        self.heads = 1
+        self.dtype: Any = DTYPES[dtype]
+        self.dim = self.integer(1, most_dim)
+        self.heads = self.integer(1, most_heads)
 
     def integer(self, least: int, most: int) -> int:
         return self.draw(st.integers(least, most))
@@ -36,9 +39,11 @@ class Drawing:
         return self.one_of(RATIOS)
 
     def rows(self, number: int) -> np.ndarray:
-        """Keys or values (heads, number, dim), float32."""
-        elements = st.sampled_from([float(np.float32(x)) for x in NUMBERS])
-        return self.draw(arrays(np.float32, (self.heads, number, self.dim), elements=elements))
+        """Keys or values (heads, number, dim)."""
+        with np.errstate(over="ignore"):
+            numbers = np.array(NUMBERS).astype(self.dtype).astype(np.float32)
+        elements = st.sampled_from(numbers[np.isfinite(numbers)].tolist())
+        return self.draw(arrays(np.float32, (self.heads, number, self.dim), elements=elements)).astype(self.dtype)
 
     def attention(self, tokens: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Query, keys and values, and perhaps a scale."""
@@ -47,6 +52,7 @@ class Drawing:
         return inputs, self.one_of(({}, {"scale": 2.0}))
 
     def counts(self, number: int, least: int) -> np.ndarray:
-        """Counts (1, number): small ones, and one that float16 cannot represent."""
+        """Counts (heads, number): small ones, and one that float16 cannot represent."""
         numbers = st.sampled_from((*range(least, 4), 2049))
-        return np.array([self.draw(st.lists(numbers, min_size=number, max_size=number))])
+        lists = st.lists(numbers, min_size=number, max_size=number)
+        return np.array([self.draw(lists) for _ in range(self.heads)])

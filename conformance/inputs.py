@@ -5,10 +5,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["DTYPES", "EXTREMES", "KINDS", "TIES", "attention_arrays", "make_array", "refused_arrays", "some_counts"]
+__all__ = [
+    "DTYPES",
+    "EXACT_TIES",
+    "EXTREMES",
+    "KINDS",
+    "TIES",
+    "attention_arrays",
+    "make_array",
+    "refused_arrays",
+    "some_counts",
+]
 
 KINDS = ("normal", "signs", "duplicates", "near_ties", "zeros", "huge", "tiny", "smooth")
 EXTREMES = {"huge", "tiny"}
+EXACT_TIES = {"signs", "duplicates", "ties", "equal"}  # where the index decides
 TIES = {"near_ties", "signs", "duplicates", *EXTREMES}  # where the last bit decides
 DTYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 try:
@@ -33,9 +44,9 @@ def make_array(kind: str, shape: tuple[int, ...], dtype: str, seed: int) -> Floa
         tokens = shape[-2]
         array = bell[..., random_bits((tokens,), seed + 1) % np.uint64(max(1, tokens // 3)), :] if tokens else bell
     elif kind == "near_ties":
-        ones = np.ones(shape).astype(number_type)
+        ones, twos = (np.full(shape, number).astype(number_type) for number in (1, 2))  # NumPy 2.0 widens ones * 2
         is_above = random_bits(shape, seed + 1) % np.uint64(5) == 0
-        return np.where(is_above, np.nextafter(ones, ones * 2), ones).astype(number_type)
+        return np.where(is_above, np.nextafter(ones, twos), ones).astype(number_type)
     elif kind == "zeros":
         array = bell * (random_bits((*shape[:-1], 1), seed + 1) % np.uint64(2))
     elif kind == "huge":

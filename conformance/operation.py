@@ -25,9 +25,9 @@ def call_function(operation: "Operation", port: Port, case: Case) -> dict[str, n
     """Call with arrays by position, except those of `by_name`, and parameters by name."""
     function, parameters = operation.spelling(port, case)
     by_name = {name: port.from_numpy(case.arrays[name]) for name in operation.by_name if name in case.arrays}
-    return port.parts(
-        operation.results, function(*operation.positional(operation, port, case), **by_name, **parameters)
-    )
+    result = function(*operation.positional(operation, port, case), **by_name, **parameters)
+    shown = {name: port.to_numpy(getattr(result, name)) for name in operation.shown if hasattr(result, name)}
+    return port.parts(operation.results, result) | shown
 
 
 def arrays_in_order(operation: "Operation", port: Port, case: Case) -> list[Any]:
@@ -44,6 +44,7 @@ class Operation:
     name : a function or a class.
     section : the section of SPECIFICATION.md that its results follow.
     results : what a function returns, by name.
+    shown : what its result may have beside, which is compared where it is there.
     cases : its inputs, with seeds from the given number on, a thousand times the seed of the suite.
     refused : calls that must raise.
     small : arrays and parameters of a small case, drawn in the search for a counterexample.
@@ -67,6 +68,7 @@ class Operation:
     mistakes: tuple[Mistake, ...]
     scaffold: str
     results: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
     by_name: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     spelling: Callable[[Port, Case], Spelling] = plain_spelling

@@ -1,7 +1,4 @@
-"""A report for people, as a table and a panel for each operation that differs, and for programs, as JSON and JUnit."""
-
-from typing import Any
-from xml.etree import ElementTree
+"""A report for people: a table, and a panel for each operation that differs."""
 
 import numpy as np
 from rich.console import Console
@@ -11,46 +8,69 @@ from rich.table import Table
 from rich.text import Text
 
 from .explaining import decisions
-from .suite import Counterexample, Report
+from .report import Counterexample, OperationReport, Report
 
-__all__ = ["as_json", "as_junit", "show"]
+__all__ = ["show"]
 
 MOST_WRITTEN = 64  # numbers of an array that is written in full
-COLOURS = {"agrees": "green", "differs": "red", "not checked": "dim"}
+COLOURS = {"agrees": "green", "agrees in part": "green", "differs": "red", "cannot be told": "yellow"}
 
 
 def show(console: Console, report: Report) -> None:
-    """A table, then a panel for each operation that differs."""
+    """A table, a panel for each operation that differs, and what was not compared."""
     table = Table(title=escape(f"{report.implementation} against the reference ({report.seconds:.1f} s)"))
-    for column in ("operation", "cases", "differ", "not put to it", "verdict"):
+    for column in ("operation", "cases", "differ", "not put to it", "not shown", "verdict"):
         table.add_column(column, justify="right" if column in ("cases", "differ") else "left")
     for result in report.operations:
         skipped = ", ".join(f"{number}: {reason}" for reason, number in result.skipped.items())
-        colour = COLOURS[result.verdict]
+        skipped += (", " if skipped else "") + f"{len(result.ended)}: no answer" if result.ended else ""
+        colour = COLOURS.get(result.verdict, "dim")
         verdict = f"[{colour}]{result.verdict}[/{colour}]"
-        table.add_row(result.operation, str(result.n_cases), str(result.n_failed), skipped, verdict)
+        numbers = str(result.n_cases), str(result.n_failed)
+        table.add_row(result.operation, *numbers, escape(skipped), ", ".join(result.not_shown), verdict)
     console.print(table)
     for result in report.operations:
-        if result.counterexample is not None:
-            text = Text("\n".join(lines_on(result.counterexample)))
-            console.print(Panel(text, title=f"{result.operation} differs", title_align="left", border_style="red"))
+        lines = lines_of(result)
+        if lines:
+            style = "red" if result.verdict == "differs" else "yellow"
+            title = f"{result.operation} {result.verdict}"
+            console.print(Panel(Text("\n".join(lines)), title=title, title_align="left", border_style=style))
+    if any(result.not_shown for result in report.operations):
+        console.print("What is not shown was not compared; --require NAME makes it a failure.")
     if report.is_stopped:
         console.print("Stopped by --max-seconds: not all cases were checked.")
 
 
+def lines_of(result: OperationReport) -> list[str]:
+    """All that there is to be said about one operation beside its row of the table."""
+    lines = lines_on(result.counterexample) if result.counterexample is not None else []
+    if result.missing:
+        lines.append(f"Required, and not shown in every case: {', '.join(result.missing)}")
+    if result.unsteady:
+        lines.append(f"Unsteady, wrong at first and right when asked again: {', '.join(result.unsteady)}")
+    lines += [f"No answer: {text}" for text in result.ended]
+    return lines
+
+
 def lines_on(counterexample: Counterexample) -> list[str]:
     """What is wrong, the case, what must come out, what does, and how the reference decides."""
-    lines = [f"What is wrong: {counterexample.cause or 'no known mistake explains it'}"]
-    lines += [f"Rule: {counterexample.rule} of SPECIFICATION.md", "", f"Case: {counterexample.case.name}"]
+    lines = []
+    for number, finding in enumerate(counterexample.findings, 1):
+        title = "What is wrong" if number == 1 else "Then"
+        lines.append(f"{title}: {finding.cause or 'no known mistake explains it'}")
+        lines.append(f"  Rule: {finding.rule or counterexample.rule} of SPECIFICATION.md")
+        lines += [f"  Fails: {finding.where}"] if finding.where else []
+    lines += ["", f"Case: {counterexample.case.name}"]
     lines += [f"  {name} = {written(array)}" for name, array in counterexample.case.arrays.items()]
     lines += [f"  {name} = {value}" for name, value in counterexample.case.parameters.items()]
-    what = counterexample.difference.what
-    lines.append(f"Difference: {counterexample.difference.text}")
-    for title, arrays, text in (
-        ("expected", counterexample.expected, counterexample.difference.expected),
-        ("got", counterexample.got, counterexample.difference.got),
-    ):
-        lines.append(f"  {title} {what}: {written(arrays[what]) if what in arrays else text}")
+    difference = counterexample.difference
+    lines.append(f"Difference: {difference.text}")
+    lines += [f"  there expected {difference.expected}", f"  there got {difference.got}"]
+    for title, arrays in (("expected", counterexample.expected), ("got", counterexample.got)):
+        lines += (
+            [f"  {title} {difference.what}: {written(arrays[difference.what])}"] if difference.what in arrays else []
+        )
+    lines += [f"  at {line}" for line in counterexample.lines]
     if (
         all(array.size <= MOST_WRITTEN for array in counterexample.case.arrays.values())
         and not counterexample.case.is_refused
@@ -64,70 +84,3 @@ def written(array: np.ndarray) -> str:
     """A small array in full with its dtype, a large one as its shape."""
     kind = f"{array.dtype.name} {array.shape}"
     return f"{array.tolist()} ({kind})" if array.size <= MOST_WRITTEN else kind
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """The whole report, in types that JSON has."""
-    operations = [
-        {
-            "operation": result.operation,
-            "verdict": result.verdict,
-            "cases": result.n_cases,
-            "differ": result.n_failed,
-            "skipped": dict(result.skipped),
-            "failed": result.failed,
-            "counterexample": None if result.counterexample is None else counterexample_as_json(result.counterexample),
-        }
-        for result in report.operations
-    ]
-    return {
-        "implementation": report.implementation,
-        "agrees": report.agrees,
-        "seconds": report.seconds,
-        "is_stopped": report.is_stopped,
-        "operations": operations,
-    }
-
-
-def counterexample_as_json(counterexample: Counterexample) -> dict[str, Any]:
-    arrays = {
-        name: {key: listed(array) for key, array in group.items()}
-        for name, group in (
-            ("inputs", counterexample.case.arrays),
-            ("expected", counterexample.expected),
-            ("got", counterexample.got),
-        )
-    }
-    return {
-        **arrays,
-        "parameters": counterexample.case.written_parameters,
-        "cause": counterexample.cause,
-        "rule": counterexample.rule,
-        "difference": counterexample.difference._asdict(),
-        "case": counterexample.case.name,
-    }
-
-
-def listed(array: np.ndarray) -> Any:
-    """An array as JSON has it, as strings if any number is not finite."""
-    return array.tolist() if np.isfinite(array).all() else array.astype(str).tolist()
-
-
-def as_junit(report: Report) -> str:
-    """One test case per operation."""
-    failures = sum(result.verdict == "differs" for result in report.operations)
-    skipped = sum(result.verdict == "not checked" for result in report.operations)
-    attributes = {"name": f"kvcluster check {report.implementation}", "tests": str(len(report.operations))}
-    attributes |= {"failures": str(failures), "skipped": str(skipped), "time": f"{report.seconds:.3f}"}
-    root = ElementTree.Element("testsuite", attributes)
-    for result in report.operations:
-        case = ElementTree.SubElement(root, "testcase", {"classname": report.implementation, "name": result.operation})
-        if result.verdict == "not checked":
-            ElementTree.SubElement(case, "skipped", {"message": ", ".join(result.skipped)})
-        if result.counterexample is not None:
-            message = result.counterexample.cause or result.counterexample.difference.text
-            failure = ElementTree.SubElement(
-                case, "failure", {"message": f"{message} (rule {result.counterexample.rule})"}
-            )
-            failure.text = "\n".join(result.failed)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

@@ -15,6 +15,7 @@ Keep what you have, delete the rest. Parameters, shapes and rules: reference/SPE
 # def from_numpy(array): return jax.numpy.asarray(array)
 # def to_numpy(array): return numpy.asarray(array)
 # DTYPES = ("f16", "f32")  # if not all of f16, bf16, f32 are taken
+# REFUSES = False  # if bad input is not refused; SUBNORMALS = False if tiny numbers are flushed to zero
 '''
 
 

@@ -6,8 +6,8 @@ from kvcluster import reference
 from kvcluster.conformance import Implementation
 from kvcluster.conformance.cases import cases_of
 from kvcluster.conformance.comparing import compare
-from kvcluster.conformance.explaining import outcome_with
-from kvcluster.conformance.suite import counterexample
+from kvcluster.conformance.counterexamples import counterexample
+from kvcluster.conformance.explaining import Failure, outcome_with
 
 
 def failures(operation, mistake):
@@ -20,7 +20,7 @@ def failures(operation, mistake):
                 outcome = outcome_with(mistake, case)
                 difference = compare(case, outcome)
                 if difference is not None:
-                    failed.append((case, outcome, difference))
+                    failed.append(Failure(case, outcome, difference))
     return failed
 
 
@@ -28,5 +28,5 @@ def assert_caught_and_named(operation, mistake):
     """Some case is wrong, and the suite takes this mistake, no other one, for the cause."""
     failed = failures(operation, mistake)
     assert failed
-    found = counterexample(Implementation(reference), failed, None)
+    found = counterexample(Implementation(reference), failed, {}, None)
     assert (found.cause, found.rule) == (mistake.cause, mistake.rule)

@@ -126,12 +126,12 @@ def log_counts_by(log: Callable[..., Tensor]) -> Patch:
     return together(put(log, "plain/attention.log_counts"), without_cpp)
 
 
-def query_heads_dealt_out(right, query, *others):
+def query_heads_dealt_out(right, query, *others, **named):
     """Query head h goes to KV head h % heads, not h // group."""
     if query.ndim < 3:
-        return right(query, *others)
+        return right(query, *others, **named)
     *lead, heads, group, dim = query.shape
-    output = right(query.reshape(*lead, group, heads, dim).transpose(-3, -2), *others)
+    output = right(query.reshape(*lead, group, heads, dim).transpose(-3, -2), *others, **named)
     return output.transpose(-3, -2).reshape(*lead, heads, group, -1)
 
 
@@ -255,6 +255,7 @@ ODD_AS_SOURCES = together(
     put(lambda right, even, odd: right(odd, even), MATCHES),
     put(lambda right, matches, even, odd, n_top: right(matches, odd, even, n_top), TOP),
 )
+SCALE_FORGOTTEN = put(lambda right, *of, **named: right(*of[:4], None, *of[5:], **named), *ATTEND)
 TIED_SCORES = together(
     put(last_of_tied_scores, "plain/selection.certified_ranking"),
     put(lambda *_: "torch", "recall_tokens.choose"),  # C++ ranks by itself
@@ -287,7 +288,7 @@ MUTANTS = (
     Mutant("log2 of the counts", COUNTS, log_counts_by(lambda right, counts: right(counts) / math.log(2))),
     Mutant("counts in float16", COUNTS[:1], log_counts_by(lambda right, counts: right(counts.half()))),
     Mutant("query heads dealt out", ATTENTION, put(query_heads_dealt_out, *ATTEND)),
-    Mutant("explicit scale forgotten", ATTENTION, put(lambda right, *of: right(*of[:4], None, *of[5:]), *ATTEND)),
+    Mutant("explicit scale forgotten", ATTENTION, SCALE_FORGOTTEN),
     Mutant("cache: recent tokens are clustered", CACHE, put(lambda _, held: whole_chunks(held, 0), LEAVING)),
     Mutant("cache: a token late", CACHE, put(lambda _, held: whole_chunks(held, held.n_recent + 1), LEAVING)),
     Mutant("cache: one chunk an append", CACHE, put(lambda right, held: min(held.chunk_size, right(held)), LEAVING)),

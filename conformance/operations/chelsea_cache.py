@@ -9,7 +9,17 @@ import numpy as np
 from kvcluster import reference
 from kvcluster.reference.pooled_matching import compress_entries
 
-from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
+from ..caches import (
+    attended,
+    beside,
+    cache_spelling,
+    fill,
+    good_tokens,
+    held_by,
+    numbers_of,
+    refused_tokens,
+    small_tokens,
+)
 from ..case import Case
 from ..changes import given, without
 from ..drawing import Drawing
@@ -105,11 +115,10 @@ def filled_cache(port: Port, case: Case) -> tuple[Any, Any]:
 
 def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     cache, returned = filled_cache(port, case)
-    results = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
-    if hasattr(cache, "budget"):
-        results = {"budget": np.array(cache.budget)} | results
+    results = numbers_of(port, cache, ("budget", "n_seen", "n_stored"))
     results |= held_by(port, cache, ("keys", "values", "counts", "whole_keys", "whole_values"))
-    return results | returned_counts(port, returned) | attended(port, cache, case)
+    results |= returned_counts(port, returned) | attended(port, cache, case)
+    return results | beside(port, cache, returned)
 
 
 def oracle(case: Case) -> tuple[Any, ...]:

@@ -11,7 +11,17 @@ from kvcluster.reference.chunks import entries_of_chunk
 from kvcluster.reference.merging import Clustering, merge
 
 from ..bits import all_entries, bits_cases, mistakes_of_bits, refused_bits
-from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
+from ..caches import (
+    attended,
+    beside,
+    cache_spelling,
+    fill,
+    good_tokens,
+    held_by,
+    numbers_of,
+    refused_tokens,
+    small_tokens,
+)
 from ..case import Case
 from ..changes import given, without
 from ..drawing import Drawing
@@ -155,7 +165,7 @@ def new_cache(port: Port, case: Case) -> Any:
 def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     cache = new_cache(port, case)
     returned = fill(port, cache, case)
-    results = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
+    results = numbers_of(port, cache, ("n_seen", "n_stored"))
     if isinstance(returned, tuple) and len(returned) == 3:  # the entries before the last clustering
         results["n_returned"] = np.array(port.to_numpy(returned[2]).shape[-1])
     if "whole_heads" in case.parameters:  # then they are those of one rectangle
@@ -163,7 +173,7 @@ def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     results |= held_by(port, cache, ("keys", "values", "counts", "whole_keys", "whole_values"))
     if "bits" in case.parameters:  # these are then the entries that are not quantized
         results |= all_entries(port, cache)
-    return results | attended(port, cache, case)
+    return results | attended(port, cache, case) | beside(port, cache, returned)
 
 
 def oracle(case: Case) -> tuple[Any, ...]:

@@ -114,6 +114,7 @@ OPERATION = Operation(
     name="kmeans",
     section=10,
     results=CLUSTERS,
+    shown=("members",),
     by_name=("init",),
     cases=cases,
     refused=refused,

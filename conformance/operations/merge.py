@@ -11,6 +11,7 @@ from kvcluster.reference import merge as right_merge
 from kvcluster.reference.merging import Clustering
 
 from ..case import Case
+from ..changes import flushed
 from ..drawing import Drawing
 from ..inputs import DTYPES, KINDS, make_array, refused_arrays
 from ..mistake import Mistake, Patch
@@ -57,7 +58,8 @@ def refused() -> Iterator[Case]:
 def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     tokens = draw.integer(1, 6)
     labels = np.unique(draw.integers(tokens, 0, 2), return_inverse=True)[1]
-    return {"array": draw.rows(tokens), "labels": labels[None], "counts": np.bincount(labels)[None]}, {}
+    of_heads = {"labels": np.tile(labels, (draw.heads, 1)), "counts": np.tile(np.bincount(labels), (draw.heads, 1))}
+    return {"array": draw.rows(tokens), **of_heads}, {}
 
 
 def positional(operation: Operation, port: Port, case: Case) -> list[Any]:
@@ -90,6 +92,24 @@ def add_in_float32(members: np.ndarray) -> np.ndarray:
 
 def add_to_zero(members: np.ndarray) -> np.ndarray:
     return np.add.accumulate(np.concatenate([np.zeros((1, members.shape[-1])), members.astype(np.float64)]), axis=0)[-1]
+
+
+def flushed_mean(array: np.ndarray, clustering: Clustering) -> np.ndarray:
+    return flushed(right_merge(flushed(array), clustering))
+
+
+def unit(array: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    lengths = np.sqrt((array.astype(np.float64) ** 2).sum(axis=-1, keepdims=True))
+    return array.astype(np.float64) / np.where(lengths == 0, 1.0, lengths)
+
+
+def unit_mean(array: np.ndarray, clustering: Clustering) -> np.ndarray:
+    return unit(right_merge(array, clustering)).astype(np.float32)
+
+
+def add_units(members: np.ndarray) -> np.ndarray:
+    return np.add.accumulate(unit(members), axis=0)[-1]
 
 
 def rounded_mean(array: np.ndarray, clustering: Clustering) -> np.ndarray:
@@ -125,6 +145,13 @@ MEANS = (
         "sums start at +0.0, which loses the sign of -0.0: they start at the first member",
         "6.2",
         everywhere(mean_by(add_to_zero)),
+    ),
+    Mistake("means flush subnormal numbers to zero: they must be kept", "2.1", everywhere(flushed_mean)),
+    Mistake("means are scaled to length 1: they stay as they are", "6.1", everywhere(unit_mean)),
+    Mistake(
+        "members are scaled to length 1 before they are averaged: they are added as they are",
+        "6.1",
+        everywhere(mean_by(add_units)),
     ),
 )
 ROUNDED = (

@@ -88,6 +88,7 @@ def small(draw: Drawing) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     array = draw.rows(draw.integer(1, 2))
     if draw.integer(0, 1):
         array = np.array(draw.integers(array.size, -3, 7), np.float32).reshape(array.shape) / 2
+        array = array.astype(draw.dtype)
     return {"array": array}, {"bits": draw.one_of(BITS)}
 
 

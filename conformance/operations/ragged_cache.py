@@ -12,7 +12,7 @@ from kvcluster.reference.merging import Clustering
 from kvcluster.reference.ragged_cache import rectangle as right_rectangle
 
 from ..bits import bits_cases, mistakes_of_bits, refused_bits
-from ..caches import attended, cache_spelling, fill, good_tokens, refused_tokens, small_tokens
+from ..caches import attended, beside, cache_spelling, fill, good_tokens, numbers_of, refused_tokens, small_tokens
 from ..case import Case
 from ..changes import given
 from ..drawing import Drawing
@@ -85,8 +85,8 @@ def cases(base: int) -> Iterator[Case]:
 def refused() -> Iterator[Case]:
     rule = {"keep_ratios": (0.5,), "chunk_size": 2, "n_sink": 1, "n_recent": 2}
     yield from refused_tokens("RaggedCache", rule, {**rule, "keep_ratios": (2.0,)})
-    yield from refused_shares("RaggedCache", rule)
-    yield from (*refused_bits("RaggedCache", rule), *refused_exact("RaggedCache", rule))
+    yield from (*refused_shares("RaggedCache", rule), *refused_bits("RaggedCache", rule))
+    yield from refused_exact("RaggedCache", rule)
     for name, ratios in (("none", ()), ("number", 0.5), ("bool", (True,)), ("zero", (0.0,)), ("two", (0.5, 0.5))):
         wrong = {**rule, "keep_ratios": ratios, "pieces": (8,)}
         yield Case("RaggedCache", f"refused-{name}", good_tokens(), wrong, is_refused=True)
@@ -117,12 +117,12 @@ def filled_cache(port: Port, case: Case) -> tuple[Any, Any]:
 def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     """Of keys and values in one rectangle only what entries have: zeros where the count is 0."""
     cache, returned = filled_cache(port, case)
-    results = {"n_seen": np.array(cache.n_seen), "lengths": np.array(cache.lengths)}
+    results = numbers_of(port, cache, ("n_seen", "lengths"))
     if hasattr(cache, "entries"):
         keys, values, counts = (port.to_numpy(array) for array in cache.entries())
         keys, values = (np.where(counts[..., None] > 0, array, np.zeros_like(array)) for array in (keys, values))
         results |= {"counts": counts, "keys": keys, "values": values}
-    return results | returned_counts(port, returned) | attended(port, cache, case)
+    return results | returned_counts(port, returned) | attended(port, cache, case) | beside(port, cache, returned)
 
 
 def oracle(case: Case) -> tuple[Any, ...]:

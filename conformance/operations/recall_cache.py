@@ -8,7 +8,16 @@ import numpy as np
 from kvcluster import reference
 from kvcluster.reference.sampling import sample_tokens
 
-from ..caches import attended, cache_spelling, fill, good_tokens, held_by, refused_tokens, small_tokens
+from ..caches import (
+    attended,
+    cache_spelling,
+    fill,
+    good_tokens,
+    held_by,
+    numbers_of,
+    refused_tokens,
+    small_tokens,
+)
 from ..case import Case
 from ..changes import given, without
 from ..drawing import Drawing
@@ -93,7 +102,7 @@ def filled_cache(port: Port, case: Case) -> Any:
 
 def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     cache = filled_cache(port, case)
-    results = {"n_seen": np.array(cache.n_seen), "n_stored": np.array(cache.n_stored)}
+    results = numbers_of(port, cache, ("n_seen", "n_stored"))
     results |= held_by(port, cache, ("keys", "values"))
     if getattr(cache, "clusters", None) is not None:
         results |= port.parts(CLUSTERS, cache.clusters)
@@ -104,7 +113,8 @@ def call(operation: Operation, port: Port, case: Case) -> dict[str, np.ndarray]:
     results |= attended(port, cache, case)
     if case.parameters.get("is_per_query_head"):
         results["output"] = results["output"][..., None, :]  # (..., group, 1, dim_value): query heads are leading axes
-    return results
+    results |= held_by(port, cache, ("deviations",)) | held_by(port, getattr(cache, "clusters", None), ("members",))
+    return results | numbers_of(port, cache, ("n_clustered",))
 
 
 def oracle(case: Case) -> tuple[Any, ...]:

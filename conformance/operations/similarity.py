@@ -9,6 +9,7 @@ from kvcluster.reference.similarity import halving_sum
 from kvcluster.reference.similarity import similarity as right_similarity
 
 from ..case import Case
+from ..changes import flushed
 from ..drawing import Drawing
 from ..inputs import DTYPES, KINDS, make_array
 from ..mistake import Mistake, Patch
@@ -56,6 +57,10 @@ def euclidean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return -((a.astype(np.float64)[..., :, None, :] - b.astype(np.float64)[..., None, :, :]) ** 2).sum(axis=-1)
 
 
+def flushed_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return right_similarity(flushed(a), flushed(b))
+
+
 def everywhere(wrong: object) -> tuple[Patch, ...]:
     places = ("soft_matching", "pooled_matching", "distinctive_matching", "kmeans", "")
     return tuple((place, "similarity", wrong) for place in places)
@@ -75,6 +80,7 @@ SIMILARITY = (
         everywhere(cosine),
     ),
     Mistake("similarities are Euclidean distances, not cosines", "4.1", everywhere(euclidean)),
+    Mistake("similarities flush subnormal numbers to zero: they must be kept", "2.1", everywhere(flushed_similarity)),
 )
 OPERATION = Operation(
     name="similarity",

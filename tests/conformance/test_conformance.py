@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from xml.etree import ElementTree
@@ -120,10 +121,12 @@ def assert_agrees(report):
     assert all(each.n_cases for each in report.operations)
 
 
-def test_the_reference_passes_in_a_minute():
+def test_the_reference_passes_in_a_minute_of_one_processor():
+    begun = time.process_time()
     report = check(Implementation(reference))
+    assert time.process_time() - begun < 60
     assert_agrees(report)
-    assert report.seconds < 60
+    assert {each.verdict for each in report.operations} == {"agrees"}  # everything is shown
     assert not any(each.skipped for each in report.operations)
 
 
