@@ -35,7 +35,10 @@ class Row(NamedTuple):
 
 
 TABLE = {
-    "soft_matching": Row("plain.soft_matching:compress", "kernels.soft_matching:compress"),
+    "soft_matching": Row("plain.soft_matching:compress", "kernels.soft_matching:compress", "cpu.matching:compress"),
+    "soft_matching_alone": Row(  # without means
+        "plain.soft_matching:match", "kernels.soft_matching:match_chunks", "cpu.matching:match"
+    ),
     "distinctiveness": Row(
         "plain.distinctive_matching:scores", "kernels.distinctive_matching:scores", "cpu.distinctive_matching:scores"
     ),
@@ -50,9 +53,13 @@ TABLE = {
         "kernels.pooled_matching:compress_entries",
         "cpu.pooled_matching:compress_entries",
     ),
-    "merge": Row("exact.mean:ordered_mean", "kernels.merge:merge_clusters"),
+    "merge": Row("exact.mean:ordered_mean", "kernels.merge:merge_clusters", "cpu.matching:merge_clusters"),
     "merge_entries": Row("plain.span_merging:merge_entries"),
     "attend": Row("plain.attention:attend", "kernels.attention:attend", "cpu.attention:attend"),
+    "attend_checked": Row(
+        "plain.attention:attend_checked", "kernels.attention:attend_checked", "cpu.attention:attend_checked"
+    ),
+    "attend_in_float64": Row("plain.attention:attend_in_float64"),
     "attend_ragged": Row(
         "plain.attention:attend_ragged", "kernels.attention:attend_ragged", "cpu.attention:attend_ragged"
     ),
@@ -80,12 +87,14 @@ LIBRARIES = {  # the C++ file of each module
     "cpu.attended_matching": "attended",
     "cpu.attention": "attention",
     "cpu.distinctive_matching": "distinctive",
+    "cpu.matching": "matching",
     "cpu.packed": "packed",
     "cpu.pooled_matching": "pooled",
     "cpu.recall": "recall",
     "cpu.rows": "rows",
     "cpu.tiers": "tiers",
 }
+OF_ANY_DIM = {"matching"}  # C++ files; the others need keys and values of one dim, a multiple of LANES
 
 
 def implementation(operation: str, backend: str, *arrays: Tensor) -> Callable[..., Any]:
@@ -124,7 +133,8 @@ def choose(operation: str, backend: str, *arrays: Tensor) -> Chosen:
         return choose_triton(backend, *arrays)
     if row.cpp is None:
         return "torch"
-    refused, name = refused_by_cpp(*arrays), LIBRARIES[row.cpp.partition(":")[0]]
+    name = LIBRARIES[row.cpp.partition(":")[0]]
+    refused = refused_by_cpp(*arrays, has_any_dim=name in OF_ANY_DIM)
     if backend == "cpp":
         if refused is not None:
             raise ValueError(f"{refused} for backend 'cpp'")
@@ -165,9 +175,9 @@ def needs_gradients(*arrays: Tensor) -> bool:
     return torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
 
 
-def refused_by_cpp(*arrays: Tensor) -> str | None:
+def refused_by_cpp(*arrays: Tensor, has_any_dim: bool) -> str | None:
     """Why the C++ implementation does not take these tensors, keys and values last; None if it does."""
-    keys, values = arrays[-2:]
+    keys, values = (arrays * 2)[-2:]
     for array in arrays:
         if array.device.type != "cpu" or array.is_neg():
             what = "a negated view" if array.is_neg() else str(array.device)
@@ -175,7 +185,7 @@ def refused_by_cpp(*arrays: Tensor) -> str | None:
     if keys.dtype != values.dtype or keys.dtype not in DTYPES:
         return f"keys and values must have one dtype, got {keys.dtype} and {values.dtype},"
     dims = keys.shape[-1], values.shape[-1]
-    if dims[0] != dims[1] or dims[0] % LANES:
+    if not has_any_dim and (dims[0] != dims[1] or dims[0] % LANES):
         return f"dim of keys and values must be equal and a multiple of {LANES}, got {dims[0]} and {dims[1]},"
     return None
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from .arguments import check_clustering, check_finite, check_shape
-from .backends import Backend, choose, implementation
+from .arguments import check_clustering, check_finite, check_integers, check_shape
+from .backends import AnyBackend, choose, implementation
 
 __all__ = ["Clustering", "merge"]
 
@@ -21,15 +21,16 @@ class Clustering:
 
 
 def merge(
-    array: Float[Tensor, "*lead tokens dim"], clustering: Clustering, *, backend: Backend = "auto"
+    array: Float[Tensor, "*lead tokens dim"], clustering: Clustering, *, backend: AnyBackend = "auto"
 ) -> Float32[Tensor, "*lead entries dim"]:
     """The mean of each cluster's tokens, (..., entries, dim) in float32.
 
     Defined, with its errors, by `kvcluster.reference.merge`; the same bits. `backend` as in `choose`. Not
-    differentiable. Works in as many steps as the largest cluster has members, without atomic additions.
+    differentiable. Without atomic additions; in torch in as many steps as the largest cluster has members.
     """
     check_shape("array", array)
-    labels, counts = clustering.labels, clustering.counts
+    labels = check_integers("labels", clustering.labels, array)
+    counts = check_integers("counts", clustering.counts, array)
     if labels.shape != array.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of array without dim, got {tuple(labels.shape)} and {tuple(array.shape)}"
@@ -38,7 +39,8 @@ def merge(
         raise ValueError(
             f"counts must have the leading axes of labels, got {tuple(counts.shape)} and {tuple(labels.shape)}"
         )
-    choose("merge", backend, array)
+    if not torch.compiler.is_compiling():  # the operator chooses again, and is not traced
+        choose("merge", backend, array)
     return merge_clusters(array, labels, counts, backend)
 
 

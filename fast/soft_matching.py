@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_finite, check_integer, check_keep_ratio, check_shape, entries_of_chunk
-from .backends import AnyBackend, Backend, choose, implementation
-from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, clustering_of_chunks, of_heads
+from .arguments import check_finite, check_shape
+from .backends import AnyBackend, choose, implementation
+from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, numbered_through, of_heads
 from .merging import Clustering
+from .scalars import check_integer, check_keep_ratio, entries_of_chunk
 
 __all__ = ["SoftMatching", "chunked_soft_matching"]
 
@@ -51,17 +52,18 @@ class SoftMatching:
 
 
 def chunked_soft_matching(
-    keys: Float[Tensor, "*lead tokens dim"], *, keep_ratio: float, chunk_size: int = 256, backend: Backend = "auto"
+    keys: Float[Tensor, "*lead tokens dim"], *, keep_ratio: float, chunk_size: int = 256, backend: AnyBackend = "auto"
 ) -> Clustering:
     """Each chunk of `chunk_size` tokens in `ceil(keep_ratio * chunk_size)` clusters.
 
     Defined, with its errors, by `kvcluster.reference.chunked_soft_matching`; the same labels and counts, on the
     device of `keys`. `backend` as in `choose`.
     """
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
     check_shape("keys", keys)
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
-    choose("soft_matching", backend, keys)
+    if not torch.compiler.is_compiling():  # the operator chooses again, and is not traced
+        choose("soft_matching_alone", backend, keys)
     target = entries_of_chunk(keep_ratio, chunk_size)
     return Clustering(*match_chunks(keys, target, chunk_size, backend))
 
@@ -71,10 +73,14 @@ def match_chunks(keys: Tensor, target: int, chunk_size: int, backend: str) -> tu
     """Labels (..., tokens) and counts (..., entries), int64: an operator that `torch.compile` goes around."""
     check_finite("keys", keys)
     *lead, tokens, _ = keys.shape
+    if tokens < chunk_size:
+        labels = torch.arange(tokens, device=keys.device).expand(*lead, tokens).contiguous()
+        return labels, torch.ones_like(labels)
     n_trailing = tokens % chunk_size
     body = keys[..., : tokens - n_trailing, :]
-    compressed = implementation("soft_matching", backend, keys)(body, None, chunk_size=chunk_size, target=target)
-    return clustering_of_chunks(compressed, lead, tokens - n_trailing, n_trailing)
+    match = implementation("soft_matching_alone", backend, keys)
+    labels, counts = match(body, chunk_size=chunk_size, target=target)
+    return numbered_through(labels, counts, lead, tokens - n_trailing, n_trailing)
 
 
 @match_chunks.register_fake

@@ -15,6 +15,9 @@ from kvcluster.fast.backends import TABLE, cell
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
+# Places of mistakes that C++ would not make, since it matches and merges by itself.
+WITHOUT_CPP = ("plain/soft_matching.", "exact/chunks.", "exact/mean.", "exact/similarity.")
+
 for operation, backend in itertools.product(TABLE, ("torch", "cpp")):
     cell(operation, backend)  # imported now: what is imported while a mistake is in place keeps it
 
@@ -32,6 +35,8 @@ def put(mistake: Callable, *places: str) -> Patch:
     """A patch of each "folder/module.Class.name" or public ".name"; `mistake` is given what was there first."""
 
     def patch(monkeypatch):
+        if any(place.startswith(WITHOUT_CPP) for place in places):
+            monkeypatch.setattr("kvcluster.fast.backends.has_cpp", lambda name: False)
         for place in places:
             module, *classes, name = place.split(".")
             # not fast.kmeans, which is a function

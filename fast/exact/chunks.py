@@ -17,6 +17,7 @@ __all__ = [
     "clustering_of_chunks",
     "count_members",
     "join",
+    "numbered_through",
     "of_heads",
     "renumber",
 ]
@@ -67,11 +68,22 @@ def clustering_of_chunks(
     compressed: CompressedChunks, lead: list[int], body: int, n_trailing: int
 ) -> tuple[Int64[Tensor, "*lead tokens"], Int64[Tensor, "*lead entries"]]:
     """Labels and counts of problems of shape `lead`: `body` tokens in whole chunks, then `n_trailing` as they are."""
-    chunk_size, target = compressed.labels.shape[-1], compressed.counts.shape[-1]
+    return numbered_through(compressed.labels, compressed.counts, lead, body, n_trailing)
+
+
+def numbered_through(
+    labels: Int64[Tensor, "chunks chunk"],
+    counts: Int64[Tensor, "chunks entries"],
+    lead: list[int],
+    body: int,
+    n_trailing: int,
+) -> tuple[Int64[Tensor, "*lead tokens"], Int64[Tensor, "*lead entries"]]:
+    """As `clustering_of_chunks`, of the labels and counts of each chunk."""
+    chunk_size, target = labels.shape[-1], counts.shape[-1]
     chunks = body // chunk_size  # of each problem
-    first = torch.arange(chunks, device=compressed.labels.device)[:, None] * target  # first entry of each chunk
-    labels = (compressed.labels.reshape(*lead, chunks, chunk_size) + first).reshape(*lead, body)
-    counts = compressed.counts.reshape(*lead, chunks * target)
+    first = torch.arange(chunks, device=labels.device)[:, None] * target  # first entry of each chunk
+    labels = (labels.reshape(*lead, chunks, chunk_size) + first).reshape(*lead, body)
+    counts = counts.reshape(*lead, chunks * target)
     tail = torch.arange(n_trailing, device=labels.device).expand(*lead, n_trailing)
     return torch.cat([labels, chunks * target + tail], dim=-1), torch.cat([counts, torch.ones_like(tail)], dim=-1)
 

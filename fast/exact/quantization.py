@@ -11,7 +11,7 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int16, UInt8
 from torch import Tensor
 
-from ..arguments import check_integer
+from ..scalars import check_integer
 
 __all__ = [
     "GROUP",
@@ -21,6 +21,7 @@ __all__ = [
     "codes_of",
     "numbers_of",
     "padded_to_groups",
+    "plain_bits",
     "within_range",
 ]
 
@@ -102,12 +103,13 @@ def unpack(packed: UInt8[Tensor, "*lead bytes"]) -> UInt8[Tensor, "*lead 32"]:
     return codes
 
 
-def check_bits(bits: int) -> None:
-    """Refuse what is not a number of bits that codes can have."""
+def check_bits(bits: int) -> int:
+    """`bits` as Python's own int; refuse what is not a number of bits that codes can have."""
     if isinstance(bits, bool) or not isinstance(bits, Integral):
         raise TypeError(f"bits must be an integer, got {bits!r}")
     if bits not in PLANES:
         raise ValueError(f"bits must be 8, 4, 3 or 2, got {bits}")
+    return int(bits)
 
 
 def check_bits_of_entries(
@@ -130,11 +132,16 @@ def check_bits_of_entries(
     return int(pair[0]), int(pair[1])
 
 
-def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> None:
-    """Refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
+def plain_bits(bits: int | tuple[int, int]) -> int | tuple[int, int]:
+    """Bits that have been checked, as they were asked for, in Python's own integers."""
+    return (int(bits[0]), int(bits[1])) if isinstance(bits, Sequence) else int(bits)
+
+
+def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> int | None:
+    """`n_exact`; refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
     if n_exact is None:
-        return
-    check_integer("n_exact", n_exact, least=0)
+        return None
+    n_exact = check_integer("n_exact", n_exact, least=0)
     check_integer("n_recent", n_recent, least=0)
     if bits is None:
         raise ValueError(f"n_exact must be None with 16 bits, where all is exact, got {n_exact}")
@@ -142,3 +149,4 @@ def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_si
         raise ValueError(f"n_exact must be at most n_recent, got {n_exact} > {n_recent}")
     if chunk_size % GROUP:
         raise ValueError(f"chunk_size must be a multiple of {GROUP} with n_exact, got {chunk_size}")
+    return n_exact

@@ -9,7 +9,7 @@ from .match import match
 from .merge import merge
 from .score import score
 
-__all__ = ["compress"]
+__all__ = ["compress", "match_chunks"]
 
 
 def compress(keys: Tensor, values: Tensor | None, *, chunk_size: int, target: int) -> CompressedChunks:
@@ -42,3 +42,9 @@ def compress(keys: Tensor, values: Tensor | None, *, chunk_size: int, target: in
         n_rows=n_rows,
         n_scored_rows=int(n_scored),
     )
+
+
+def match_chunks(keys: Tensor, *, chunk_size: int, target: int) -> tuple[Tensor, Tensor]:
+    """As `kvcluster.fast.plain.soft_matching.match`."""
+    compressed = compress(keys, None, chunk_size=chunk_size, target=target)
+    return compressed.labels, compressed.counts

@@ -1,14 +1,14 @@
 """Chunked soft matching of all chunks at once: matched in rounds, then averaged."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ..exact.chunks import CompressedChunks, count_members, renumber
 from ..exact.mean import certified_mean, sums_are_exact
 from ..exact.similarity import certified_matches, certified_top
 
-__all__ = ["WORKING_BYTES", "compress"]
+__all__ = ["WORKING_BYTES", "compress", "match"]
 
 # Chunks are worked on together up to this many bytes in float64, so that they stay in the processor's cache.
 WORKING_BYTES = 4 * 2**20
@@ -42,6 +42,14 @@ def compress(
         n_rows=sum(part.n_rows for part in parts),
         n_scored_rows=sum(part.n_scored_rows for part in parts),
     )
+
+
+def match(
+    keys: Float[Tensor, "*lead tokens dim"], *, chunk_size: int, target: int
+) -> tuple[Int64[Tensor, "chunks chunk"], Int64[Tensor, "chunks entries"]]:
+    """Labels and counts alone of `compress`."""
+    compressed = compress(keys, None, chunk_size=chunk_size, target=target)
+    return compressed.labels, compressed.counts
 
 
 def compress_together(keys: Tensor, values: Tensor | None = None, *, target: int) -> CompressedChunks:

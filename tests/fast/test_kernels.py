@@ -94,7 +94,7 @@ def test_wrong_twins_of_the_kernels_are_told_apart(twin, few_programs, monkeypat
 
 def test_an_explicit_backend_is_never_replaced(monkeypatch):
     keys = torch.ones(64, 300)
-    with pytest.raises(ValueError, match="backend must be 'auto', 'torch' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'torch', 'triton' or 'cpp', got 'cuda'"):
         fast.chunked_soft_matching(keys, keep_ratio=0.5, backend="cuda")
     with pytest.raises(ValueError, match="dim must be at most 256 for backend 'triton', got 300"):
         fast.chunked_soft_matching(keys, keep_ratio=0.5, backend="triton")
@@ -104,7 +104,7 @@ def test_an_explicit_backend_is_never_replaced(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="backend 'triton' needs the package triton"):
         fast.chunked_soft_matching(keys[:, :5], keep_ratio=0.5, backend="triton")
-    assert choose("merge", "auto", keys) == choose("merge", "torch", keys) == "torch"
+    assert choose("kmeans", "auto", keys) == choose("merge", "torch", keys) == "torch"
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_torch_works_without_triton():
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cpp"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -127,7 +127,7 @@ def test_torch_works_without_triton():
         (lambda keys: keys[0], r"keys must have shape \(..., tokens, dim\)"),
     ],
 )
-def test_both_backends_refuse_the_same_keys(backend, change, message):
+def test_all_backends_refuse_the_same_keys(backend, change, message):
     with pytest.raises(ValueError, match=message):
         fast.chunked_soft_matching(change(torch.ones(64, 4)), keep_ratio=0.5, backend=backend)
 

@@ -29,8 +29,9 @@ def matched(keys, **parameters):
     """Labels of a chunk given as a list of keys, by reference and fast path, which must agree."""
     keys = np.array(keys, dtype=np.float32)
     clustering = reference.chunked_soft_matching(keys, chunk_size=len(keys), **parameters)
-    ours = fast.chunked_soft_matching(to_torch(keys), chunk_size=len(keys), **parameters)
-    assert_same_bits(ours.labels, clustering.labels)
+    for backend in ("torch", "cpp"):
+        ours = fast.chunked_soft_matching(to_torch(keys), chunk_size=len(keys), **parameters, backend=backend)
+        assert_same_bits(ours.labels, clustering.labels)
     return clustering.labels.tolist()
 
 
@@ -112,11 +113,15 @@ def test_fast_matching_and_merging_have_the_same_bits(shape, dtype, kind):
     for keep_ratio in (0.5, 0.25, 0.2):
         for chunk_size in (64, 17):
             expected = reference.chunked_soft_matching(keys, keep_ratio=keep_ratio, chunk_size=chunk_size)
-            ours = fast.chunked_soft_matching(to_torch(keys), keep_ratio=keep_ratio, chunk_size=chunk_size)
-            assert_same_bits(ours.labels, expected.labels)
-            assert_same_bits(ours.counts, expected.counts)
-            assert_same_bits(fast.merge(to_torch(keys), ours), reference.merge(keys, expected))
-            assert_same_bits(fast.merge(to_torch(values), ours), reference.merge(values, expected))
+            means = [reference.merge(array, expected) for array in (keys, values)]
+            for backend in ("torch", "cpp"):
+                ours = fast.chunked_soft_matching(
+                    to_torch(keys), keep_ratio=keep_ratio, chunk_size=chunk_size, backend=backend
+                )
+                assert_same_bits(ours.labels, expected.labels)
+                assert_same_bits(ours.counts, expected.counts)
+                for array, mean in zip((keys, values), means, strict=True):
+                    assert_same_bits(fast.merge(to_torch(array), ours, backend=backend), mean)
 
 
 def test_strided_and_split_work_give_the_same_bits(monkeypatch):
@@ -125,17 +130,23 @@ def test_strided_and_split_work_give_the_same_bits(monkeypatch):
     expected = reference.chunked_soft_matching(keys, keep_ratio=0.25)
     strided = to_torch(keys.transpose(0, 2, 1, 3)).transpose(1, 2)
     monkeypatch.setattr(soft_matching, "WORKING_BYTES", 1)
-    assert_same_bits(fast.chunked_soft_matching(strided, keep_ratio=0.25).labels, expected.labels)
+    ours = fast.chunked_soft_matching(strided, keep_ratio=0.25, backend="torch")
+    assert_same_bits(ours.labels, expected.labels)
+
+
+def labels_of_torch(keys, keep_ratio):
+    """By plain torch, which is what the mistakes below are made in."""
+    return fast.chunked_soft_matching(to_torch(keys), keep_ratio=keep_ratio, backend="torch").labels
 
 
 def test_autocast_and_imprecise_products_change_no_bit():
     keys = make_keys("smooth", (2, 640, 64), DTYPES["f32"], seed=12)
     expected = reference.chunked_soft_matching(keys, keep_ratio=0.25)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.25).labels, expected.labels)
+        assert_same_bits(labels_of_torch(keys, 0.25), expected.labels)
     torch.set_float32_matmul_precision("medium")
     try:
-        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.25).labels, expected.labels)
+        assert_same_bits(labels_of_torch(keys, 0.25), expected.labels)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -176,10 +187,10 @@ def test_wrong_twins_of_matching_are_told_apart(monkeypatch, name, twin, kind):
     expected = reference.chunked_soft_matching(keys, keep_ratio=0.2).labels
     if kind == "near_ties":
         prefer_the_last(monkeypatch)
-    assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.2).labels, expected)
+    assert_same_bits(labels_of_torch(keys, 0.2), expected)
     monkeypatch.setattr(chunks if name == "alternating_halves" else soft_matching, name, twin)
     with pytest.raises(AssertionError):
-        assert_same_bits(fast.chunked_soft_matching(to_torch(keys), keep_ratio=0.2).labels, expected)
+        assert_same_bits(labels_of_torch(keys, 0.2), expected)
 
 
 def test_members_are_added_in_ascending_order():
@@ -187,8 +198,9 @@ def test_members_are_added_in_ascending_order():
     keys = np.array([[1], [1e30], [-1e30], [7]], dtype=np.float32)
     labels, counts = np.array([0, 0, 0, 1]), np.array([3, 1])
     assert reference.merge(keys, reference.Clustering(labels, counts)).tolist() == [[0], [7]]
-    ours = fast.merge(to_torch(keys), fast.Clustering(to_torch(labels), to_torch(counts)))
-    assert_same_bits(ours, reference.merge(keys, reference.Clustering(labels, counts)))
+    for backend in ("torch", "cpp"):
+        ours = fast.merge(to_torch(keys), fast.Clustering(to_torch(labels), to_torch(counts)), backend=backend)
+        assert_same_bits(ours, reference.merge(keys, reference.Clustering(labels, counts)))
     backwards = fast.merge(to_torch(keys).flip(0), fast.Clustering(to_torch(labels).flip(0), to_torch(counts)))
     assert backwards[0].item() != 0  # wrong twin
 

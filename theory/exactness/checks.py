@@ -264,5 +264,6 @@ def check_decisions() -> Check:
 
 def compress_by_torch(keys: np.ndarray, keep_ratio: float) -> tuple[np.ndarray, ...]:
     tensor = torch.from_numpy(keys)
-    clustering = fast.chunked_soft_matching(tensor, keep_ratio=keep_ratio, chunk_size=32)
-    return tuple(t.numpy() for t in (clustering.labels, clustering.counts, fast.merge(tensor, clustering)))
+    clustering = fast.chunked_soft_matching(tensor, keep_ratio=keep_ratio, chunk_size=32, backend="torch")
+    centroids = fast.merge(tensor, clustering, backend="torch")
+    return tuple(t.numpy() for t in (clustering.labels, clustering.counts, centroids))
