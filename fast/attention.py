@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from .arguments import check_attention, scale_of, with_four_axes
-from .backends import AnyBackend, implementation
+from .arguments import check_attention, check_counts, check_shape, with_four_axes
+from .backends import AnyBackend, cell, implementation
+from .scalars import scale_of
 
 __all__ = ["attend_any", "attend_entries", "attention"]
 
@@ -22,19 +23,41 @@ def attention(
 
     Defined, with its errors, by `kvcluster.reference.attention`; computed in float32. `backend` as in `choose`.
     """
-    check_attention(query, keys, values)
-    return attend_any(query, keys, values, None, scale, backend)
+    return attend_any(query, keys, values, None, scale, backend, has_counts=False)
 
 
 def attend_any(
-    query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, scale: float | None, backend: AnyBackend
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    scale: float | None,
+    backend: AnyBackend,
+    *,
+    has_counts: bool,
 ) -> Tensor:
-    """`attend_entries` of tensors with any leading axes."""
-    if counts is not None:
-        counts = with_four_axes(counts.to(torch.int32).unsqueeze(-1)).squeeze(-1)
-    rows, keys4, values4 = map(with_four_axes, (query, keys, values))
-    output = attend_entries(rows, keys4, values4, counts, scale=scale, backend=backend)
-    return output.reshape(*query.shape[:-1], values.shape[-1])
+    """`attend_entries` of tensors with any leading axes, which are checked.
+
+    NaN and infinities are looked for only where a product or the output is not finite. If there are none, it was
+    float32 that was too small, and float64 gives the answer.
+    """
+    try:
+        check_attention(query, keys, values, look=check_shape)
+        if has_counts:
+            counts = check_counts(keys, counts)
+            counts = with_four_axes(counts.to(torch.int32).unsqueeze(-1)).squeeze(-1)
+        scale = scale_of(scale, query)
+        rows, keys4, values4 = map(with_four_axes, (query, keys, values))
+        attend = implementation("attend_checked", backend, rows, keys4, values4)
+        output, is_finite = attend(rows, keys4, values4, counts, 1, scale)
+    except Exception:
+        check_attention(query, keys, values)  # of several faults the first is named
+        raise
+    if not is_finite or not output.numel():
+        check_attention(query, keys, values)
+        output = cell("attend_in_float64", "torch")(rows, keys4, values4, counts, 1, scale)
+    attended: Tensor = output.reshape(*query.shape[:-1], values.shape[-1])
+    return attended
 
 
 def attend_entries(

@@ -3,7 +3,6 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .arguments import check_attention, check_counts
 from .attention import attend_any
 from .backends import AnyBackend
 
@@ -24,6 +23,4 @@ def clustered_attention(
     Defined, with its errors, by `kvcluster.reference.clustered_attention`; computed in float32. `backend` as in
     `choose`. Counts must be below 2**31.
     """
-    check_attention(query, keys, values)
-    check_counts(keys, counts)
-    return attend_any(query, keys, values, counts, scale, backend)
+    return attend_any(query, keys, values, counts, scale, backend, has_counts=True)

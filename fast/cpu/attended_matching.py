@@ -18,7 +18,7 @@ def attention_margins(keys: Tensor, queries: Tensor) -> Tensor:
     """
     chunks, size, dim = keys.shape
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
-    queries = queries.to(keys.dtype).contiguous()
+    queries = queries.to(keys.dtype).resolve_neg().contiguous()
     margins = keys.new_empty(chunks, size, dtype=torch.float64)
     shape = (chunks, size, dim, queries.shape[1], torch.get_num_threads(), *keys.stride()[:2])
     getattr(library("attended"), f"kvcluster_margins_{DTYPES[keys.dtype]}")(

@@ -30,16 +30,18 @@ struct Head {
     int64_t entries, key, value, count;
 };
 
+// Returns whether all products of query and key and all outputs are finite: if they are, so is all that was read.
 template <class Element>
-void attend(const Shape& s, const Head* heads, const float* query, const Element* keys, const Element* values,
+bool attend(const Shape& s, const Head* heads, const float* query, const Element* keys, const Element* values,
             const int32_t* counts, float* output) {
     int64_t longest = 0;
     for (int64_t head = 0; head < s.heads; head++) longest = std::max(longest, heads[head].entries);
     const int64_t splits = (longest + SPLIT - 1) / SPLIT, tiles = (s.rows + ROWS - 1) / ROWS;
     const int64_t total = s.problems * s.rows * splits;
     std::vector<float> outputs(total * s.dim, 0.0f), sums(total, 0.0f), highest(total, -INFINITY);
+    float zeros = 0.0f;
 
-#pragma omp parallel for num_threads(s.threads) schedule(dynamic)
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic) reduction(+ : zeros)
     for (int64_t program = 0; program < s.problems * tiles * splits; program++) {
         const int64_t problem = program / (tiles * splits), tile = program / splits % tiles, split = program % splits;
         const int64_t batch = problem / s.heads;
@@ -59,30 +61,28 @@ void attend(const Shape& s, const Head* heads, const float* query, const Element
             static_cast<int>(s.dim),
         };
         const int64_t at = (problem * splits + split) * s.rows + row;
-        attend_split(entries, static_cast<int>(std::min<int64_t>(SPLIT, head.entries - first)), rows,
-                     query + (problem * s.rows + row) * s.dim, visible,
-                     {&outputs[at * s.dim], &sums[at], &highest[at]});
+        zeros += attend_split(entries, static_cast<int>(std::min<int64_t>(SPLIT, head.entries - first)), rows,
+                              query + (problem * s.rows + row) * s.dim, visible,
+                              {&outputs[at * s.dim], &sums[at], &highest[at]});
     }
 
     for (int64_t problem = 0; problem < s.problems; problem++)
         for (int64_t row = 0; row < s.rows; row++)
             combine(outputs, sums, highest, problem * splits * s.rows + row, splits, s.rows, s.dim,
                     output + (problem * s.rows + row) * s.dim);
+    for (int64_t i = 0; i < s.problems * s.rows * s.dim; i++) zeros += output[i] * 0.0f;
+    return zeros == 0.0f;
 }
 
 }  // namespace
 
 extern "C" {
-void kvcluster_attend_float32(const Shape* s, const Head* heads, const float* query, const float* keys,
-                              const float* values, const int32_t* counts, float* output) {
-    attend(*s, heads, query, keys, values, counts, output);
-}
-void kvcluster_attend_float16(const Shape* s, const Head* heads, const float* query, const Half* keys,
-                              const Half* values, const int32_t* counts, float* output) {
-    attend(*s, heads, query, keys, values, counts, output);
-}
-void kvcluster_attend_bfloat16(const Shape* s, const Head* heads, const float* query, const Brain* keys,
-                               const Brain* values, const int32_t* counts, float* output) {
-    attend(*s, heads, query, keys, values, counts, output);
-}
+#define ATTEND(NAME, ELEMENT)                                                                                        \
+    int kvcluster_attend_##NAME(const Shape* s, const Head* heads, const float* query, const ELEMENT* keys,          \
+                                const ELEMENT* values, const int32_t* counts, float* output) {                      \
+        return attend(*s, heads, query, keys, values, counts, output);                                               \
+    }
+ATTEND(float32, float)
+ATTEND(float16, Half)
+ATTEND(bfloat16, Brain)
 }

@@ -9,7 +9,7 @@ from ..exact.entries import Rest, attend_copies
 from .compiling import library, pointers
 from .layout import DTYPES
 
-__all__ = ["attend", "attend_places", "attend_ragged"]
+__all__ = ["attend", "attend_checked", "attend_places", "attend_ragged"]
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, queries: int, scale: float) -> Tensor:
@@ -23,6 +23,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, q
     counts : (batch, heads, entries), int32; None where every count is 1.
     queries : how many of the entries, the last ones, are the new tokens; each row sees the entries up to its own.
     """
+    return attend_checked(query, keys, values, counts, queries, scale)[0]
+
+
+def attend_checked(
+    query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, queries: int, scale: float
+) -> tuple[Tensor, bool]:
+    """`attend`, and whether all on the way is finite, as in `kvcluster.fast.plain.attention.attend_checked`."""
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
     if counts is not None and counts.stride(-1) != 1:
         counts = counts.contiguous()
@@ -51,7 +58,7 @@ def attend_ragged(
     (key_batch, key_entry), (value_batch, value_entry) = keys.stride()[:2], values.stride()[:2]
     heads = [(n, first * key_entry, first * value_entry, first) for n, first in zip(lengths, firsts, strict=True)]
     strides = (key_batch, key_entry, value_batch, value_entry, counts.stride(0))
-    return attend_heads(query, keys, values, counts, heads, strides, queries, scale)
+    return attend_heads(query, keys, values, counts, heads, strides, queries, scale)[0]
 
 
 def attend_heads(
@@ -63,18 +70,18 @@ def attend_heads(
     strides: tuple[int, ...],
     queries: int,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, bool]:
     """The call of C++: `heads` are entries and places of keys, values and counts, `strides` those of `Shape`."""
     batch, kv_heads, rows, dim = query.shape
     scaled = (query.float() * scale).contiguous()
     output = torch.empty_like(scaled)
     shape = (batch * kv_heads, kv_heads, rows, queries, dim, torch.get_num_threads(), *strides)
     places = [number for head in heads for number in head]
-    getattr(library("attention"), f"kvcluster_attend_{DTYPES[keys.dtype]}")(
+    is_finite = getattr(library("attention"), f"kvcluster_attend_{DTYPES[keys.dtype]}")(
         *((ctypes.c_int64 * len(numbers))(*numbers) for numbers in (shape, places)),
         *pointers(scaled, keys, values, counts, output),
     )
-    return output.to(query.dtype)
+    return output.to(query.dtype), bool(is_finite)
 
 
 def attend_places(

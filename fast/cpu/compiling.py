@@ -129,7 +129,10 @@ def pointers(*arrays: Tensor | None) -> list[ctypes.c_void_p]:
     for array in arrays:
         if array is not None and (array.device.type != "cpu" or array.is_neg()):
             raise ValueError(f"tensors for C++ must be on the CPU and no negated view, got one on {array.device}")
-    return [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
+    found = [ctypes.c_void_p(None if array is None else array.data_ptr()) for array in arrays]
+    for pointer, array in zip(found, arrays, strict=True):
+        pointer.array = array  # type: ignore[attr-defined]  # lives as long as what points to it
+    return found
 
 
 def run(command: list[str]) -> bytes:

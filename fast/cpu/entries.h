@@ -23,14 +23,16 @@ struct Entries {
 };
 
 // Takes the entries from `first` to `first + n`, at most BLOCK, into the partial results of the rows of one tile. Row r
-// sees entries below visible[r]. While keys are read the values are asked for, and meanwhile the next keys.
+// sees entries below visible[r]. While keys are read the values are asked for, and meanwhile the next keys. Returns the sum
+// of zeros times the products of query and key: NaN where one of them is not finite, as it is where a key is not.
 template <class Element, int N>
-void attend_block(const Entries<Element>& e, int first, int n, const float* query, const int* visible, Partial to) {
+float attend_block(const Entries<Element>& e, int first, int n, const float* query, const int* visible, Partial to) {
     constexpr int LINE = 64 / sizeof(Element);  // elements of a cache line
     const int dim = e.dim;
     const Element* keys = e.keys + first * e.key_stride;
     const Element* values = e.values + first * e.value_stride;
     alignas(64) float weights[N][BLOCK];
+    Floats4 zeros = {};
     int i = 0;
     for (; i + 4 <= n; i += 4) {
         const Element* key = keys + i * e.key_stride;
@@ -53,6 +55,7 @@ void attend_block(const Entries<Element>& e, int first, int n, const float* quer
         for (int r = 0; r < N; r++) {
             const Floats4 logits = sums(dots[r][0], dots[r][1], dots[r][2], dots[r][3]);
             std::memcpy(&weights[r][i], &logits, sizeof logits);
+            zeros += logits * 0.0f;
         }
     }
     for (; i < n; i++)
@@ -60,6 +63,7 @@ void attend_block(const Entries<Element>& e, int first, int n, const float* quer
             Floats dot = {};
             for (int d = 0; d < dim; d += LANES) dot += load(keys + i * e.key_stride + d) * load(query + r * dim + d);
             weights[r][i] = sum(dot);
+            zeros[0] += weights[r][i] * 0.0f;
         }
 
     alignas(64) float bias[BLOCK] = {};
@@ -67,10 +71,13 @@ void attend_block(const Entries<Element>& e, int first, int n, const float* quer
         for (int j = 0; j < n; j++) bias[j] = log_of_count(e.counts[first + j]);
     weigh<N>(weights, bias, n, first, visible, dim, to);
     add_values<Element, N>(weights, values, e.value_stride, keys + BLOCK * e.key_stride, e.key_stride, n, dim, to.output);
+    return zeros[0] + zeros[1] + zeros[2] + zeros[3];
 }
 
+// As attend_block, for all rows of a program and any number of entries.
 template <class Element>
-void attend_split(const Entries<Element>& e, int n, int rows, const float* query, const int* visible, Partial to) {
+float attend_split(const Entries<Element>& e, int n, int rows, const float* query, const int* visible, Partial to) {
+    float zeros = 0.0f;
     for (int first = 0; first < n; first += BLOCK)
         for (int row = 0; row < rows; row += TILE) {
             const int tile = std::min(TILE, rows - row);
@@ -80,12 +87,13 @@ void attend_split(const Entries<Element>& e, int n, int rows, const float* query
             const float* q = query + row * e.dim;
             const Partial part = {to.output + row * e.dim, to.sum + row, to.highest + row};
             if constexpr (TILE == 4) {
-                if (tile == 4) attend_block<Element, 4>(e, first, block, q, visible + row, part);
-                if (tile == 3) attend_block<Element, 3>(e, first, block, q, visible + row, part);
+                if (tile == 4) zeros += attend_block<Element, 4>(e, first, block, q, visible + row, part);
+                if (tile == 3) zeros += attend_block<Element, 3>(e, first, block, q, visible + row, part);
             }
-            if (tile == 2) attend_block<Element, 2>(e, first, block, q, visible + row, part);
-            if (tile == 1) attend_block<Element, 1>(e, first, block, q, visible + row, part);
+            if (tile == 2) zeros += attend_block<Element, 2>(e, first, block, q, visible + row, part);
+            if (tile == 1) zeros += attend_block<Element, 1>(e, first, block, q, visible + row, part);
         }
+    return zeros;
 }
 
 }  // namespace

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined __AVX512F__ || defined __F16C__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #ifdef __AVX512F__
@@ -51,11 +55,19 @@ inline Words load_halfwords(const void* at) {
 
 inline Floats load(const Brain* at) { return same_bits<Floats>(load_halfwords(at) << 16); }
 
-// Exponent and significand moved into place, then scaled by 2^112; right for subnormal and for all finite numbers.
+// Exponent and significand moved into place, then scaled by 2^112, which is right for all finite numbers; the others have
+// the largest exponent.
 inline Floats load(const Half* at) {
+#if defined __AVX512F__
+    return same_bits<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
+#elif defined __F16C__
+    return same_bits<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#else
     const Words h = load_halfwords(at);
     const Floats size = same_bits<Floats>((h & 0x7fffu) << 13) * 0x1p112f;
-    return same_bits<Floats>(same_bits<Words>(size) | (h & 0x8000u) << 16);
+    const Words endless = same_bits<Words>((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    return same_bits<Floats>(same_bits<Words>(size) | endless | (h & 0x8000u) << 16);
+#endif
 }
 
 inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }

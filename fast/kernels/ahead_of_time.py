@@ -180,6 +180,7 @@ def attention_source(
     constants |= {"DIM": dim, "DIM_VALUE": dim, "ROWS": ROWS, "SPLIT": SPLIT}
     constants |= dict.fromkeys(("BLOCK_DIM", "BLOCK_VALUE"), triton.next_power_of_2(dim))
     constants |= {"HAS_COUNTS": not has_places, "HAS_PLACES": has_places, "IS_RAGGED": is_ragged}
+    constants["IS_CHECKED"] = False
     constants["WIDEN"] = False
     constants["ENTRIES"] = entries_of_step(dtype == "float32")
     return source(split_kernel, types, constants), {"num_warps": attention_warps, "num_stages": N_STAGES}

@@ -4,6 +4,8 @@ Every key and value is read once for up to `ROWS` query rows that share it. The 
 which programs run: there are no atomic additions, and the splits are combined in order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ __all__ = [
     "ROWS",
     "SPLIT",
     "attend",
+    "attend_checked",
     "attend_places",
     "attend_ragged",
     "attend_recalled",
@@ -66,7 +69,6 @@ def attend(
     counts: Tensor | None,
     queries: int,
     scale: float,
-    *,
     places: Tensor | None = None,
 ) -> Tensor:
     """Attention output (batch, heads, rows, dim_value), in the dtype of `query`.
@@ -81,7 +83,15 @@ def attend(
         (at least one of a head must be there). Read there: no gathered copy is made. None: in their order.
     """
     entries = values.shape[2] if places is None else places.shape[1]
-    return attend_heads(query, keys, values, counts, entries, queries, scale, places=places)
+    return attend_heads(query, keys, values, counts, queries, scale, entries=entries, places=places)
+
+
+def attend_checked(
+    query: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None, queries: int, scale: float
+) -> tuple[Tensor, bool]:
+    """As `kvcluster.fast.plain.attention.attend_checked`; the output is that of `attend` where all is finite."""
+    output = attend_heads(query, keys, values, counts, queries, scale, entries=values.shape[2], is_checked=True)
+    return output, bool(output.isfinite().all())
 
 
 def attend_ragged(
@@ -97,24 +107,13 @@ def attend_ragged(
     """As `kvcluster.fast.plain.attention.attend_ragged`, read where the entries lie, by one launch for all heads."""
     heads = torch.tensor([lengths, firsts], device=query.device)
     keys, values, counts = (x.unsqueeze(1) for x in (keys, values, counts))
-    return attend_heads(query, keys, values, counts, max(lengths), queries, scale, ragged=heads)
+    return attend_heads(query, keys, values, counts, queries, scale, entries=max(lengths), ragged=heads)
 
 
-def attend_heads(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor | None,
-    entries: int,
-    queries: int,
-    scale: float,
-    *,
-    places: Tensor | None = None,
-    ragged: Tensor | None = None,
-) -> Tensor:
+def attend_heads(query: Tensor, keys: Tensor, values: Tensor, *others: Any, entries: int, **options: Any) -> Tensor:
     """The launches of `attend` and of `attend_ragged`, whose `write_splits` says what the arguments are."""
     partials = empty_partials(splits_of(entries), query, values.shape[3])
-    write_splits(partials, query, keys, values, counts, entries, queries, scale, places=places, ragged=ragged)
+    write_splits(partials, query, keys, values, *others, entries=entries, **options)
     return combined(partials).to(query.dtype)
 
 
@@ -124,12 +123,13 @@ def write_splits(
     keys: Tensor,
     values: Tensor,
     counts: Tensor | None,
-    entries: int,
     queries: int,
     scale: float,
     *,
+    entries: int,
     places: Tensor | None = None,
     ragged: Tensor | None = None,
+    is_checked: bool = False,
 ) -> None:
     """Write what each split of the entries has seen, into the first of the `partials`.
 
@@ -138,6 +138,7 @@ def write_splits(
     entries : of the head that has most.
     ragged : (2, heads), int64: entries of each head, and the place of its first; keys, values and counts then have one
         axis of length 1 in place of the heads.
+    is_checked : let a product of query and key that is not finite make the output NaN, minus infinity too.
     """
     batch, heads, rows, dim = query.shape
     dim_value = values.shape[3]
@@ -165,6 +166,7 @@ def write_splits(
         HAS_COUNTS=counts is not None,
         HAS_PLACES=places is not None,
         IS_RAGGED=ragged is not None,
+        IS_CHECKED=is_checked,
         DIM=dim,
         BLOCK_DIM=block_dim,
         DIM_VALUE=dim_value,
@@ -210,6 +212,7 @@ def split_kernel(
     HAS_COUNTS: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     IS_RAGGED: tl.constexpr,
+    IS_CHECKED: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     DIM_VALUE: tl.constexpr,
@@ -263,6 +266,8 @@ def split_kernel(
         if WIDEN:
             key = key.to(tl.float32)
         logits = scale * tl.dot(q, key, input_precision="ieee")  # (ROWS, ENTRIES)
+        if IS_CHECKED:
+            logits = tl.where(tl.abs(logits) < float("inf"), logits, float("nan"))
         if HAS_COUNTS:
             count = tl.load(counts + entry * count_entry, mask=is_entry, other=0)
             logits += tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))[None, :]

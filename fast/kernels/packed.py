@@ -56,7 +56,7 @@ def attend_packed(
     n_exact, n_packed = splits_of(max(lengths)), triton.cdiv(max(packed.lengths), SPLIT_BLOCKS)
     partials = empty_partials(n_exact + n_packed, query, packed.layout.dim_value)
     keys, values, counts = (x.unsqueeze(1) for x in (keys, values, counts))
-    write_splits(partials, query, keys, values, counts, max(lengths), queries, scale, ragged=heads[:2])
+    write_splits(partials, query, keys, values, counts, queries, scale, entries=max(lengths), ragged=heads[:2])
     if n_packed > 0:
         write_splits_of_blocks(Partials(*(x[n_exact:] for x in partials)), query, packed, heads[2:], scale)
     return combined(partials).to(query.dtype)

@@ -87,6 +87,15 @@ def test_a_missed_target_is_said(capsys):
     assert "at most 1.2" in printed
 
 
+def test_public_attention_is_timed_beside_the_attention_inside(tmp_path):
+    file = tmp_path / "checks.json"
+    done = run(BENCHMARKS / "checks" / "run.py", "--quick", "--processor", "--json", file)
+    assert done.returncode == 0, done.stderr
+    [section] = json.loads(file.read_text())["sections"]
+    assert set(section["seconds"]) == {"float32", "bfloat16", "float16"}
+    assert len(section["claims"]) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_gpu_without_cuda_fails_loudly(tmp_path):
