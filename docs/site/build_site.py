@@ -10,7 +10,8 @@ from sphinx.cmd.build import main as run_sphinx
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from source_pages import stage  # noqa: E402
+from play import page  # noqa: E402
+from source_pages import PLAY, ROOT, stage  # noqa: E402
 
 CACHE = HERE.parents[1] / ".cache"
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "STIXGeneral.ttf"  # for formulas, without a better font
@@ -25,6 +26,7 @@ def build(site: Path, work: Path) -> int:
     status = run_sphinx([str(argument) for argument in (*arguments, work / "pages", site)])
     shutil.copyfile(site / "README.html", site / "index.html")
     shutil.copyfile(FONT, site / "_static" / FONT.name)
+    (site / PLAY.relative_to(ROOT) / "index.html").write_text(page(home="README.html"))
     return status
 
 

@@ -12,13 +12,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["reading_order", "stage"]
+__all__ = ["anchor", "reading_order", "stage"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "*.md",
     "docs/*.md",
     "docs/api/*.md",
+    "docs/play/*.md",
     "docs/vectors/*.md",
     "theory/*.md",
     "theory/*/*.md",
@@ -27,10 +28,15 @@ PAGES = (
 )
 NOTEBOOKS = "notebooks/*.ipynb"
 FIGURES = ("docs/figures/*.png", "docs/figures/theory/*.png")
+WHOLE_LINK = re.compile(r"\[([^\]]+)\]\(([^)\s#]+)\)")
 LINK = re.compile(r"(?:`(\w+)`)?\]\(([^)\s#]+)(?=[)#])")  # the code that ends its words, and where it leads
+PAPERS = ROOT / "docs" / "papers.md"
+ROW = re.compile(r"(?m)^\| (?!point )(\w[^|]*) \|")  # with its first cell
+CAPTION = re.compile(r"\*Figure\.\s+([^*]+)\*")
 CONTROL = "application/vnd.jupyter.widget-view+json"
-LANGUAGES = {".cpp": "cpp", ".h": "cpp", ".cff": "yaml", ".toml": "toml", "": "make"}
-LISTED = {".py", ".cpp", ".h", ".md", ".ipynb"}
+PLAY = ROOT / "docs" / "play"  # build_site.py puts the page there
+LANGUAGES = {".cpp": "cpp", ".js": "javascript", ".h": "cpp", ".cff": "yaml", ".toml": "toml", "": "make"}
+LISTED = {".py", ".cpp", ".h", ".js", ".md", ".ipynb"}
 
 
 def stage(folder: Path) -> None:
@@ -39,9 +45,15 @@ def stage(folder: Path) -> None:
     wanted = {ROOT / "reference" / f"{name}.py" for name in reading_order()}
     for path in pages:
         text = path.read_text()
+        if path.suffix == ".md":
+            text = WHOLE_LINK.sub(lambda link, page=path: to_play(page, link), text)
         wanted |= {target for target in targets(path, text) if target not in pages and target.suffix != ".png"}
         text = LINK.sub(lambda link, page=path: rewritten(page, link), text)
-        write(folder / path.relative_to(ROOT), without_controls(text) if path.suffix == ".ipynb" else text)
+        if path.suffix == ".ipynb":
+            text = as_page(text)
+        elif path == PAPERS:
+            text = with_anchors(text)
+        write(folder / path.relative_to(ROOT), text)
     tour = reading_order()
     for path in with_listed(wanted):
         page = folder_page(path) if path.is_dir() else file_page(path)
@@ -56,14 +68,46 @@ def stage(folder: Path) -> None:
             place.write_bytes(path.read_bytes())
 
 
-def without_controls(text: str) -> str:
-    """A notebook without sliders, which need a kernel; the picture that each slider moves stands beside it."""
+def to_play(page: Path, link: re.Match) -> str:
+    """The same link; where it is one to docs/play, which GitHub can show, to the page to play with itself."""
+    words, name = link.groups()
+    target = Path(os.path.normpath(page.parent / name))
+    if target not in (PLAY / "README.md", PLAY / "index.html"):
+        return link[0]
+    return f'<a href="{Path(os.path.relpath(PLAY / "index.html", page.parent)).as_posix()}">{words}</a>'
+
+
+def as_page(text: str) -> str:
+    """A notebook to be read: its figures say in words what the caption below them says, and it has no sliders.
+
+    These need a kernel; the picture that each slider moves stands beside it.
+    """
     notebook = json.loads(text)
     notebook["metadata"].pop("widgets", None)
-    for cell in notebook["cells"]:
+    cells = notebook["cells"]
+    for cell, following in zip(cells, [*cells[1:], {"source": ""}], strict=True):
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if CONTROL not in output.get("data", {})]
+            caption = CAPTION.match("".join(following["source"]))
+            if caption:
+                words = " ".join(caption[1].replace("`", "").split())
+                cell.setdefault("metadata", {})["mystnb"] = {"image": {"alt": words}}
     return json.dumps(notebook, indent=1)
+
+
+def with_anchors(text: str) -> str:
+    """docs/papers.md with an anchor in each row of its row by row tables, to which docstrings lead."""
+    parts = re.split(r"(?m)^(?=## )", text)
+    for i, part in enumerate(parts):
+        if named := re.match(r"## (\w+).*, row by row\n", part):
+            name = named[1]
+            parts[i] = ROW.sub(lambda row, name=name: f'| <span id="{anchor(name, row[1])}"></span>{row[1]} |', part)
+    return "".join(parts)
+
+
+def anchor(section: str, row: str) -> str:
+    """Where a row of docs/papers.md is found: `Chelsea: partition` at `chelsea-partition`."""
+    return re.sub(r"\W+", "-", f"{section} {row}".lower())
 
 
 def write(place: Path, text: str) -> None:

@@ -22,6 +22,8 @@ ANSWERS = {  # to the exercises, as their solutions give them
     "06": "[0, 50, 10]",
     "07": "True",
     "08": "158",
+    "09": "4",
+    "10": "8",
 }
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -68,7 +70,7 @@ def errors(notebook):
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(1, 9)]
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(1, 11)]
 
 
 @each_notebook

@@ -10,12 +10,15 @@ import pytest
 from browsers import needs_browser, open_browser
 from bs4 import BeautifulSoup
 from scripts import script
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = "import sys; sys.path.insert(0, 'docs/site'); from build_site import build; from pathlib import Path; "
 ELSEWHERE = re.compile(r"\s*(https?:)?//")
 LOADING = re.compile(r"<(?:script|link|img|iframe|source|object|embed|video|audio)\b[^>]*>")
 STYLE = re.compile(r"(?s)<style[^>]*>.*?</style>|\sstyle=\"[^\"]*\"")
+PICTURE = re.compile(r"<img\b(?![^>]*src=\"[^\"]*_static/)[^>]*>")  # but those of the theme
 ADDRESS = re.compile(r"\s(?:src|href|data|srcset)=[\"']([^\"']*)")
 IN_STYLE = re.compile(r"(?:url\(|@import)\s*[\"']?\s*((?:https?:)?//[^)\"']+)")
 CODE = re.compile(r"[A-Za-z_][\w./*]*(\(True\))?|python .+|--?[a-z][\w -]+ \w+|-[a-z-]+|[+-]?0")
@@ -52,6 +55,11 @@ def foreign(page, is_style=False):
     found = [address for tag in LOADING.findall(page) for address in ADDRESS.findall(tag)]
     styles = [page] if is_style else STYLE.findall(page)
     return [address for address in found if ELSEWHERE.match(address)] + IN_STYLE.findall("\n".join(styles))
+
+
+def words_of(tag):
+    """What a picture says where it is not seen."""
+    return BeautifulSoup(tag, "html.parser").img.get("alt", "")
 
 
 def test_addresses_of_other_hosts_are_noticed():
@@ -94,15 +102,47 @@ class TestBuilt:
         assert "<math" not in (site / "reference" / "SPECIFICATION.html").read_text()
 
     def test_notebooks_have_their_figures_and_no_control(self, site):
-        for path in (site / "notebooks").glob("0*.html"):
+        for path in (site / "notebooks").glob("[0-9]*.html"):
             article = BeautifulSoup(path.read_text(), "html.parser").article
             assert article.find("img"), path.name
             assert "VBox" not in "".join(str(output) for output in article.find_all(class_="cell_output"))
 
-    def test_functions_are_documented_and_linked_to_from_the_tour(self, site):
+    def test_functions_are_documented_and_lead_to_the_papers(self, site):
         page = BeautifulSoup((site / "docs/api/fast.html").read_text(), "html.parser")
-        assert page.find(id="kvcluster.fast.chunked_soft_matching")
+        function = page.find(id="kvcluster.fast.chunked_soft_matching")
         assert page.find(id="kvcluster.fast.ClusteredCache.append")
+        (address,) = {link["href"] for link in function.parent.find_all("a") if "papers" in link.get("href", "")}
+        row = BeautifulSoup((site / "docs/papers.html").read_text(), "html.parser").find(id=address.partition("#")[2])
+        assert "which matches merge" in row.parent.get_text()
+
+    def test_every_picture_says_in_words_what_it_shows(self, site):
+        silent = [
+            (str(path.relative_to(site)), tag)
+            for path in site.rglob("*.html")
+            for tag in PICTURE.findall(path.read_text())
+            if len(words_of(tag).split()) < 8 or re.search(r"\.(png|svg)\b", words_of(tag))
+        ]
+        assert silent == []
+
+    def test_the_side_bar_names_ideas(self, site):
+        bar = BeautifulSoup((site / "index.html").read_text(), "html.parser").find(class_="sidebar-tree")
+        names = [link.get_text() for link in bar.find_all("a")]
+        assert len(names) > 60
+        assert [name for name in names if re.search(r"\.\w+$|/|_", name) and not name.startswith("kvcluster.")] == []
+
+    @needs_browser
+    def test_search_needs_no_server(self, site, tmp_path):
+        browser = open_browser(tmp_path / "profile")
+        try:
+            browser.get(f"{(site / 'search.html').as_uri()}?q=certificate")
+            found = WebDriverWait(browser, 60).until(
+                lambda _: [
+                    link.get_attribute("href") for link in browser.find_elements(By.CSS_SELECTOR, ".search li a")
+                ]
+            )
+            assert any("theory/merging/README.html" in address for address in found)
+        finally:
+            browser.quit()
 
     @needs_browser
     @pytest.mark.parametrize(("width", "is_dark"), [(PHONE, False), (DESKTOP, True)], ids=["phone", "desktop-dark"])
@@ -183,7 +223,7 @@ def test_functions_and_bars_are_set_as_tex_does():
 def test_notebooks_lose_their_sliders_only():
     view = {"data": {source_pages.CONTROL: {}, "text/plain": "VBox()"}}
     cells = [{"cell_type": "code", "outputs": [view, {"text": "1"}]}, {"cell_type": "markdown", "source": "a"}]
-    still = json.loads(source_pages.without_controls(json.dumps({"metadata": {"widgets": {}}, "cells": cells})))
+    still = json.loads(source_pages.as_page(json.dumps({"metadata": {"widgets": {}}, "cells": cells})))
     assert still == {"metadata": {}, "cells": [{"cell_type": "code", "outputs": [{"text": "1"}]}, cells[1]]}
 
 
