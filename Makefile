@@ -35,8 +35,9 @@ test: lint ## everything: lint, types, all tests; those of the vLLM plugin if `m
 check: lint ## lint, types and the quick tests, for daily work
 	$(BIN)/python -m pytest $(IN_TWO) -m 'not slow'
 
-soak: install ## a fault at every torch call and every line of every change of every cache, an hour
-	KVCLUSTER_SOAK=1 $(BIN)/python -m pytest $(IN_TWO) tests/fast/test_faults.py tests/huggingface/test_faults.py
+soak: install ## faults at every place in every change of every cache, random use and random calls, an hour or two
+	KVCLUSTER_SOAK=1 $(BIN)/python -m pytest $(IN_TWO) tests/fast/test_faults.py tests/huggingface/test_faults.py \
+		tests/fast/test_fuzz_calls.py tests/huggingface/test_soak.py
 
 notebooks: install ## the tutorials in JupyterLab; more of its options in LAB_OPTIONS
 	$(BIN)/jupyter lab --notebook-dir $(CURDIR) --LabApp.default_url=/lab/tree/notebooks \

@@ -1,36 +1,32 @@
 """Checks of arguments, in the words of the reference: every error names the argument, the rule and the value."""
 
 import math
-from collections.abc import Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Sequence
 
 import torch
+from torch._subclasses import FakeTensor
+from torch.masked import MaskedTensor
 
 __all__ = [
     "check_append",
     "check_array",
     "check_attention",
+    "check_axis_of_rows",
     "check_clustering",
     "check_counts",
     "check_finite",
     "check_half_range",
     "check_heads",
     "check_init",
-    "check_integer",
-    "check_keep_ratio",
-    "check_keep_ratios",
+    "check_integers",
     "check_method",
     "check_n_heads",
+    "check_numbers_are_there",
     "check_query",
-    "check_recent_share",
+    "check_rows",
     "check_scored",
-    "check_seed",
     "check_shape",
-    "check_share",
-    "check_whole_heads",
     "dtype_name",
-    "entries_of_chunk",
-    "scale_of",
     "with_four_axes",
 ]
 
@@ -40,6 +36,7 @@ DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 def check_array(name: str, array: torch.Tensor) -> None:
     """Refuse what is not a finite float16, bfloat16 or float32 tensor `(..., tokens, dim)`, dim >= 1."""
     check_shape(name, array)
+    check_numbers_are_there(name, array)
     check_finite(name, array)
 
 
@@ -47,8 +44,8 @@ def check_append(keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Ten
     """Refuse keys and values that do not fit each other, or what a cache holds: its keys and values, if any."""
     check_array("keys", keys)
     check_array("values", values)
-    shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
     if values.shape[:-1] != keys.shape[:-1]:
+        shapes = f"got values {tuple(values.shape)} and keys {tuple(keys.shape)}"
         raise ValueError(f"values must have the leading axes and tokens of keys, {shapes}")
     for name, new, old in zip(("keys", "values"), (keys, values), held or (), strict=False):
         if new.shape[:-2] != old.shape[:-2] or new.shape[-1] != old.shape[-1]:
@@ -60,10 +57,14 @@ def check_append(keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Ten
 
 
 def check_finite(name: str, array: torch.Tensor) -> None:
-    """Refuse NaN and infinities. One of them leaves no sum finite; large finite numbers are looked at one by one."""
-    if bool(torch.isfinite(array.sum(dtype=torch.float32))):
-        return
-    if not bool(torch.isfinite(array).all()):
+    """Refuse NaN and infinities, each number read once: one of them leaves no sum finite.
+
+    Where large finite numbers overflow it, each is looked at. In float16 that would be often.
+    """
+    array = array.detach()
+    is_wide = array.dtype != torch.float16 or array.numel() < 4096
+    numbers = (array.sum(),) if is_wide else array.aminmax()  # which hands on NaN
+    if not all(math.isfinite(number) for number in numbers) and not bool(torch.isfinite(array).all()):
         raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(array)).sum())} NaN or infinite values")
 
 
@@ -71,12 +72,51 @@ def check_shape(name: str, array: torch.Tensor) -> None:
     """Refuse all else that `check_array` refuses."""
     if not isinstance(array, torch.Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(array).__name__}")
+    if array.is_nested or array.layout is not torch.strided or isinstance(array, MaskedTensor):
+        kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.").replace("strided", "masked")
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
     if array.dtype not in DTYPES:
         raise ValueError(f"{name} must be float16, bfloat16 or float32, got {dtype_name(array)}")
     if array.ndim < 2:
         raise ValueError(f"{name} must have shape (..., tokens, dim), got {tuple(array.shape)}")
     if array.shape[-1] < 1:
         raise ValueError(f"{name} must have dim >= 1, got shape {tuple(array.shape)}")
+
+
+def check_numbers_are_there(name: str, array: torch.Tensor) -> None:
+    """Refuse a tensor that only has a shape."""
+    if array.is_meta or isinstance(array, FakeTensor):
+        kind = "meta" if array.is_meta else "fake"
+        raise ValueError(f"{name} must be a tensor with numbers in memory, got a {kind} one")
+
+
+def check_integers(name: str, array: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`array` as int64; refuse what is not a tensor of integers on the device of `like`."""
+    if not isinstance(array, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(array).__name__}")
+    if array.is_floating_point() or array.is_complex() or array.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {dtype_name(array)}")
+    if array.device != like.device:
+        raise ValueError(f"{name} must be on the device of what they belong to, {like.device}, got {array.device}")
+    return array.long()
+
+
+def check_axis_of_rows(n_axes: int) -> None:
+    """Refuse to select of a cache whose first axis are heads that are not alike."""
+    if n_axes < 1:
+        raise ValueError("select needs an axis of rows before that of heads in keys, got (heads, tokens, dim)")
+
+
+def check_rows(indices: torch.Tensor, n_rows: int) -> None:
+    """Refuse what is not a tensor (rows,) of integers below `n_rows`."""
+    if not isinstance(indices, torch.Tensor):
+        raise TypeError(f"indices must be a torch tensor, got {type(indices).__name__}")
+    if indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
+        got = f"{dtype_name(indices)} of shape {tuple(indices.shape)}"
+        raise ValueError(f"indices must be int32 or int64 of shape (rows,), got {got}")
+    lowest, highest = map(int, indices.aminmax()) if len(indices) else (0, -1)
+    if lowest < 0 or highest >= n_rows:
+        raise ValueError(f"indices must be from 0 to {n_rows - 1}, got {lowest} to {highest}")
 
 
 def with_four_axes(array: torch.Tensor) -> torch.Tensor:
@@ -92,41 +132,9 @@ def dtype_name(array: torch.Tensor) -> str:
 def check_half_range(name: str, array: torch.Tensor, why: str) -> None:
     """Refuse numbers that might overflow float32 when another one is subtracted, or when they are rounded up."""
     half = torch.finfo(torch.float32).max / 2
-    largest = float(array.detach().abs().max()) if array.numel() else 0.0
+    largest = max(abs(float(number)) for number in array.detach().aminmax()) if array.numel() else 0.0
     if largest > half:
         raise ValueError(f"{name} must be at most {half:.3g} in size {why}, got {largest:.3g}")
-
-
-def check_integer(name: str, value: int, least: int) -> None:
-    """Refuse what is not an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Refuse what is not an integer of 32 bits."""
-    check_integer(name, seed, least=0)
-    if seed >= 2**32:
-        raise ValueError(f"{name} must be below 2**32, got {seed}")
-
-
-def check_keep_ratio(keep_ratio: float, name: str = "keep_ratio") -> None:
-    """Refuse what is not a number in (0, 1]."""
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real):
-        raise TypeError(f"{name} must be a number, got {keep_ratio!r}")
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {keep_ratio}")
-
-
-def check_keep_ratios(keep_ratios: Sequence[float]) -> tuple[float, ...]:
-    """A number in (0, 1] for each head; refuse anything else."""
-    if isinstance(keep_ratios, str) or not isinstance(keep_ratios, Sequence) or not len(keep_ratios):
-        raise TypeError(f"keep_ratios must be a sequence of numbers, one for each head, got {keep_ratios!r}")
-    for ratio in keep_ratios:
-        check_keep_ratio(ratio, name="keep_ratios")
-    return tuple(keep_ratios)
 
 
 def check_n_heads(keep_ratios: Sequence[float], shape: tuple[int, ...]) -> None:
@@ -135,18 +143,6 @@ def check_n_heads(keep_ratios: Sequence[float], shape: tuple[int, ...]) -> None:
     if heads != len(keep_ratios):
         rule = f"keep_ratios must be one for each head of keys, {heads}"
         raise ValueError(f"{rule}, got {len(keep_ratios)} for keys of shape {tuple(shape)}")
-
-
-def check_recent_share(recent_share: float) -> None:
-    """Refuse what is not a number in [0, 0.5]: of two new tokens at most one may widen the recent window."""
-    check_share("recent_share", recent_share, may_be_zero=True)
-    if recent_share > 0.5:
-        raise ValueError(f"recent_share must be at most 0.5, got {recent_share}")
-
-
-def entries_of_chunk(keep_ratio: float, chunk_size: int) -> int:
-    """Entries that a chunk of `chunk_size` tokens becomes: `ceil(keep_ratio * chunk_size)`, the product in float64."""
-    return math.ceil(float(keep_ratio) * int(chunk_size))
 
 
 def check_init(keys: torch.Tensor, init: torch.Tensor, n_clusters: int) -> None:
@@ -165,14 +161,6 @@ def check_init(keys: torch.Tensor, init: torch.Tensor, n_clusters: int) -> None:
         raise ValueError(f"init must hold centroids of shape {(*shape, keys.shape[-1])}, got {tuple(init.shape)}")
 
 
-def check_share(name: str, share: float, *, may_be_zero: bool) -> None:
-    """Refuse what is not a number from 0 to 1."""
-    if isinstance(share, bool) or not isinstance(share, Real):
-        raise TypeError(f"{name} must be a number, got {share!r}")
-    if not (0 <= share <= 1 if may_be_zero else 0 < share <= 1):
-        raise ValueError(f"{name} must be in {'[' if may_be_zero else '('}0, 1], got {share}")
-
-
 def check_scored(query: torch.Tensor, centroids: torch.Tensor, counts: torch.Tensor, deviations: torch.Tensor) -> None:
     """Refuse tensors that do not fit each other."""
     for name, array in (("query", query), ("centroids", centroids), ("deviations", deviations)):
@@ -184,12 +172,11 @@ def check_scored(query: torch.Tensor, centroids: torch.Tensor, counts: torch.Ten
         raise ValueError(f"query and centroids must not be empty, got {shapes[0]} and {shapes[1]}")
     if deviations.shape != centroids.shape:
         raise ValueError(f"deviations must have the shape of centroids, got {tuple(deviations.shape)} and {shapes[1]}")
+    check_integers("counts", counts, centroids)
     if counts.shape != centroids.shape[:-1]:
         raise ValueError(
             f"counts must have the shape of centroids without dim, got {tuple(counts.shape)} and {shapes[1]}"
         )
-    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise ValueError(f"counts must be integers, got {dtype_name(counts)}")
     if bool((counts < 0).any()):
         raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
 
@@ -206,14 +193,20 @@ def check_clustering(labels: torch.Tensor, counts: torch.Tensor) -> None:
         raise ValueError(f"counts must be at least 1, got {int(counts.min())}")
 
 
-def check_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Refuse tensors that do not fit each other."""
+def check_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    look: Callable[[str, torch.Tensor], None] = check_array,
+) -> None:
+    """Refuse tensors that do not fit each other; each alone is looked at by `look`."""
     arrays = {"query": query, "keys": keys, "values": values}
-    devices = {str(array.device) for array in arrays.values() if isinstance(array, torch.Tensor)}
+    devices = {array.device for array in arrays.values() if isinstance(array, torch.Tensor)}
     if len(devices) > 1:
-        raise ValueError(f"query, keys and values must be on one device, got {', '.join(sorted(devices))}")
+        named = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"query, keys and values must be on one device, got {named}")
     for name, array in arrays.items():
-        check_array(name, array)
+        look(name, array)
     shapes = [tuple(array.shape) for array in (query, keys, values)]
     if keys.shape[-2] == 0:
         raise ValueError(f"keys must hold at least one token, got shape {shapes[1]}")
@@ -225,8 +218,8 @@ def check_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
         raise ValueError(f"query must have the leading axes and dim of keys, got query {shapes[0]}, keys {shapes[1]}")
 
 
-def check_counts(keys: torch.Tensor, counts: torch.Tensor) -> None:
-    """Refuse counts that do not belong to `keys`."""
+def check_counts(keys: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Counts that belong to `keys`; refuse others."""
     if not isinstance(counts, torch.Tensor):
         raise TypeError(f"counts must be a torch tensor, got {type(counts).__name__}")
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
@@ -235,29 +228,22 @@ def check_counts(keys: torch.Tensor, counts: torch.Tensor) -> None:
         raise ValueError(
             f"counts must have the shape of keys without dim, got {tuple(counts.shape)} and {tuple(keys.shape)}"
         )
-    if bool((counts < 0).any()):
-        raise ValueError(f"counts must be at least 0, got {int(counts.min())}")
-    if counts.dtype != torch.int32 and bool((counts >= 2**31).any()):
-        raise ValueError(f"counts must be below 2**31, got {int(counts.max())}")
-    if not bool((counts > 0).any(dim=-1).all()):
+    if not counts.numel():
+        return counts
+    lowest, highest = map(int, counts.aminmax())
+    if lowest < 0:
+        raise ValueError(f"counts must be at least 0, got {lowest}")
+    if highest >= 2**31:
+        raise ValueError(f"counts must be below 2**31, got {highest}")
+    if lowest == 0 and not bool(counts.any(dim=-1).all()):
         raise ValueError("counts must have an entry above 0 for every leading index, got only 0")
+    return counts
 
 
 def check_method(method: object) -> None:
     """Refuse what is no method of clustering chunks."""
     if isinstance(method, type) or not callable(getattr(method, "compress", None)):
         raise TypeError(f"method must be a method such as SoftMatching() or Distinctive(n_shared=4), got {method!r}")
-
-
-def check_whole_heads(whole_heads: Sequence[int]) -> tuple[int, ...]:
-    """Different indices of heads, ascending; refuse anything else."""
-    if isinstance(whole_heads, str) or not isinstance(whole_heads, Sequence):
-        raise TypeError(f"whole_heads must be a sequence of integers, got {whole_heads!r}")
-    for head in whole_heads:
-        check_integer("whole_heads", head, least=0)
-    if len(set(whole_heads)) < len(whole_heads):
-        raise ValueError(f"whole_heads must be different heads, got {list(whole_heads)}")
-    return tuple(sorted(int(head) for head in whole_heads))
 
 
 def check_heads(whole_heads: Sequence[int], shape: tuple[int, ...]) -> None:
@@ -281,14 +267,3 @@ def check_query(query: torch.Tensor, keys: torch.Tensor | None) -> None:
         raise ValueError(f"keys must hold at least one token, got shape {tuple(keys.shape)}")
     if query.shape[-2] == 0:
         raise ValueError(f"query must not be empty, got {tuple(query.shape)}")
-
-
-def scale_of(scale: float | None, query: torch.Tensor) -> float:
-    """The factor of the logits, 1 / sqrt(dim) by default; refuses what is no finite number."""
-    if scale is None:
-        return float(query.shape[-1] ** -0.5)
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .arguments import check_append, check_integer, check_keep_ratio, check_share, entries_of_chunk
+from .arguments import check_append
 from .backends import AnyBackend, cell, choose
 from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, cluster_chunks, of_heads
 from .exact.distinctiveness import numbers_of_entries
 from .merging import Clustering
 from .recent_queries import check_chunk_queries
+from .scalars import check_integer, check_keep_ratio, check_share, entries_of_chunk
 
 __all__ = ["Attended", "attended_matching"]
 
@@ -28,8 +29,8 @@ class Attended:
     needs_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_share("share", self.share, may_be_zero=True)
-        check_integer("n_shared", self.n_shared, least=1)
+        object.__setattr__(self, "share", check_share("share", self.share))
+        object.__setattr__(self, "n_shared", check_integer("n_shared", self.n_shared, least=1))
 
     def compress(
         self,
@@ -65,7 +66,7 @@ class Attended:
         for target, heads in heads_of_target.items():
             in_heads = of_heads(heads, keys, values, queries.flatten(-3, -2))
             some_keys, some_values = in_heads[:2]
-            n_attended = math.floor(float(self.share) * numbers_of_entries(target, self.n_shared)[0])
+            n_attended = math.floor(self.share * numbers_of_entries(target, self.n_shared)[0])
             scores = distinctive.unsqueeze(1).expand(-1, len(heads), -1, -1)  # (layers, heads, chunks, chunk)
             if n_attended:
                 in_chunks = some_keys.reshape(-1, chunk_size, keys.shape[-1])
@@ -105,8 +106,8 @@ def attended_matching(
     `keys`. `backend` as in `choose`.
     """
     check_append(keys, values, None)
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
     method = Attended(share, n_shared)
     check_chunk_queries(queries, keys, chunk_size)
     choose("distinctiveness", backend, keys, values)  # also where there is nothing to do

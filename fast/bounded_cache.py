@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .cache import ClusteredCache
+from .scalars import check_integer
 
 __all__ = ["BoundedCache"]
 
@@ -30,8 +31,8 @@ class BoundedCache(ClusteredCache):
         super().__init__(
             keep_ratio=keep_ratio, chunk_size=chunk_size, n_sink=n_sink, n_recent=n_recent, backend=backend
         )
-        self._rules = replace(self._rules, budget=budget)
-        self.budget = budget
+        self._rules = replace(self._rules, budget=check_integer("budget", budget, least=1))
+        self.budget = self._rules.budget
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As that of `ClusteredCache`, with the list `spans` among the numbers."""

@@ -7,17 +7,18 @@ from typing import Any
 from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import check_integer, check_keep_ratio, check_method, entries_of_chunk
+from .arguments import check_method
 from .backends import AnyBackend
 from .entry_cache import UNDO_TOKENS
-from .exact.quantization import GROUP, check_n_exact
+from .exact.quantization import GROUP
 from .memory.overwritten import BeforeQuantizing, Overwritten, before_quantizing, keep
-from .memory.room import move_to_room
+from .memory.room import LEAST_ROOM, move_to_room
 from .memory.span_merging import merge_spans
 from .memory.spans import SpanPlan, SpanRules
 from .methods import Method
 from .quantized_body import CacheWithBits
 from .recent_queries import WithQueries, queries_for
+from .scalars import check_integer, check_keep_ratio, entries_of_chunk
 from .soft_matching import SoftMatching
 
 __all__ = ["ClusteredCache"]
@@ -52,17 +53,17 @@ class ClusteredCache(WithQueries, CacheWithBits):
         n_exact: int | None = None,
         backend: AnyBackend = "auto",
     ) -> None:
-        super().__init__(whole_heads, bits, chunk_size, n_sink, n_exact)
-        check_keep_ratio(keep_ratio)
+        super().__init__(method, whole_heads, bits, chunk_size, n_recent, n_exact)
+        self.keep_ratio = check_keep_ratio(keep_ratio)
         check_method(method)
-        check_integer("chunk_size", chunk_size, least=1)
-        entries = entries_of_chunk(keep_ratio, chunk_size)
+        self.chunk_size = check_integer("chunk_size", chunk_size, least=1)
+        entries = entries_of_chunk(self.keep_ratio, self.chunk_size)
         shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
-        self._rules = SpanRules(chunk_size, entries, n_sink, n_recent, n_exact=n_exact, **shared)
-        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
-        self.keep_ratio, self.method, self.chunk_size = keep_ratio, method, chunk_size
-        self.n_recent, self.recent_share, self.backend = n_recent, recent_share, backend
-        self._queries = queries_for(method, n_sink, n_recent, chunk_size, self.whole_heads)
+        rules = SpanRules(self.chunk_size, entries, n_sink, n_recent, n_exact=self.n_exact, **shared)
+        self._rules, self.n_sink, self.n_recent = rules, rules.n_sink, rules.n_recent
+        self._least_room = GROUP if self.n_exact is not None else min(self.chunk_size, LEAST_ROOM)
+        self.method, self.recent_share, self.backend = method, rules.recent_share, backend
+        self._queries = queries_for(method, self.n_sink, self.n_recent, self.chunk_size)
         self.spans: tuple[int, ...] = ()
         self._overwritten: Overwritten | BeforeQuantizing | None = None  # by the last clustering
 

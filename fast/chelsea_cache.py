@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import check_integer, check_keep_ratio, with_four_axes
+from .arguments import with_four_axes
 from .backends import AnyBackend, implementation
 from .entry_cache import UNDO_TOKENS, EntryCache
-from .memory.room import move_to_room
+from .memory.room import LEAST_ROOM, move_to_room
+from .scalars import check_integer, check_keep_ratio
 
 __all__ = ["ChelseaCache"]
 
@@ -51,17 +52,15 @@ class ChelseaCache(EntryCache):
         n_recent: int = 64,
         backend: AnyBackend = "auto",
     ) -> None:
-        super().__init__(whole_heads, least_room=max(64, interval + 1))
-        check_keep_ratio(ratio, name="ratio")
-        check_integer("max_new_tokens", max_new_tokens, least=0)
-        if n_prompt is not None:
-            check_integer("n_prompt", n_prompt, least=0)
-        check_integer("interval", interval, least=0)
-        check_integer("chunk_size", chunk_size, least=2)
-        check_integer("n_sink", n_sink, least=0)
-        check_integer("n_recent", n_recent, least=0)
-        self.ratio, self.max_new_tokens, self.n_prompt, self.interval = ratio, max_new_tokens, n_prompt, interval
-        self.chunk_size, self.n_sink, self.n_recent, self.backend = chunk_size, n_sink, n_recent, backend
+        super().__init__(whole_heads)
+        self.ratio = check_keep_ratio(ratio, name="ratio")
+        self.max_new_tokens = check_integer("max_new_tokens", max_new_tokens, least=0)
+        self.n_prompt = None if n_prompt is None else check_integer("n_prompt", n_prompt, least=0)
+        self.interval = check_integer("interval", interval, least=0)
+        self.chunk_size = check_integer("chunk_size", chunk_size, least=2)
+        self.n_sink = check_integer("n_sink", n_sink, least=0)
+        self.n_recent = check_integer("n_recent", n_recent, least=0)
+        self._least_room, self.backend = max(LEAST_ROOM, self.interval + 1), backend
         self._n_first = 0  # tokens of the first append that had any
         self._compressed_at = 0  # `n_seen` at the last compression
         self._n_last = 0  # tokens of the last append
@@ -73,7 +72,7 @@ class ChelseaCache(EntryCache):
         if not self._n_first:
             return None
         n_tokens = (self._n_first if self.n_prompt is None else self.n_prompt) + self.max_new_tokens
-        return max(math.ceil(float(self.ratio) * int(n_tokens)), self.n_sink + self.n_recent + 1)
+        return max(math.ceil(self.ratio * n_tokens), self.n_sink + self.n_recent + 1)
 
     @property
     def nbytes_reserved(self) -> int:

@@ -6,10 +6,11 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_append, check_integer, check_keep_ratio, entries_of_chunk
+from .arguments import check_append
 from .backends import AnyBackend, cell, choose
 from .exact.chunks import CompressedChunks, Heads, HeadsOfTarget, all_heads, cluster_chunks, of_heads
 from .merging import Clustering
+from .scalars import check_integer, check_keep_ratio, entries_of_chunk
 
 __all__ = ["Distinctive", "distinctive_matching"]
 
@@ -21,7 +22,7 @@ class Distinctive:
     n_shared: int = 4
 
     def __post_init__(self) -> None:
-        check_integer("n_shared", self.n_shared, least=1)
+        object.__setattr__(self, "n_shared", check_integer("n_shared", self.n_shared, least=1))
 
     def compress(
         self,
@@ -74,8 +75,8 @@ def distinctive_matching(
     of `keys`. `backend` as in `choose`.
     """
     check_append(keys, values, None)
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
     method = Distinctive(n_shared)
     choose("distinctiveness", backend, keys, values)  # also where there is nothing to do
     target = entries_of_chunk(keep_ratio, chunk_size)

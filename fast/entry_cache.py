@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_heads, check_query, check_whole_heads
+from .arguments import check_append, check_axis_of_rows, check_heads, check_query
 from .attention import attend_entries
 from .clustered_attention import clustered_attention
 from .memory.changes import AllOrNothing
-from .memory.room import move_to_room, with_room
+from .memory.room import LEAST_ROOM, move_to_room, with_room
 from .memory.whole_heads import apart, heads_apart, in_order, together
 from .memory.work import ClusteringWork
+from .scalars import check_whole_heads
 
 __all__ = ["UNDO_TOKENS", "EntryCache"]
 
@@ -30,19 +31,18 @@ class EntryCache(AllOrNothing):
     Parameters
     ----------
     whole_heads : KV heads that keep every token.
-    least_room : rows of room to grow, at least.
 
     Notes
     -----
-    Entries lie in memory with some room to grow (1 / 32 of them, at least `least_room`): `nbytes` counts the entries,
+    Entries lie in memory with some room to grow (1 / 32 of them, at least 64 or a chunk): `nbytes` counts the entries,
     `nbytes_reserved` the memory. So `keys`, `values`, `counts` and what `append` returns are views that the next
     `append` may overwrite: clone what is to be kept. Without whole heads nothing is copied but the new tokens.
     """
 
-    def __init__(self, whole_heads: Sequence[int], least_room: int) -> None:
+    def __init__(self, whole_heads: Sequence[int]) -> None:
         self.whole_heads = check_whole_heads(whole_heads)
         self.n_seen = 0
-        self._least_room = least_room
+        self._least_room = LEAST_ROOM  # rows of room to grow, at least
         self._n_stored = 0  # rows of `_held` that are entries
         self._held: tuple[Tensor, ...] | None = None  # keys, values, counts with room to grow
         self._whole: tuple[Tensor, ...] | None = None  # keys and values of whole heads, with room to grow
@@ -72,15 +72,15 @@ class EntryCache(AllOrNothing):
 
     @property
     def keys(self) -> Float[Tensor, "*lead entries dim"] | None:
-        return None if self._held is None else self._held[0][..., : self._n_stored, :]
+        return None if self._held is None else self._held[0].narrow(-2, 0, self._n_stored)
 
     @property
     def values(self) -> Float[Tensor, "*lead entries dim_value"] | None:
-        return None if self._held is None else self._held[1][..., : self._n_stored, :]
+        return None if self._held is None else self._held[1].narrow(-2, 0, self._n_stored)
 
     @property
     def counts(self) -> Int32[Tensor, "*lead entries"] | None:
-        return None if self._held is None else self._held[2][..., : self._n_stored, 0]
+        return None if self._held is None else self._held[2].squeeze(-1).narrow(-1, 0, self._n_stored)
 
     @property
     def whole_keys(self) -> Float[Tensor, "*lead tokens dim"] | None:
@@ -133,19 +133,19 @@ class EntryCache(AllOrNothing):
         if self.whole_heads:
             (keys, whole_keys), (values, whole_values) = (apart(x, self.whole_heads) for x in (keys, values))
             of_whole = whole_keys, whole_values
-        like = keys, values, keys[..., :1].to(torch.int32)
+        counts = keys[..., :1].to(torch.int32) if self._held is None else self._held[2]
+        like = keys, values, counts
         # all memory there is to get before anything is written
         held, whole = (
             self._with_rows(self._held, self._n_stored, self._n_stored + n_new, like),
             self._with_rows(self._whole, self.n_seen, self.n_seen + n_new, of_whole) if self.whole_heads else None,
         )
-        stop = self._n_stored + n_new
         for room, new in zip(held[:2], (keys, values), strict=True):
-            room[..., self._n_stored : stop, :] = new
-        held[2][..., self._n_stored : stop, :] = 1
+            room.narrow(-2, self._n_stored, n_new).copy_(new)
+        held[2].narrow(-2, self._n_stored, n_new).fill_(1)
         for room, new in zip(whole or (), of_whole, strict=True):
-            room[..., self.n_seen : self.n_seen + n_new, :] = new
-        self._held, self._whole, self._n_stored = held, whole, stop
+            room.narrow(-2, self.n_seen, n_new).copy_(new)
+        self._held, self._whole, self._n_stored = held, whole, self._n_stored + n_new
         self.n_seen += n_new
 
     def check_new(self, keys: Tensor, values: Tensor) -> None:
@@ -199,15 +199,18 @@ class EntryCache(AllOrNothing):
     @property
     def like(self) -> tuple[Tensor, ...] | None:
         """Tensors of the shape of keys and values of all heads, without memory of their own; None at first."""
-        if self.keys is None or self.values is None:
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
             return None
         if not self.whole_heads:
-            return self.keys, self.values
-        heads = self.keys.shape[-3] + len(self.whole_heads)
-        shapes = ((*x.shape[:-3], heads, self.n_seen, x.shape[-1]) for x in (self.keys, self.values))
-        return tuple(x.new_empty(()).expand(shape) for x, shape in zip((self.keys, self.values), shapes, strict=True))
+            return keys, values
+        heads = keys.shape[-3] + len(self.whole_heads)
+        shapes = ((*x.shape[:-3], heads, self.n_seen, x.shape[-1]) for x in (keys, values))
+        return tuple(x.new_empty(()).expand(shape) for x, shape in zip((keys, values), shapes, strict=True))
 
     def _select(self, indices: Int64[Tensor, " batch"]) -> None:
+        if self.whole_heads and self.keys is not None:
+            check_axis_of_rows(self.keys.ndim - 3)
         if self._held is not None:
             self._held = tuple(tensor.index_select(0, indices) for tensor in self._held)
         if self._whole is not None:
@@ -248,4 +251,6 @@ class EntryCache(AllOrNothing):
 
 def with_batch(array: Tensor, n_axes: int) -> Tensor:
     """`array` with its last `n_axes` axes, those of a layer, behind one axis for all others."""
+    if array.ndim == n_axes + 1:
+        return array
     return array.reshape(array.shape[:-n_axes].numel(), *array.shape[-n_axes:])

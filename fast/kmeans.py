@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .arguments import check_array, check_init, check_integer
+from .arguments import check_array, check_init
 from .backends import Backend, implementation
 from .exact.clusters import Clusters
+from .scalars import check_integer
 
 __all__ = ["Clusters", "kmeans"]
 
@@ -26,11 +27,11 @@ def kmeans(
     `choose`.
     """
     check_array("keys", keys)
-    check_integer("n_clusters", n_clusters, least=1)
-    check_integer("max_iter", max_iter, least=1)
+    n_clusters = check_integer("n_clusters", n_clusters, least=1)
     *lead, tokens, dim = keys.shape
     if n_clusters > tokens:
         raise ValueError(f"n_clusters must be at most the number of tokens, {tokens}, got {n_clusters}")
+    max_iter = check_integer("max_iter", max_iter, least=1)
     if init is None:
         init = (torch.arange(n_clusters, device=keys.device) * tokens // n_clusters).expand(*lead, n_clusters)
     check_init(keys, init, n_clusters)

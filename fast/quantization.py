@@ -34,7 +34,7 @@ def quantize(array: Float[Tensor, "*lead rows numbers"], *, bits: int) -> Quanti
     Defined, with its errors, by `kvcluster.reference.quantize`: the same bits, on the device of `array`.
     """
     check_array("array", array)
-    check_bits(bits)
+    bits = check_bits(bits)
     check_half_range("array", array, "to be quantized")
     return Quantized(*codes_of(padded_to_groups(array), bits, array.shape[-1]))
 

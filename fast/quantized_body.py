@@ -7,19 +7,23 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .arguments import check_half_range, check_query, scale_of
+from .arguments import check_half_range, check_query
 from .backends import implementation
 from .entry_cache import EntryCache
 from .exact.blocks import put_in
-from .exact.quantization import GROUP, check_bits_of_entries, within_range
+from .exact.quantization import GROUP, check_bits_of_entries, check_n_exact, within_range
 from .memory.packed import PackedBlocks
 from .memory.ragged import check_rooms
+from .recent_queries import check_window
+from .scalars import scale_of
 
 __all__ = ["CacheWithBits"]
 
 
 class CacheWithBits(EntryCache):
     """An `EntryCache` that knows how to quantize; which entries, and when, is the rule of a subclass.
+
+    Parameters, and the order of their checks, as in `kvcluster.reference.quantized_body.CacheWithBits`.
 
     Defined, with parameters, attributes and errors, by `kvcluster.reference.quantized_body.CacheWithBits`.
 
@@ -29,17 +33,21 @@ class CacheWithBits(EntryCache):
     `values` and `counts` are those of all other entries.
     """
 
+    n_sink: int
+
     def __init__(
         self,
+        method: Any,
         whole_heads: Sequence[int],
         bits: int | tuple[int, int],
         chunk_size: int,
-        n_sink: int,
-        n_exact: int | None = None,
+        n_recent: int,
+        n_exact: int | None,
     ) -> None:
-        super().__init__(whole_heads, least_room=GROUP if n_exact is not None else min(chunk_size, 64))
+        super().__init__(whole_heads)
+        check_window(method, n_recent, self.whole_heads)
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=self.whole_heads)
-        self.n_sink, self.n_exact = n_sink, n_exact
+        self.n_exact = check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
         self._packed: PackedBlocks | None = None
 
     @property

@@ -7,25 +7,19 @@ from typing import Any, NamedTuple
 from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import (
-    check_append,
-    check_half_range,
-    check_integer,
-    check_keep_ratios,
-    check_method,
-    check_n_heads,
-    entries_of_chunk,
-)
+from .arguments import check_append, check_half_range, check_method, check_n_heads
 from .backends import AnyBackend
 from .entry_cache import UNDO_TOKENS
 from .exact.quantization import GROUP, check_bits_of_entries, check_n_exact
 from .memory.packed import LastBlocks
 from .memory.ragged import RaggedRows, empty_rows
+from .memory.room import LEAST_ROOM
 from .memory.spans import SpanRules
 from .memory.work import ClusteringWork
 from .methods import Method, compress_heads
 from .ragged_entries import RaggedEntries
-from .recent_queries import WithQueries, queries_for
+from .recent_queries import WithQueries, check_window, queries_for
+from .scalars import check_integer, check_keep_ratios, entries_of_chunk
 from .soft_matching import SoftMatching
 
 __all__ = ["RaggedCache"]
@@ -72,17 +66,19 @@ class RaggedCache(WithQueries, RaggedEntries):
         backend: AnyBackend = "auto",
     ) -> None:
         self.keep_ratios = check_keep_ratios(keep_ratios)
+        check_window(method, n_recent)
+        of_bits = check_bits_of_entries(bits, chunk_size=chunk_size)
+        self.n_exact = check_n_exact(n_exact, bits=of_bits, chunk_size=chunk_size, n_recent=n_recent)
         check_method(method)
-        check_integer("chunk_size", chunk_size, least=1)
-        self._targets = [entries_of_chunk(ratio, chunk_size) for ratio in self.keep_ratios]
-        least_room = GROUP if n_exact is not None else min(chunk_size, 64)
-        super().__init__(n_sink, check_bits_of_entries(bits, chunk_size=chunk_size), least_room)
-        shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": self.bits is not None}
-        self._rules = SpanRules(chunk_size, min(self._targets), n_sink, n_recent, n_exact=n_exact, **shared)
-        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
-        self.method, self.chunk_size, self.backend = method, chunk_size, backend
-        self.n_recent, self.recent_share, self.n_exact = n_recent, recent_share, n_exact
-        self._queries = queries_for(method, n_sink, n_recent, chunk_size)
+        self.chunk_size = check_integer("chunk_size", chunk_size, least=1)
+        self._targets = [entries_of_chunk(ratio, self.chunk_size) for ratio in self.keep_ratios]
+        shared: dict[str, Any] = {"recent_share": recent_share, "is_quantized": of_bits is not None}
+        rules = SpanRules(self.chunk_size, min(self._targets), n_sink, n_recent, n_exact=self.n_exact, **shared)
+        least_room = GROUP if self.n_exact is not None else min(self.chunk_size, LEAST_ROOM)
+        super().__init__(rules.n_sink, of_bits, least_room)
+        self._rules, self.n_recent, self.recent_share = rules, rules.n_recent, rules.recent_share
+        self.method, self.backend = method, backend
+        self._queries = queries_for(method, self.n_sink, self.n_recent, self.chunk_size)
         self._n_chunks = 0  # clustered
         self._n_groups = 0  # of 32 tokens that have been quantized, with `n_exact`, clustered ones included
         self._lost: tuple[Tensor, Tensor] | None = None  # keys and values of what the last append clustered

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from .arguments import check_append, check_query, scale_of
+from .arguments import check_append, check_axis_of_rows, check_query
 from .backends import implementation
 from .entry_cache import with_batch
 from .exact.quantization import GROUP, within_range
@@ -15,6 +15,7 @@ from .memory.changes import AllOrNothing
 from .memory.packed import PackedBlocks
 from .memory.ragged import RaggedRows, check_rooms, empty_rows
 from .memory.room import with_room
+from .scalars import scale_of
 
 __all__ = ["RaggedEntries"]
 
@@ -172,6 +173,7 @@ class RaggedEntries(AllOrNothing):
 
     def _select(self, indices: Int64[Tensor, " batch"]) -> None:
         if self._rows is not None:
+            check_axis_of_rows(self._rows.held[0].ndim - 2)
             self._rows = self._rows.select(indices)
         if self._packed is not None:
             self._packed = copy.copy(self._packed)

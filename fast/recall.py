@@ -5,10 +5,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_attention, check_integer, scale_of
+from .arguments import check_attention, check_integers
 from .backends import Backend, choose, implementation
 from .exact.clusters import Clusters
 from .memory.body_clusters import mean_deviations, mean_of_members
+from .scalars import check_integer, scale_of
 from .selection import select_clusters
 
 __all__ = ["recall_attention"]
@@ -32,7 +33,8 @@ def recall_attention(
     `backend` as in `choose`.
     """
     check_attention(query, keys, values)
-    check_integer("budget", budget, least=1)
+    budget = check_integer("budget", budget, least=1)
+    check_integers("labels of clusters", clusters.labels, keys)
     if clusters.labels.shape != keys.shape[:-1]:
         raise ValueError(
             "clusters must have a label for every token of keys, "

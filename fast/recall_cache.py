@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from .arguments import check_query, scale_of
+from .arguments import check_query
 from .backends import AnyBackend
 from .exact.clusters import Clusters
 from .exact.entries import Reached
@@ -15,6 +15,7 @@ from .memory.segments import RecallSettings
 from .memory.step import RecallStep
 from .memory.work import ClusteringWork
 from .recall_tokens import RecallTokens
+from .scalars import scale_of
 from .selection import Selection
 
 __all__ = ["RecallCache"]

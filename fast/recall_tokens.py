@@ -194,7 +194,7 @@ class RecallTokens(AllOrNothing):
 
     def _crop(self, n_tokens: int) -> None:
         """Clusters that the last append made with the tokens are made again without them, at the cost of `cluster`."""
-        n_left = self.n_seen - int(n_tokens)
+        n_left = self.n_seen - n_tokens
         is_clustered_anew = n_left < self.settings.fewest_seen(self.n_clustered)
         if is_clustered_anew:
             self._drop_clusters_of_last_append()

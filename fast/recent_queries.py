@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .arguments import check_array, check_integer, dtype_name
+from .arguments import check_array, dtype_name
 from .memory.changes import attempt
 from .memory.ordinary import on_ordinary_tensors
+from .scalars import check_integer
 
-__all__ = ["QUERY_STEP", "WithQueries", "check_chunk_queries", "needs_queries", "queries_for"]
+__all__ = ["QUERY_STEP", "WithQueries", "check_chunk_queries", "check_window", "needs_queries", "queries_for"]
 
 QUERY_STEP = 32  # as in the reference
 
@@ -215,22 +216,19 @@ def needs_queries(method: Any) -> bool:
     return bool(getattr(method, "needs_queries", False))
 
 
-def queries_for(
-    method: Any, n_sink: int, n_recent: int, chunk_size: int, whole_heads: Sequence[int] = ()
-) -> RecentQueries | None:
-    """What a cache remembers for a method; None for one that needs no queries.
+def queries_for(method: Any, n_sink: int, n_recent: int, chunk_size: int) -> RecentQueries | None:
+    """What a cache remembers for a method; None for one that needs no queries."""
+    return RecentQueries(n_sink, n_recent, chunk_size) if needs_queries(method) else None
 
-    Raises
-    ------
-    ValueError : queries are needed, and the recent window may have no sampled token, or heads are whole.
-    """
+
+def check_window(method: Any, n_recent: int, whole_heads: Sequence[int] = ()) -> None:
+    """Refuse, where queries are needed, a recent window that may have no sampled token, and whole heads."""
     if not needs_queries(method):
-        return None
+        return
     check_integer("n_recent", n_recent, least=QUERY_STEP)
     if whole_heads:
         rule = "whole_heads must be empty with a method that needs queries: use RaggedCache and a ratio of 1"
         raise ValueError(f"{rule}, got {list(whole_heads)}")
-    return RecentQueries(n_sink, n_recent, chunk_size)
 
 
 def check_no_queries(queries: object, method: object) -> None:

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from .arguments import check_integer, check_scored, check_share
+from .arguments import check_scored
 from .backends import Backend, implementation
 from .exact.clusters import Clusters
 from .exact.entries import recalled_places
 from .exact.scores import make_probe, score_clusters
+from .scalars import check_integer, check_share
 
 __all__ = ["Selection", "select_clusters"]
 
@@ -46,11 +47,11 @@ def select_clusters(
 
     Defined, with its errors, by `kvcluster.reference.select_clusters`; the same tokens. `backend` as in `choose`.
     """
+    check_scored(query, centroids, counts, centroids if deviations is None else deviations)
     if deviations is None:
         deviations = torch.zeros_like(centroids)
-    check_scored(query, centroids, counts, deviations)
-    check_integer("budget", budget, least=0)
-    check_share("spread", spread, may_be_zero=True)
+    budget = check_integer("budget", budget, least=0)
+    spread = check_share("spread", spread)
     problems, dims = centroids.shape[:-2].numel(), (centroids.shape[-2], centroids.shape[-1])
     features = torch.cat([x.detach().float().reshape(problems, *dims) for x in (centroids, deviations)], dim=-1)
     counts = counts.long()

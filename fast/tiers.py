@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from .arguments import check_integer, check_shape
+from .arguments import check_numbers_are_there, check_shape
 from .backends import AnyBackend
 from .exact.entries import Reached
 from .memory.body_clusters import BodyClusters
@@ -20,6 +20,7 @@ from .memory.fast_tier import TierStatistics
 from .memory.room import move_to_room, with_room
 from .memory.segments import RecallSettings
 from .recall_cache import RecallCache
+from .scalars import check_integer
 
 __all__ = ["TierStatistics", "TieredRecallCache"]
 
@@ -82,7 +83,7 @@ class TieredRecallCache(RecallCache):
         backend: AnyBackend = "auto",
     ) -> None:
         self._begin(settings, backend)
-        check_integer("n_steps", n_steps, least=1)
+        n_steps = check_integer("n_steps", n_steps, least=1)
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"folder must be an existing folder, got {str(folder)!r}")
         self.folder, self.n_steps, self.device = folder, n_steps, torch.device("cpu")
@@ -120,6 +121,7 @@ class TieredRecallCache(RecallCache):
         for name, new in (("keys", keys), ("values", values)):
             if new.device != device:
                 raise ValueError(f"{name} must be on the device of the cache, {device}, got {new.device}")
+            check_numbers_are_there(name, new)
         if device.type == "cuda" and self.folder is not None:
             raise ValueError(f"folder must be None for CUDA tensors, which no file holds, got {str(self.folder)!r}")
         super().check_new(keys.detach().cpu(), values.detach().cpu())
@@ -127,9 +129,9 @@ class TieredRecallCache(RecallCache):
     def _check_due(self) -> None:
         self._check_process()
 
-    def _check_crop(self, n_tokens: int) -> None:
+    def _check_crop(self, n_tokens: int) -> int:
         self._check_process()
-        super()._check_crop(n_tokens)
+        return super()._check_crop(n_tokens)
 
     def _check_process(self) -> None:
         """Refuse a process that was forked from the one that made the cache: the file is one for both."""

@@ -27,7 +27,7 @@ __all__ = ["Attended", "attended_matching", "attention_margins"]
 
 @dataclass(frozen=True)
 class Attended:
-    """The method `attended_matching` as a value, for a cache that is given queries too.
+    """`attended_matching` as a value, for a cache that is given queries too (docs/papers.md, Ours: attended matching).
 
     >>> Attended()
     Attended(share=0.5, n_shared=4)
@@ -38,8 +38,8 @@ class Attended:
     needs_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_share("share", self.share)
-        check_integer("n_shared", self.n_shared, least=1)
+        object.__setattr__(self, "share", check_share("share", self.share))
+        object.__setattr__(self, "n_shared", check_integer("n_shared", self.n_shared, least=1))
 
     def cluster(
         self,
@@ -87,7 +87,7 @@ def attended_matching(
 
     Notes
     -----
-    Costs, beside `distinctive_matching`, `queries * chunk_size * dim` multiply-adds for each chunk.
+    Costs `queries * dim` multiply-adds a token beside those of `Distinctive` (docs/papers.md, Ours: attended matching).
 
     Examples
     --------
@@ -100,10 +100,10 @@ def attended_matching(
     array([0, 1, 2, 2, 2, 2, 2, 2])
     """
     check_append(keys, values, (None, None))
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
-    check_share("share", share)
-    check_integer("n_shared", n_shared, least=1)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
+    share = check_share("share", share)
+    n_shared = check_integer("n_shared", n_shared, least=1)
     check_chunk_queries(queries, keys, chunk_size)
     margins = np.zeros((*keys.shape[:-1], 1))
     if entries_of_chunk(keep_ratio, chunk_size) < chunk_size:
@@ -126,7 +126,7 @@ def match_attended(
     if target == size:
         return np.broadcast_to(np.arange(size), (*heads, size))
     n_exact, n_shared = numbers_of_entries(target, n_shared)
-    n_attended = math.floor(float(share) * n_exact)
+    n_attended = math.floor(share * n_exact)
     distinctive_first = np.argsort(-distinctiveness(keys, values), kind="stable")  # stable: of ties, the first
     labels = np.empty((*heads, size), dtype=np.int64)
     for head in np.ndindex(*heads):

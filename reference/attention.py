@@ -37,7 +37,7 @@ def attention(
     Notes
     -----
     Costs `queries * tokens * (dim + dim_value)` multiply-adds per leading index and reads every key and
-    value once: while decoding, the bytes of the cache set the time.
+    value once: while decoding, the bytes of the cache set the time. Source: docs/papers.md, Ours: attention.
 
     Examples
     --------
@@ -64,5 +64,5 @@ def scaled_logits(query: np.ndarray, keys: np.ndarray, scale: float | None) -> n
     """`scale * query . key` in float64, `(..., queries, tokens)`."""
     if scale is None:
         scale = 1 / np.sqrt(query.shape[-1])
-    check_scale(scale)
+    scale = check_scale(scale)
     return scale * np.einsum("...qd,...td->...qt", query.astype(np.float64), keys.astype(np.float64))

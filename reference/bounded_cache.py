@@ -6,6 +6,7 @@ from .arguments import check_append, check_budget
 from .cache import ClusteredCache
 from .chunks import entries_of_chunk
 from .span_merging import merge_entries, smallest_pair
+from .whole_changes import whole_or_not
 
 __all__ = ["BoundedCache"]
 
@@ -27,7 +28,7 @@ class BoundedCache(ClusteredCache):
     tokens alone, after every single token, so this cache does not depend on how they arrived either. With keep_ratio
     1 nothing is merged while `n_seen <= budget`.
 
-    All of it is our choice, from no paper; the default sizes are those of `ClusteredCache`.
+    All of it is our choice (docs/papers.md, Ours: a budget of entries); default sizes are those of `ClusteredCache`.
 
     Examples
     --------
@@ -46,11 +47,12 @@ class BoundedCache(ClusteredCache):
         self, *, budget: int, keep_ratio: float, chunk_size: int = 256, n_sink: int = 16, n_recent: int = 64
     ) -> None:
         super().__init__(keep_ratio=keep_ratio, chunk_size=chunk_size, n_sink=n_sink, n_recent=n_recent)
-        self._n_span = entries_of_chunk(keep_ratio, chunk_size)  # entries of a span
-        check_budget(budget, n_sink=n_sink, n_recent=n_recent, chunk_size=chunk_size, entries=self._n_span)
-        self.budget = budget
+        self._n_span = entries_of_chunk(self.keep_ratio, self.chunk_size)  # entries of a span
+        sizes = {"n_sink": self.n_sink, "n_recent": self.n_recent, "chunk_size": self.chunk_size}
+        self.budget = check_budget(budget, **sizes, entries=self._n_span)
         self._spans: list[int] = []  # chunks of each span
 
+    @whole_or_not
     def append(
         self, keys: np.ndarray, values: np.ndarray, queries: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,7 +70,7 @@ class BoundedCache(ClusteredCache):
     def _cluster_what_is_due(self) -> None:
         before = self.n_clustered
         super()._cluster_what_is_due()
-        self._spans += [1] * ((self.n_clustered - before) // self.chunk_size)
+        self._spans = self._spans + [1] * ((self.n_clustered - before) // self.chunk_size)
         while self.n_stored > self.budget:
             self._merge_smallest_pair()
 
@@ -79,4 +81,5 @@ class BoundedCache(ClusteredCache):
         entries = self.keys[..., start:stop, :], self.values[..., start:stop, :], self.counts[..., start:stop]
         self._replace(start, stop, *merge_entries(*entries))
         self._n_body -= self._n_span
-        self._spans[older : older + 2] = [self._spans[older] + self._spans[older + 1]]
+        joined = sum(self._spans[older : older + 2])
+        self._spans = [*self._spans[:older], joined, *self._spans[older + 2 :]]

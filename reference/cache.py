@@ -44,8 +44,8 @@ class ClusteredCache(CacheWithBits):
     Chunks lie at absolute positions (the first begins at `n_sink`) and each is clustered once, alone. So the cache
     does not depend on how the tokens arrived: one prefill, token by token or any split gives the same bytes.
 
-    Online clustering in chunks: arXiv:2506.11418v1; the default sizes as a digest of v1 has them, the best measured
-    here too (docs/published.md). Chunk positions, the moment of clustering and `recent_share` are our choice.
+    Online clustering in chunks: arXiv:2506.11418v1 (docs/papers.md, Chelsea: division); default sizes as a digest of v1
+    has them, the best measured here (docs/published.md). Positions, moment of clustering, `recent_share`: our choice.
 
     Examples
     --------
@@ -72,17 +72,16 @@ class ClusteredCache(CacheWithBits):
         n_exact: int | None = None,
     ) -> None:
         super().__init__(method, whole_heads, bits, chunk_size, n_sink, n_recent, n_exact)
-        check_keep_ratio(keep_ratio)
+        self.keep_ratio = check_keep_ratio(keep_ratio)
         check_method(method)
-        check_integer("chunk_size", chunk_size, least=1)
-        check_integer("n_sink", n_sink, least=0)
-        check_integer("n_recent", n_recent, least=0)
-        check_recent_share(recent_share)
-        self.keep_ratio, self.chunk_size, self.recent_share = keep_ratio, chunk_size, recent_share
+        self.chunk_size = check_integer("chunk_size", chunk_size, least=1)
+        self.n_sink = check_integer("n_sink", n_sink, least=0)
+        self.n_recent = check_integer("n_recent", n_recent, least=0)
+        self.recent_share = check_recent_share(recent_share)
         self.n_clustered, self._n_body = 0, 0  # tokens; entries of the body, but for quantized ones
 
     def _cluster_what_is_due(self) -> None:
-        n_recent = max(self.n_recent, int(float(self.recent_share) * self.n_seen))
+        n_recent = max(self.n_recent, int(self.recent_share * self.n_seen))
         leaving = max(0, self.n_seen - self.n_sink - self.n_clustered - n_recent) // self.chunk_size * self.chunk_size
         # entries that are not quantized:  sinks | body | leaving | recent
         #                                              start     stop

@@ -49,7 +49,7 @@ class ChelseaCache(EntryCache):
 
     Our choices, as the paper's text was not available to us: the value of g, that sinks and recent tokens are part of
     the budget and whole heads are not, that it is rounded up and never below what must stay exact, and those of
-    `pooled_matching`.
+    `pooled_matching`. Source: docs/papers.md, Chelsea: budget.
 
     Examples
     --------
@@ -86,22 +86,19 @@ class ChelseaCache(EntryCache):
         n_recent: int = 64,
     ) -> None:
         super().__init__(whole_heads)
-        check_keep_ratio(ratio, name="ratio")
-        check_integer("max_new_tokens", max_new_tokens, least=0)
-        if n_prompt is not None:
-            check_integer("n_prompt", n_prompt, least=0)
-        check_integer("interval", interval, least=0)
-        check_integer("chunk_size", chunk_size, least=2)
-        check_integer("n_sink", n_sink, least=0)
-        check_integer("n_recent", n_recent, least=0)
-        self.ratio, self.max_new_tokens, self.n_prompt, self.interval = ratio, max_new_tokens, n_prompt, interval
-        self.chunk_size, self.n_sink, self.n_recent = chunk_size, n_sink, n_recent
+        self.ratio = check_keep_ratio(ratio, name="ratio")
+        self.max_new_tokens = check_integer("max_new_tokens", max_new_tokens, least=0)
+        self.n_prompt = None if n_prompt is None else check_integer("n_prompt", n_prompt, least=0)
+        self.interval = check_integer("interval", interval, least=0)
+        self.chunk_size = check_integer("chunk_size", chunk_size, least=2)
+        self.n_sink = check_integer("n_sink", n_sink, least=0)
+        self.n_recent = check_integer("n_recent", n_recent, least=0)
         self.budget: int | None = None
 
     def _cluster_what_is_due(self) -> None:
         if self.budget is None and self.n_seen > 0:
             n_tokens = (self.n_seen if self.n_prompt is None else self.n_prompt) + self.max_new_tokens
-            wanted = math.ceil(float(self.ratio) * int(n_tokens))  # the product in float64, as in `entries_of_chunk`
+            wanted = math.ceil(self.ratio * n_tokens)  # the product in float64, as in `entries_of_chunk`
             self.budget = max(wanted, self.n_sink + self.n_recent + 1)
         if self.budget is None or self.n_stored <= self.budget + self.interval:
             return

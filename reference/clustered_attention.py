@@ -41,7 +41,7 @@ def clustered_attention(
     log n, and their values are averaged. Otherwise `q . centroid + log n <= logsumexp(q . k_i)` (Jensen): a
     cluster gets at most the weight of its tokens. Proofs, and how much is lost: theory/merging, M1 to M5. Log
     counts: reported for CentroidKV (arXiv:2506.11418, "degree correction") and used before in ToMe (arXiv:2210.09461).
-    Costs `entries` instead of `tokens`.
+    Costs `entries` instead of `tokens`. Source: docs/papers.md, Chelsea: attention.
 
     Examples
     --------

@@ -26,7 +26,7 @@ WINDOW = 7  # tokens of the moving average; odd
 
 @dataclass(frozen=True)
 class Distinctive:
-    """The method `distinctive_matching` as a value, for a cache whose last leading axis is the KV heads of a layer.
+    """`distinctive_matching` as a value, for all KV heads of a layer (docs/papers.md, Ours: distinctive matching).
 
     >>> Distinctive()
     Distinctive(n_shared=4)
@@ -35,7 +35,7 @@ class Distinctive:
     n_shared: int = 4
 
     def __post_init__(self) -> None:
-        check_integer("n_shared", self.n_shared, least=1)
+        object.__setattr__(self, "n_shared", check_integer("n_shared", self.n_shared, least=1))
 
     def cluster(
         self,
@@ -81,7 +81,7 @@ def distinctive_matching(
     The ordinary tokens of each head are matched in one round: `n_shared` of them, evenly spaced, are the destinations,
     all others the sources, and all sources merge. Of equally distinctive tokens the first are kept. Costs `3 *
     tokens * (dim + dim_value)` multiply-adds for means, products and norms, and at most `n_shared * tokens * dim` for
-    the matching.
+    the matching. Source: docs/papers.md, Ours: distinctive matching.
 
     Examples
     --------
@@ -96,9 +96,9 @@ def distinctive_matching(
     array([ 1,  1,  1,  1,  1, 11])
     """
     check_append(keys, values, (None, None))
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
-    check_integer("n_shared", n_shared, least=1)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
+    n_shared = check_integer("n_shared", n_shared, least=1)
 
     def match(keys: np.ndarray, values: np.ndarray, target: int) -> np.ndarray:
         return match_distinctive(keys, values, target, n_shared)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64, Int32
 
 from .arguments import check_append, check_heads, check_whole_heads
 from .clustered_attention import clustered_attention
+from .whole_changes import whole_or_not
 from .whole_heads import apart, together
 
 __all__ = ["EntryCache"]
@@ -49,6 +50,7 @@ class EntryCache:
         arrays = (self.keys, self.values, self.counts, self.whole_keys, self.whole_values)
         return sum(array.nbytes for array in arrays if array is not None)
 
+    @whole_or_not
     def append(
         self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ ROWS_TOGETHER = 128  # tokens whose similarities are held at once
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Which cluster each token belongs to, and where the clusters lie.
+    """Which cluster each token belongs to, and where the clusters lie (docs/papers.md, ClusterKV: what is clustered).
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ def kmeans(
 
     References
     ----------
-    ClusterKV, arXiv:2412.03213 (DAC 2025).
+    ClusterKV, arXiv:2412.03213 (DAC 2025). Source: docs/papers.md, ClusterKV: distance.
 
     Examples
     --------
@@ -96,8 +96,8 @@ def kmeans(
     """
     check_array("keys", keys)
     *lead, tokens, dim = keys.shape
-    check_n_clusters(n_clusters, tokens)
-    check_integer("max_iter", max_iter, least=1)
+    n_clusters = check_n_clusters(n_clusters, tokens)
+    max_iter = check_integer("max_iter", max_iter, least=1)
     if init is None:
         init = np.broadcast_to(np.arange(n_clusters) * tokens // n_clusters, (*lead, n_clusters))
     check_init(keys, init, n_clusters)

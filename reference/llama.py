@@ -19,6 +19,7 @@ from .arguments import check_integer
 from .cache import ClusteredCache
 from .clustered_attention import clustered_attention
 from .rotary import rope_frequencies, rotate
+from .whole_changes import whole_or_not
 
 __all__ = ["FullCache", "Llama", "LlamaConfig"]
 
@@ -79,6 +80,7 @@ class FullCache:
         self.values: np.ndarray | None = None
         self.n_seen = 0
 
+    @whole_or_not
     def append(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Take the next tokens, (kv_heads, tokens, dim); return keys, values and counts of all."""
         if self.keys is not None:
@@ -132,7 +134,8 @@ class Llama:
 
         Raises
         ------
-        ValueError : no tokens, a token that is not in the vocabulary, a number of caches other than that of layers.
+        ValueError : no tokens, a token that is not in the vocabulary, a number of caches other than that of layers,
+            caches that have seen different tokens, as after a call that failed halfway.
         """
         check_integer("number of tokens", len(tokens), least=1)
         vocabulary = len(self.weights["model.embed_tokens.weight"])
@@ -140,6 +143,9 @@ class Llama:
             raise ValueError(f"tokens must be from 0 to {vocabulary - 1}, got {min(tokens)} to {max(tokens)}")
         if len(caches) != self.config.num_hidden_layers:
             raise ValueError(f"caches must be one a layer, {self.config.num_hidden_layers}, got {len(caches)}")
+        n_seen = sorted({cache.n_seen for cache in caches})
+        if len(n_seen) > 1:
+            raise ValueError(f"caches must have seen the same tokens, got {n_seen}: an earlier call failed halfway")
         positions = caches[0].n_seen + np.arange(len(tokens))
         hidden = self.weights["model.embed_tokens.weight"][np.asarray(tokens)].astype(np.float64)  # (tokens, hidden)
         for layer, cache in enumerate(caches):

@@ -12,7 +12,7 @@ __all__ = ["Clustering", "merge"]
 
 @dataclass(frozen=True, eq=False)
 class Clustering:
-    """Which entry each token belongs to.
+    """Which entry each token belongs to (docs/papers.md, Chelsea: which matches merge).
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ def merge(
 
     One centroid per cluster: arXiv:2506.11418v1. That it is the plain mean of the original tokens, for
     keys and for values: our choice; the paper's text was not available to us. Costs `tokens * dim` additions. What
-    attention loses by it: theory/merging, M3 to M5.
+    attention loses by it: theory/merging, M3 to M5. Source: docs/papers.md, Chelsea: centroid.
 
     Examples
     --------

@@ -36,7 +36,7 @@ class Quantized:
     ----------
     codes : (..., groups, 4 * bits), uint8: 32 codes of `bits` bits, see `pack`; 0 where there is no number.
     scales : (..., groups), float32, bfloat16 numbers, which is what they count as in `nbytes`.
-    zeros : (..., groups), int16.
+    zeros : (..., groups), int16; in sixteenths of a step (docs/papers.md, Ours: entries in few bits).
 
     Examples
     --------
@@ -81,7 +81,7 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
 
     A scale has 8 bits and `16 * code - zero` has 16, so what is read back is exact in float32, the same bits
     everywhere, and half a scale at most from what it was. Groups along the channel for keys, along the token for
-    values, both of 32, are those of KIVI (arXiv:2402.02750); a zero in sixteenths of a step is ours.
+    values, both of 32, are those of KIVI (docs/papers.md, Ours: entries in few bits); zeros in sixteenths are ours.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
     array([[0.     , 0.     , 2.96875, 2.96875, 8.90625]], dtype=float32)
     """
     check_array("array", array)
-    check_bits(bits)
+    bits = check_bits(bits)
     check_half_range("array", array, "to be quantized")
     *lead, n_numbers = array.shape
     n_groups = -(-n_numbers // GROUP)
@@ -111,7 +111,7 @@ def quantize(array: Float[np.ndarray, "*lead rows numbers"], *, bits: int) -> Qu
 
 
 def dequantize(quantized: Quantized, n_numbers: int) -> Float32[np.ndarray, "*lead rows numbers"]:
-    """The first `n_numbers` numbers along the last axis, as they are read back: float32, without any rounding.
+    """The first `n_numbers` numbers, read back in float32 without rounding (docs/papers.md, Ours: entries in few bits).
 
     Examples
     --------
@@ -190,12 +190,13 @@ def unpack(packed: UInt8[np.ndarray, "*groups bytes"], bits: int) -> UInt8[np.nd
     return codes
 
 
-def check_bits(bits: int) -> None:
-    """Refuse what is not a number of bits that codes can have."""
+def check_bits(bits: int) -> int:
+    """`bits` as Python's own int; refuse what is not a number of bits that codes can have."""
     if isinstance(bits, bool) or not isinstance(bits, Integral):
         raise TypeError(f"bits must be an integer, got {bits!r}")
     if bits not in PLANES:
         raise ValueError(f"bits must be 8, 4, 3 or 2, got {bits}")
+    return int(bits)
 
 
 def check_bits_of_entries(
@@ -218,11 +219,11 @@ def check_bits_of_entries(
     return int(pair[0]), int(pair[1])
 
 
-def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> None:
-    """Refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
+def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_size: int, n_recent: int) -> int | None:
+    """`n_exact`; refuse a number of exact tokens that leaves none to quantize, or chunks of parts of groups."""
     if n_exact is None:
-        return
-    check_integer("n_exact", n_exact, least=0)
+        return None
+    n_exact = check_integer("n_exact", n_exact, least=0)
     check_integer("n_recent", n_recent, least=0)
     if bits is None:
         raise ValueError(f"n_exact must be None with 16 bits, where all is exact, got {n_exact}")
@@ -230,3 +231,4 @@ def check_n_exact(n_exact: int | None, *, bits: tuple[int, int] | None, chunk_si
         raise ValueError(f"n_exact must be at most n_recent, got {n_exact} > {n_recent}")
     if chunk_size % GROUP:
         raise ValueError(f"chunk_size must be a multiple of {GROUP} with n_exact, got {chunk_size}")
+    return n_exact

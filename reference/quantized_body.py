@@ -46,8 +46,8 @@ class CacheWithBits(CacheWithQueries):
     ) -> None:
         super().__init__(method, n_recent, whole_heads)
         self.bits = check_bits_of_entries(bits, chunk_size=chunk_size, whole_heads=whole_heads)
-        check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
-        self.n_sink, self.n_exact = n_sink, n_exact
+        self.n_exact = check_n_exact(n_exact, bits=self.bits, chunk_size=chunk_size, n_recent=n_recent)
+        self.n_sink = n_sink
         self.quantized: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         self._n_recent_quantized = 0
         self._nbytes_of_group = 0  # of 32 entries

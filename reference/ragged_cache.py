@@ -1,5 +1,6 @@
 """A layer whose KV heads keep shares of their own: few heads look far back, and these are worth most entries."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class RaggedCache:
     Held are whole caches, one for each ratio that occurs, of which only the heads with that ratio are read: that is the
     definition, no way to save memory. Where heads decide together, as in `Distinctive`, each head is clustered as if
     all had its ratio. That heads should have different shares is known (AdaKV, arXiv:2407.11550); that the shares are
-    numbers found once for a model is our choice, see `kvcluster tune`.
+    numbers found once for a model is our choice, see `kvcluster tune`. Source: docs/papers.md, Ours: shares of heads.
 
     Examples
     --------
@@ -97,8 +98,11 @@ class RaggedCache:
         """
         check_array("keys", keys)
         check_n_heads(self.keep_ratios, keys.shape)
-        seen = {ratio: cache.append(keys, values, queries) for ratio, cache in self.caches.items()}
-        return rectangle(self._heads_of(seen))
+        caches = {ratio: copy.copy(cache) for ratio, cache in self.caches.items()}
+        seen = {ratio: cache.append(keys, values, queries) for ratio, cache in caches.items()}
+        before = rectangle(self._heads_of(seen))
+        self.caches = caches  # all at once
+        return before
 
     def attend(
         self, query: Float[np.ndarray, "*lead queries dim"], *, scale: float | None = None

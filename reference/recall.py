@@ -50,7 +50,7 @@ def recall_attention(
     Reads `n_clusters` centroids and `budget` keys and values instead of all. That the tokens left out of a
     trimmed cluster have the centroid of the whole cluster is our choice. Exact tokens for the clusters that matter and
     centroids for the rest are the idea of Multipole Attention (arXiv:2506.13059). What a budget guarantees:
-    theory/recall, R1 to R4.
+    theory/recall, R1 to R4. Source: docs/papers.md, Ours: stand-ins.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def recall_attention(
     True
     """
     check_attention(query, keys, values)
-    check_integer("budget", budget, least=1)
+    budget = check_integer("budget", budget, least=1)
     check_labelled(keys, clusters.labels)
     selection = select_clusters(
         query,

@@ -13,6 +13,7 @@ from .recall import mean_deviations, mean_of_members, recalled_entries, round_to
 from .sampling import sample_tokens
 from .segments import SegmentPlan
 from .selection import Selection, select_clusters
+from .whole_changes import whole_or_not
 
 __all__ = ["RecallCache"]
 
@@ -64,7 +65,7 @@ class RecallCache:
 
     From the paper (arXiv:2412.03213, DAC 2025): 16 sinks; a prompt of L tokens in L / 80 clusters; every 320 generated
     tokens clustered alone into 4 new clusters, older ones never changed. `as_published` has all its settings. The
-    defaults are our choice.
+    defaults are our choice. Source: docs/papers.md, ClusterKV: budget.
 
     Examples
     --------
@@ -99,14 +100,12 @@ class RecallCache:
     ) -> None:
         sizes = budget, n_sink, n_recent, tokens_per_cluster, segment_size, prompt_segment_size
         self.plan = SegmentPlan(*sizes, is_exact_counted)
-        check_integer("max_iter", max_iter, least=1)
-        check_share("spread", spread)
-        if init_seed is not None:
-            check_seed("init_seed", init_seed)
+        self.max_iter = check_integer("max_iter", max_iter, least=1)
+        self.spread = check_share("spread", spread)
+        self.init_seed = None if init_seed is None else check_seed("init_seed", init_seed)
         self.bits = check_bits_of_entries(bits, chunk_size=1)
-        self.max_iter, self.is_centred = max_iter, is_centred
-        self.init_seed, self.is_per_query_head = init_seed, is_per_query_head
-        self.spread, self.centroids_for_rest = spread, centroids_for_rest
+        self.is_centred, self.is_per_query_head = is_centred, is_per_query_head
+        self.centroids_for_rest = centroids_for_rest
         self.keys: Float[np.ndarray, "*lead tokens dim"] | None = None
         self.values: Float[np.ndarray, "*lead tokens dim_value"] | None = None
         self.clusters: Clusters | None = None
@@ -160,6 +159,7 @@ class RecallCache:
             saved += math.prod(array.shape[:-2]) * self.n_clustered * of_token
         return sum(array.nbytes for array in arrays if array is not None) - saved
 
+    @whole_or_not
     def append(
         self, keys: Float[np.ndarray, "*lead tokens dim"], values: Float[np.ndarray, "*lead tokens dim_value"]
     ) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from .arguments import check_append, check_array, check_integer
 from .entry_cache import EntryCache
+from .whole_changes import whole_or_not
 
 __all__ = ["QUERY_STEP", "CacheWithQueries", "check_chunk_queries"]
 
@@ -70,6 +71,7 @@ class CacheWithQueries(EntryCache):
     def nbytes(self) -> int:
         return super().nbytes + (0 if self.queries is None else self.queries.nbytes)
 
+    @whole_or_not
     def append(
         self,
         keys: Float[np.ndarray, "*lead tokens dim"],

@@ -31,21 +31,25 @@ class SegmentPlan:
     is_exact_counted: bool = True
 
     def __post_init__(self) -> None:
-        check_integer("budget", self.budget, least=1)
-        check_integer("n_sink", self.n_sink, least=0)
-        check_integer("n_recent", self.n_recent, least=0)
-        check_integer("tokens_per_cluster", self.tokens_per_cluster, least=1)
+        self._keep_integer("budget", least=1)
+        self._keep_integer("n_sink", least=0)
+        self._keep_integer("n_recent", least=0)
+        self._keep_integer("tokens_per_cluster", least=1)
         if self.prompt_segment_size is not None:
-            check_integer("prompt_segment_size", self.prompt_segment_size, least=0)
+            self._keep_integer("prompt_segment_size", least=0)
         if self.segment_size is None:
             half = (self.budget - self.n_sink - self.n_recent) // 2
             object.__setattr__(self, "segment_size", max(1, min(320, half)) if self.is_exact_counted else 320)
-        check_integer("segment_size", self.segment_size, least=1)
+        self._keep_integer("segment_size", least=1)
         if self.is_exact_counted and self.budget < self.n_sink + self.n_recent + self.segment_size:
             raise ValueError(
                 "budget must be at least n_sink + n_recent + segment_size, which may all be attended to at once, "
                 f"got {self.budget} < {self.n_sink} + {self.n_recent} + {self.segment_size}"
             )
+
+    def _keep_integer(self, name: str, least: int) -> None:
+        """Put Python's own int in the place of what was given."""
+        object.__setattr__(self, name, check_integer(name, getattr(self, name), least=least))
 
     def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones.

@@ -14,7 +14,7 @@ __all__ = ["Selection", "select_clusters"]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """How much of each cluster is recalled.
+    """How much of each cluster is recalled (docs/papers.md, ClusterKV: spending it).
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Selection:
         members, first_member = clusters.members, clusters.first_member
         if self.taken.ndim > members.ndim:
             members, first_member = (np.repeat(x[..., None, :], lead[-1], axis=-2) for x in (members, first_member))
-        tokens = np.full((*lead, n_recalled.max(initial=0)), -1)
+        tokens = np.full((*lead, n_recalled.max() if n_recalled.size else 1), -1)  # of no rows, a list is not empty
         for problem in np.ndindex(*lead):
             spans = zip(first_member[problem], self.taken[problem], strict=True)
             recalled = [members[problem][first : first + n_taken] for first, n_taken in spans]
@@ -75,7 +75,7 @@ def select_clusters(
     Scores are those of `cluster_scores`, the same on every machine.
 
     From the paper: whole clusters until the budget, the last one trimmed. Our choices: one selection for the whole
-    group, ties, which tokens a trim keeps.
+    group, ties, which tokens a trim keeps. Source: docs/papers.md, ClusterKV: spending it.
 
     Examples
     --------
@@ -86,11 +86,11 @@ def select_clusters(
     >>> select_clusters(query, centroids, np.array([4, 4, 4]), budget=6)
     Selection(taken=array([0, 4, 2]))
     """
+    check_scored(query, centroids, counts, centroids if deviations is None else deviations)
     if deviations is None:
         deviations = np.zeros_like(centroids)
-    check_scored(query, centroids, counts, deviations)
-    check_integer("budget", budget, least=0)
-    check_share("spread", spread)
+    budget = check_integer("budget", budget, least=0)
+    spread = check_share("spread", spread)
     ranking = np.argsort(-cluster_scores(query, centroids, counts, deviations, spread), axis=-1, kind="stable")
     counts_ranked = np.take_along_axis(counts.astype(np.int64), ranking, axis=-1)
     before = counts_ranked.cumsum(axis=-1) - counts_ranked

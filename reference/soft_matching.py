@@ -24,7 +24,7 @@ __all__ = ["SoftMatching", "chunked_soft_matching", "join"]
 
 @dataclass(frozen=True)
 class SoftMatching:
-    """The method `chunked_soft_matching` as a value, for a cache.
+    """The method `chunked_soft_matching` as a value, for a cache (docs/papers.md, Chelsea: which matches merge).
 
     >>> SoftMatching()
     SoftMatching()
@@ -66,7 +66,7 @@ def chunked_soft_matching(
     -----
     One round costs about a quarter of `chunk_size ** 2 * dim` multiply-adds per chunk, so all of it is linear
     in `tokens` (exact counts: theory/complexity, C1 and C4). A round removes at most half of the entries:
-    keep_ratio 0.5 takes one, 0.25 two, 0.2 three.
+    keep_ratio 0.5 takes one, 0.25 two, 0.2 three. Source: docs/papers.md, Chelsea: which matches merge.
 
     Examples
     --------
@@ -79,9 +79,9 @@ def chunked_soft_matching(
     >>> chunked_soft_matching(keys, keep_ratio=0.5, chunk_size=4)
     Clustering(labels=array([0, 0, 1, 1]), counts=array([2, 2]))
     """
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
     check_array("keys", keys)
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
     return cluster_chunks(match_chunk, keys, alone=keys.shape[:-2], keep_ratio=keep_ratio, chunk_size=chunk_size)
 
 

@@ -79,15 +79,27 @@ def few_programs(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many kernel tests really ran, how many rows the fuzz compared, and what faults left of caches."""
+    """Say how many kernel tests really ran, what the fuzz compared, what faults left of caches, and what was soaked."""
     passed = terminalreporter.stats.get("passed", [])
     kernels = sum("kernels" in report.nodeid or "[triton" in report.nodeid for report in passed)
     rows = sum(value for report in passed for name, value in report.user_properties if name == "rows")
     where = "on CUDA" if torch.cuda.is_available() else "in Triton's interpreter, none on a GPU"
     terminalreporter.write_line(f"Kernel tests that ran: {kernels}, {where}. Fuzzed rows compared: {rows:,}")
-    faults = sum(
-        (Counter(value) for report in passed for name, value in report.user_properties if name == "faults"), Counter()
-    )
+    calls, faults, soaked = (sum_of(passed, name) for name in ("calls", "faults", "soak"))
+    if calls:
+        said = ", ".join(f"{outcome} {n:,}" for outcome, n in sorted(calls.items()))
+        terminalreporter.write_line(f"Fuzzed calls, reference against fast: {calls.total():,}, all alike: {said}")
     if faults:
         left = ", ".join(f"{outcome} {n:,}" for outcome, n in sorted(faults.items()))
         terminalreporter.write_line(f"Faults in changes of caches: {faults.total():,}, none silent. Left: {left}")
+    if soaked:
+        steps = ", ".join(f"{name} {n:,}" for name, n in sorted(soaked.items()) if name not in ("runs", "caches"))
+        runs, caches = soaked["runs"], soaked["caches"]
+        terminalreporter.write_line(f"Soak: {runs:,} runs, {caches:,} caches, none as it should not be. {steps}")
+
+
+def sum_of(reports, name):
+    """The counts that tests have recorded under a name, together."""
+    return sum(
+        (Counter(value) for report in reports for key, value in report.user_properties if key == name), Counter()
+    )

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["KINDS", "N_PLACES", "Fault", "SilentError", "bytes_of", "counted", "fault_at", "outcome", "places"]
 
-FOLDER = str(Path(__file__).resolve().parents[1] / "fast") + "/"
+FOLDERS = tuple(f"{Path(__file__).resolve().parents[1] / room}/" for room in ("fast", "reference"))
 KINDS = ("torch call", "line")
 N_PLACES = None if os.environ.get("KVCLUSTER_SOAK") else 20  # that are tried of each change; None: all
 
@@ -42,7 +42,7 @@ class TorchCalls(TorchFunctionMode):
 
 
 class Lines:
-    """Raises before the executed line number `place` of the fast path; counts all."""
+    """Raises before the executed line number `place` of the fast path or of the reference; counts all."""
 
     def __init__(self, place: int | None) -> None:
         self.place, self.n = place, 0
@@ -56,7 +56,7 @@ class Lines:
         sys.settrace(self.before)
 
     def of_call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self.of_line if frame.f_code.co_filename.startswith(FOLDER) else None
+        return self.of_line if frame.f_code.co_filename.startswith(FOLDERS) else None
 
     def of_line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":

@@ -5,14 +5,15 @@ from typing import Any
 
 from kvcluster.evaluation.quality.methods import DISTINCTIVE, body_ratio
 from kvcluster.fast import Distinctive
-from kvcluster.fast.arguments import check_integer, check_keep_ratio
 from kvcluster.fast.huggingface import ClusteredCache
+from kvcluster.fast.scalars import check_integer, check_keep_ratio
 
 __all__ = ["READING_LAYERS", "distinctive_layers", "layer_ratios"]
 
 # Of SmolLM2-135M, the layers in which answers find what they ask for, the most important first. From a search by the
 # rule in reading_layers.py, on other texts; on its own that finds layer 15 instead of 14, and does as well.
 READING_LAYERS = (18, 7, 20, 17, 23, 21, 14, 8, 6)
+MOST_LAYERS = 10_000  # of a model
 
 
 def layer_ratios(
@@ -54,10 +55,10 @@ def layer_ratios(
     >>> [round(10 * ratio + 0.5) for ratio in ratios]
     [1, 1, 1, 10, 1, 4, 1, 1]
     """
-    check_keep_ratio(keep_ratio)
-    for name, value in (("n_layers", n_layers), ("chunk_size", chunk_size), ("n_least", n_least)):
-        check_integer(name, value, least=1)
-    check_integer("n_middle", n_middle, least=n_least)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    n_layers = check_integer("n_layers", n_layers, least=1, most=MOST_LAYERS)
+    chunk_size, n_least = check_integer("chunk_size", chunk_size, least=1), check_integer("n_least", n_least, least=1)
+    n_middle = check_integer("n_middle", n_middle, least=n_least)
     if len(set(reading_layers)) < len(reading_layers) or not set(reading_layers) <= set(range(n_layers)):
         raise ValueError(
             f"reading_layers must be different layers from 0 to {n_layers - 1}, got {list(reading_layers)}"

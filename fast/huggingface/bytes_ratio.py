@@ -4,10 +4,10 @@ More entries in few bits beat fewer exact ones ("More Tokens, Lower Precision", 
 of bits should go is our choice, from what two models keep at equal bytes: see docs/bits.md.
 """
 
-from numbers import Real
 from typing import Any
 
 from ..exact.quantization import GROUP, PLANES
+from ..scalars import check_number
 from .hooks import head_dim
 from .profiles import Profile
 
@@ -43,15 +43,14 @@ def chosen_for_bytes(
     ------
     TypeError, ValueError : not a number in (0, 1).
     """
-    if isinstance(bytes_ratio, bool) or not isinstance(bytes_ratio, Real):
-        raise TypeError(f"bytes_ratio must be a number, got {bytes_ratio!r}")
-    if not 0 < bytes_ratio < 1:
+    ratio = check_number("bytes_ratio", bytes_ratio)
+    if not 0 < ratio < 1:
         raise ValueError(f"bytes_ratio must be in (0, 1), got {bytes_ratio}")
     dim = head_dim(config)
-    found = None if profile is None else profile.bits_at(float(bytes_ratio) * itemsize / 2)
+    found = None if profile is None else profile.bits_at(ratio * itemsize / 2)
     least_kept = LEAST_KEPT if found is None else {bits: 0.0 if bits == found else 1.0 for bits in BITS}
     for bits, least in least_kept.items():
-        kept = float(bytes_ratio) / share_of_bytes(bits, dim, itemsize)
+        kept = ratio / share_of_bytes(bits, dim, itemsize)
         if kept >= least:
             return min(1.0, kept), bits
     raise AssertionError("the last number of bits takes everything")

@@ -10,10 +10,11 @@ from torch import nn
 from ..bounded_cache import BoundedCache
 from ..cache import ClusteredCache as LayerCache
 from ..entry_cache import EntryCache
-from ..exact.quantization import GROUP, check_bits_of_entries, check_n_exact
+from ..exact.quantization import GROUP, check_bits_of_entries, check_n_exact, plain_bits
 from ..methods import Method
 from ..ragged_cache import RaggedCache
 from ..recent_queries import needs_queries
+from ..scalars import check_integer
 from .bytes_ratio import N_EXACT, chosen_for_bytes
 from .entry_layer import ClusteredLayer
 from .head_pairs import HeadPairs, is_sharded
@@ -122,6 +123,8 @@ class ClusteredCache(ModelCache):
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
         config = check_model(model)
+        chunk_size, n_sink = check_integer("chunk_size", chunk_size, least=1), check_integer("n_sink", n_sink, least=0)
+        n_recent = None if n_recent is None else check_integer("n_recent", n_recent, least=0)
         if bytes_ratio is not None:
             if keep_ratio is not None or budget is not None or bits != 16:
                 raise ValueError("bytes_ratio must be given without keep_ratio, budget and bits, which follow from it")
@@ -139,7 +142,10 @@ class ClusteredCache(ModelCache):
         n_recent = N_RECENT if n_recent is None else n_recent
         shared: dict[str, Any] = {"chunk_size": chunk_size, "n_sink": n_sink, "n_recent": n_recent}
         of_bits = check_bits_of_entries(bits, chunk_size=chunk_size)
-        check_n_exact(n_exact, bits=of_bits, chunk_size=chunk_size, n_recent=n_recent)
+        bits, n_exact = (
+            plain_bits(bits),
+            check_n_exact(n_exact, bits=of_bits, chunk_size=chunk_size, n_recent=n_recent),
+        )
 
         def make(index: int) -> EntryCache | RaggedCache:
             ratio, most, whole, recent, how = chosen.of_layer[index]
@@ -160,11 +166,11 @@ class ClusteredCache(ModelCache):
         layers = layers_of_model(config, make_layer)
         parameters: dict[str, Any] = {
             "keep_ratio": chosen.keep_ratio,
-            "budget": budget,
-            "n_dense_layers": n_dense_layers,
+            "budget": chosen.budget,
+            "n_dense_layers": chosen.n_dense_layers,
             "method": chosen.method,
             "recent_share": chosen.recent_share,
-            "whole_heads": [list(pair) for pair in whole_heads],
+            "whole_heads": [list(map(int, pair)) for pair in whole_heads],
             "bits": list(bits) if isinstance(bits, tuple) else bits,
             "n_exact": n_exact,
             "profile": None,  # what it says is in keep_ratio

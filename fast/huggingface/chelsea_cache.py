@@ -82,13 +82,16 @@ class ChelseaCache(ModelCache):
             "n_sink": n_sink,
             "n_recent": n_recent,
         }
-        LayerCache(**settings)  # to check them, also for a model whose layers all slide
+        checked = LayerCache(**settings)  # also for a model whose layers all slide
+        settings = {name: getattr(checked, name) for name in settings}
         are_alike = len(set(heads)) == 1
         layers = layers_of_model(
             config,
             lambda index: ClusteredLayer(lambda: LayerCache(whole_heads=heads[index], **settings), are_alike=are_alike),
         )
-        return cls(layers, ModelHooks.of(model), settings | {"whole_heads": [list(pair) for pair in whole_heads]})
+        return cls(
+            layers, ModelHooks.of(model), settings | {"whole_heads": [list(map(int, pair)) for pair in whole_heads]}
+        )
 
 
 def known_or_none(model: nn.Module) -> HeadPairs:

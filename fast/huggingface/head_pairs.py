@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..arguments import check_integer
+from ..scalars import check_integer
 
 __all__ = ["HeadPairs", "heads_of_layers"]
 
@@ -26,9 +26,7 @@ def heads_of_layers(model: Any, whole_heads: HeadPairs) -> list[tuple[int, ...]]
     for pair in whole_heads:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise TypeError(f"whole_heads must be pairs of a layer and a KV head, got {pair!r}")
-        for number in pair:
-            check_integer("whole_heads", number, least=0)
-        layer, head = map(int, pair)
+        layer, head = (check_integer("whole_heads", number, least=0) for number in pair)
         if layer >= n_layers or head >= kv_heads:
             raise ValueError(
                 f"whole_heads must be of {n_layers} layers and {kv_heads} KV heads, counted from 0, got {(layer, head)}"

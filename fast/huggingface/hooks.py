@@ -34,6 +34,11 @@ def check_model(model: Any, attention: tuple[str, ...] = ATTENTION) -> Any:
     ------
     ValueError : another type of model or of attention, or a field of the config with a value that is not served.
     """
+    adapters: Any = getattr(model, "peft_config", None) or {}
+    for name, adapter in adapters.items():
+        if "PREFIX" in str(getattr(adapter, "peft_type", "")):
+            rule = "adapters of model must not be prefix tuning, which passes a cache of its own to the model"
+            raise ValueError(f"{rule} in the place of this one, got {name!r}")
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES:
@@ -190,6 +195,9 @@ def check_call(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"use_cache must not be False with a {type(cache).__name__}: pass none to do without")
     cache.check_whole()
     new = next(x for x in map(arguments.get, ("input_ids", "inputs_embeds")) if x is not None)
+    if new.shape[1] == 0:
+        rule = f"input_ids must hold a token behind the {cache.n_seen} that the cache has seen"
+        raise ValueError(f"{rule}, got none: for another prompt reset() the cache, or crop it")
     padding = left_padding(mask, cache, new.shape[1])
     check_tokens_are_new(arguments.get("input_ids"), cache)
     for layer in cache.own_layers:
@@ -230,9 +238,9 @@ def left_padding(mask: Any, cache: Any, n_new: int) -> list[int] | None:
     name = f"attention_mask with a {type(cache).__name__}"
     earlier = cache.padding
     if mask is None:
-        if earlier is not None:
+        if earlier is not None and any(earlier):
             raise ValueError(f"{name} must repeat the padding of earlier calls, got None")
-        return None
+        return earlier
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise ValueError(f"{name} must be (batch, tokens), got {tuple(getattr(mask, 'shape', ())) or type(mask)}")
     if mask.shape[1] != cache.n_seen + n_new:
@@ -242,7 +250,10 @@ def left_padding(mask: Any, cache: Any, n_new: int) -> list[int] | None:
     if earlier is None and bool(is_real.all()):
         return None
     if bool((is_real[:, :-1] & ~is_real[:, 1:]).any()):
-        raise ValueError(f"{name} must have its padding on the left, before all tokens of a row, got zeros after ones")
+        raise ValueError(
+            f"{name} must have its padding on the left, before all tokens of a row, got zeros after ones: questions of "
+            "different lengths behind one text are asked one by one, each of a copy.deepcopy of the cache"
+        )
     padding: list[int] = (~is_real).sum(dim=1).tolist()
     n_seen = cache.n_seen
     if n_seen:

@@ -10,6 +10,7 @@ from ..attended_matching import Attended
 from ..distinctive_matching import Distinctive
 from ..methods import Method
 from ..recent_queries import QUERY_STEP, needs_queries
+from ..scalars import check_integer, check_keep_ratio, check_recent_share
 from ..soft_matching import SoftMatching
 from .head_pairs import HeadPairs, heads_of_layers, is_sharded
 from .layers import check_dense_layers
@@ -30,11 +31,14 @@ class LayerChoices(NamedTuple):
     ----------
     of_layer : for each layer its ratio, or those of its KV heads; its budget; its whole heads; its recent share; its
         method.
-    keep_ratio, recent_share, method : as they would have to be given, without a profile, to get the same.
+    keep_ratio, budget, n_dense_layers, recent_share, method : as they would have to be given, without a profile, to get
+        the same.
     """
 
     of_layer: list[tuple[float | tuple[float, ...], int | None, tuple[int, ...], float, Method]]
     keep_ratio: Any
+    budget: Any
+    n_dense_layers: int
     recent_share: Any
     method: Any
 
@@ -59,6 +63,7 @@ def choose_layers(
     profile: Profile | str | Path | None,
 ) -> LayerChoices:
     """The choices for every layer of `model`; arguments and errors are those of `ClusteredCache.for_model`."""
+    keep_ratio, budget, recent_share = map(in_python, (keep_ratio, budget, recent_share))
     if keep_ratio is None and budget is None:
         raise ValueError("keep_ratio, bytes_ratio or budget must be given, got none of them")
     n_layers = model.config.num_hidden_layers
@@ -67,12 +72,15 @@ def choose_layers(
     methods = one_for_each_layer("method", method, n_layers)
     for each in methods:
         check_method(each)
-    check_dense_layers(n_dense_layers, n_layers)
+    n_dense_layers = check_dense_layers(n_dense_layers, n_layers)
     heads = heads_of_layers(model, whole_heads)
+    is_number = isinstance(keep_ratio, Real)
+    if is_number:
+        keep_ratio = check_keep_ratio(keep_ratio)
     if recent_share is None:
-        grows = n_recent is None and budget is None and isinstance(keep_ratio, Real)
-        recent_share = OF_KEPT_RECENT * min(1.0, float(keep_ratio)) if grows else 0.0
-    is_simple = isinstance(keep_ratio, Real) and budget is None and not n_dense_layers and not any(heads)
+        grows = n_recent is None and budget is None and is_number
+        recent_share = OF_KEPT_RECENT * keep_ratio if grows else 0.0
+    is_simple = is_number and budget is None and not n_dense_layers and not any(heads)
     if profile is not None and (profile != "known" or takes_what_ships(model, keep_ratio, methods, is_simple)):
         if not is_simple:
             raise ValueError(
@@ -87,8 +95,17 @@ def choose_layers(
             if isinstance(method, Attended):
                 method = methods = methods_of_layers(method, found, n_layers)
     ratios = one_for_each_layer("keep_ratio", 1.0 if keep_ratio is None else keep_ratio, n_layers)
+    ratios = [tuple(map(check_keep_ratio, x)) if isinstance(x, tuple) else check_keep_ratio(x) for x in ratios]
     budgets = one_for_each_layer("budget", budget, n_layers)
-    recent_shares = one_for_each_layer("recent_share", recent_share, n_layers)
+    if budget is not None:
+        budgets = [check_integer("budget", x, least=1) for x in budgets]
+    recent_shares = list(map(check_recent_share, one_for_each_layer("recent_share", recent_share, n_layers)))
+    asked = (
+        keep_ratio if keep_ratio is None else as_given(keep_ratio, ratios),
+        as_given(budget, budgets),
+        n_dense_layers,
+        as_given(recent_share, recent_shares),
+    )
     if budget is not None and not all(isinstance(each, SoftMatching) for each in methods):
         raise ValueError(f"method must be SoftMatching() with a budget, which merges all tokens, got {method}")
     if budget is not None and len(whole_heads):
@@ -106,7 +123,7 @@ def choose_layers(
     check_head_ratios(model, of_layer)
     if is_sharded(model):
         check_heads_are_apart(of_layer)
-    return LayerChoices(of_layer, keep_ratio, recent_share, method)
+    return LayerChoices(of_layer, *asked, method)
 
 
 def with_whole_heads(ratio: Any, heads: tuple[int, ...], kv_heads: int) -> tuple[Any, tuple[int, ...]]:
@@ -136,13 +153,24 @@ def takes_what_ships(model: Any, keep_ratio: Any, methods: list[Method], is_simp
     return is_simple and keep_ratio < 1 and are_served and not is_sharded(model)
 
 
+def in_python(value: Any) -> Any:
+    """NumPy's numbers, arrays and tensors as Python's own numbers and lists; all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def as_given(value: Any, of_layers: list[Any]) -> Any:
+    """What has been made of `value`, one number or one for each layer."""
+    return of_layers if isinstance(value, Sequence) else of_layers[0]
+
+
 def one_for_each_layer(name: str, value: Any, n_layers: int) -> list[Any]:
     """`value` for every layer, or the numbers of a sequence; sequences in it become tuples."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [value] * n_layers
     if len(value) != n_layers:
         raise ValueError(f"{name} must be one number or one for each of the {n_layers} layers, got {len(value)}")
-    return [tuple(x) if isinstance(x, Sequence) and not isinstance(x, str) else x for x in value]
+    of_layers = map(in_python, value)
+    return [tuple(x) if isinstance(x, Sequence) and not isinstance(x, str) else x for x in of_layers]
 
 
 def check_head_ratios(model: Any, of_layer: list[tuple[Any, ...]]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from ..scalars import check_integer
 from .attention import without_gradients
 from .compiling import uncompiled
 from .row_groups import RowGroups
@@ -15,9 +16,12 @@ from .versions import AnyVersionLayer
 __all__ = ["EntryLayer", "check_dense_layers", "layers_of_model"]
 
 
-def check_dense_layers(n_dense_layers: int, n_layers: int) -> None:
-    if not 0 <= n_dense_layers <= n_layers:
-        raise ValueError(f"n_dense_layers must be from 0 to the layers of model, {n_layers}, got {n_dense_layers}")
+def check_dense_layers(n_dense_layers: int, n_layers: int) -> int:
+    """`n_dense_layers`; refuse what is not a number of layers that the model has."""
+    number = check_integer("n_dense_layers", n_dense_layers)
+    if not 0 <= number <= n_layers:
+        raise ValueError(f"n_dense_layers must be from 0 to the layers of model, {n_layers}, got {number}")
+    return number
 
 
 def layers_of_model(config: Any, make: Callable[[int], "EntryLayer"]) -> list[Any]:
@@ -137,4 +141,4 @@ class EntryLayer(AnyVersionLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self.cache.select(indices.to(self.device))
+            self.cache.select(indices.to(self.device) if isinstance(indices, Tensor) else indices)

@@ -1,5 +1,6 @@
 """What transformers asks of the cache of a model, as far as all of ours answer alike."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..scalars import check_integer
 from .hooks import ATTENTION, ModelHooks
 from .layers import EntryLayer
 from .plot import plot_cache
 from .report import CacheReport, report_cache
 from .saving import load_cache, save_cache
-from .versions import forget_window, tokens_to_crop
+from .versions import forget_window, tokens_to_crop, window_croppable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,10 +93,27 @@ class ModelCache(Cache):
         for layer in layers:
             try:
                 change(layer)
-            except ValueError:
+            except (TypeError, ValueError):
                 self.begun = None if layer is layers[0] else HALFWAY
                 raise
         self.begun = None
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} must be stored by its own save(path), which load(path, model) reads, and copied "
+            "by copy.deepcopy, got pickle, which torch.save and processes use"
+        )
 
     @property
     def own_layers(self) -> list["EntryLayer"]:
@@ -152,7 +171,7 @@ class ModelCache(Cache):
     @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
-        return min((layer.cache.n_croppable for layer in self.own_layers), default=self.n_seen)
+        return min(window_croppable(x) if x.is_sliding else x.cache.n_croppable for x in self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: `-tokens_to_remove` of them, as assisted decoding does with rejected candidates.
@@ -162,15 +181,17 @@ class ModelCache(Cache):
 
         Raises
         ------
-        ValueError : more than `n_croppable`: what was clustered in earlier calls cannot be undone. Nothing is removed.
+        ValueError : more than `n_croppable`: what was clustered in earlier calls cannot be undone, nor what has left a
+            sliding window. Nothing is removed.
         """
         n_tokens = tokens_to_crop(tokens_to_remove, self.n_seen)
         if n_tokens > self.n_croppable:
             raise ValueError(
-                f"crop must remove at most the {self.n_croppable} tokens that were not clustered by earlier calls, "
-                f"got {n_tokens}"
+                f"crop must remove at most the {self.n_croppable} tokens that were not clustered by earlier calls and "
+                f"can come back into a sliding window, got {n_tokens}"
             )
-        layers = sorted(self.layers, key=lambda layer: not layer.is_sliding)  # transformers' own may refuse
+        # nothing may be there yet, and a window that keeps older tokens is narrowed even by 0
+        layers = [x for x in self.layers if not x.is_sliding or n_tokens or getattr(x, "record_past", False)]
         self._change(layers, lambda layer: layer.crop(tokens_to_remove if layer.is_sliding else n_tokens))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -179,7 +200,8 @@ class ModelCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let `repeats` rows side by side follow from each."""
-        self._change(self.layers, lambda layer: layer.batch_repeat_interleave(repeats))
+        n = check_integer("repeats", repeats, least=0)
+        self._change(self.layers, lambda layer: layer.batch_repeat_interleave(n))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` of the batch, in their order."""

@@ -19,9 +19,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_integer, check_keep_ratio
 from ..exact.quantization import PLANES
 from ..outside import read_json, shown
+from ..scalars import check_integer, check_keep_ratio
 from .fingerprints import weights_digest
 from .profile_fields import fields_of
 from .sharing import shared_out
@@ -30,6 +30,7 @@ __all__ = ["Profile", "known_profile", "known_whole_heads", "n_whole_by_default"
 
 DATA = "profiles.json"
 LEAST = 1 / 8  # of the mean, in any head: fewer entries leave too little beside the shared ones
+MOST_LAYERS = 10_000  # of a model
 PERCENT = 4  # of the heads stay whole by default, as a digest of arXiv:2506.11418v1 has it
 HOW = "`kvcluster tune MODEL --json FILE` makes a profile, to be given as profile=FILE"
 LOGGER = logging.getLogger("kvcluster")
@@ -154,11 +155,12 @@ class Profile:
         entries of a chunk, from an eighth of the mean to all, so that they are at most `keep_ratio * chunk_size` on
         average.
         """
-        check_keep_ratio(keep_ratio)
-        check_integer("chunk_size", chunk_size, least=1)
+        keep_ratio = check_keep_ratio(keep_ratio)
+        chunk_size = check_integer("chunk_size", chunk_size, least=1)
+        n_layers = check_integer("n_layers", n_layers, least=self.layers[-1] + 1, most=MOST_LAYERS)
         wanted = [[share * chunk_size for share in layer] for layer in self.shares_at(keep_ratio)]
         n_heads = sum(map(len, wanted))
-        total = math.floor(float(keep_ratio) * chunk_size * n_heads)
+        total = math.floor(keep_ratio * chunk_size * n_heads)
         least = max(1, round(LEAST * total / n_heads))
         entries = shared_out(wanted, total, least=least, most=chunk_size)
         ratios: list[float | tuple[float, ...]] = [keep_ratio] * n_layers
@@ -186,8 +188,9 @@ class Profile:
 
     def whole_heads(self, n_heads: int | None = None) -> list[tuple[int, int]]:
         """The first `n_heads` of all heads, by default 4 %, at least one."""
-        n_wanted = n_whole_by_default(len(self.heads)) if n_heads is None else n_heads
-        check_integer("n_heads", n_wanted, least=1)
+        n_wanted = (
+            n_whole_by_default(len(self.heads)) if n_heads is None else check_integer("n_heads", n_heads, least=1)
+        )
         if n_wanted > len(self.heads):
             raise ValueError(
                 f"n_heads must be at most {len(self.heads)}, the KV heads that attend to everything, got {n_heads}"

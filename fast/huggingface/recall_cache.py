@@ -89,7 +89,7 @@ class RecallCache(ModelCache):
             tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=100)
         """
         config = check_model(model, cls.attention)
-        check_dense_layers(n_dense_layers, config.num_hidden_layers)
+        n_dense_layers = check_dense_layers(n_dense_layers, config.num_hidden_layers)
         settings = RecallSettings(
             budget=budget,
             n_sink=n_sink,
@@ -112,12 +112,14 @@ class RecallCache(ModelCache):
         def layer(index: int) -> RecallLayer:
             is_dense = index < n_dense_layers
             of_layer = replace(settings, bits=16) if is_dense else settings
-            if init_seed is not None:
-                of_layer = replace(of_layer, init_seed=(init_seed * config.num_hidden_layers + index) % 2**32)
+            if settings.init_seed is not None:
+                of_layer = replace(of_layer, init_seed=(settings.init_seed * config.num_hidden_layers + index) % 2**32)
             return RecallLayer(is_dense, of_layer, {} if is_dense else tiers)
 
         layers = layers_of_model(config, layer)
-        parameters = asdict(settings) | {"segment_size": segment_size, "n_dense_layers": n_dense_layers}
+        parameters = asdict(settings) | {"n_dense_layers": n_dense_layers}
+        if segment_size is None:  # of two budgets it need not be the same
+            parameters["segment_size"] = None
         del parameters["is_centred"]  # never asked for here
         return cls(layers, ModelHooks.of(model), parameters)
 

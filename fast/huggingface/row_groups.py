@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_rows
 from ..memory.changes import Withheld, change
 from ..memory.ordinary import on_ordinary_tensors
 from ..memory.work import ClusteringWork
@@ -225,6 +226,7 @@ class RowGroups(Withheld):
         if not self.is_padded:
             self.groups[0].cache.select(indices)
         else:
+            check_rows(indices, self.n_rows)
             change(self, "_select_rows", indices)
 
     def _select_rows(self, indices: Tensor) -> None:
@@ -253,11 +255,11 @@ class RowGroups(Withheld):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """For `restore`: without padding the state of the one cache, else that of each group's."""
         if not self.is_padded:
-            return self.groups[0].cache.state()
+            return self.groups[0].cache.state() if self.n_seen else ({}, {})
         tensors: dict[str, Tensor] = {}
         described = []
         for number, group in enumerate(self.groups):
-            group_tensors, numbers = group.cache.state()
+            group_tensors, numbers = group.cache.state() if group.cache.n_seen else ({}, {})
             tensors |= {f"{number}.{name}": array for name, array in group_tensors.items()}
             described.append({"padding": group.padding, "rows": self._rows_of(group), "numbers": numbers})
         return tensors, {"groups": described}

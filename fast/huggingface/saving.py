@@ -209,7 +209,7 @@ def state(layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and integers of a layer of ours, or of one of transformers' with a sliding window."""
     if not layer.is_sliding:
         return layer.cache.state()
-    if not layer.is_initialized:
+    if not layer.is_initialized or layer.get_seq_length() == 0:  # or all of it was cropped
         return {}, {}
     return {"keys": layer.keys, "values": layer.values}, {"n_seen": layer.cumulative_length}
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-__all__ = ["AnyVersionLayer", "forget_window", "tokens_to_crop"]
+from ..scalars import check_integer
+
+__all__ = ["AnyVersionLayer", "forget_window", "tokens_to_crop", "window_croppable"]
 
 CROPS_TO_LENGTH = "max_length" in inspect.signature(Cache.crop).parameters
 
@@ -34,6 +36,7 @@ def tokens_to_crop(asked: int, n_seen: int) -> int:
 
     A number that is not negative is the length to be left in older versions; newer ones only allow 0, for nothing.
     """
+    asked = check_integer("tokens_to_remove", asked)
     if asked < 0:
         return -asked
     if CROPS_TO_LENGTH:
@@ -47,3 +50,14 @@ def forget_window(layer: Any) -> None:
     """Drop what a sliding layer of transformers holds. Older versions reset it to zeros, which count as tokens."""
     layer.keys = layer.values = None
     layer.is_initialized = False
+
+
+def window_croppable(layer: Any) -> int:
+    """The most tokens that a sliding layer of transformers can give up: none once older ones have left its window.
+
+    Where it has been told to keep those (from 5.4 on), as many as leave a whole window.
+    """
+    n_seen: int = layer.get_seq_length()
+    if n_seen < layer.sliding_window:
+        return n_seen
+    return max(0, layer.keys.shape[-2] - layer.sliding_window + 1) if getattr(layer, "record_past", False) else 0

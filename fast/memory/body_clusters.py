@@ -87,7 +87,7 @@ class BodyClusters:
             longer(old_features, features.reshape(problems, segments * n_clusters, 2 * dim)), self.counts
         )
         if self.settings.centroids_for_rest:
-            means = mean_of_members(values.reshape(*flat.shape[:2], -1), clusters, self.backend)
+            means = mean_of_members(values.reshape(*flat.shape[:2], values.shape[-1]), clusters, self.backend)
             self.value_centroids = longer(
                 self.value_centroids, means.reshape(problems, segments * n_clusters, means.shape[-1])
             )
@@ -158,7 +158,7 @@ class BodyClusters:
         """Cluster of each token, made from `members`."""
         problems, n_clusters = self.counts.shape
         clusters = torch.arange(n_clusters, device=self.counts.device).repeat(problems)
-        sorted_labels = clusters.repeat_interleave(self.counts.flatten()).reshape(problems, -1)
+        sorted_labels = clusters.repeat_interleave(self.counts.flatten()).view_as(self.members)
         return torch.empty_like(self.members).scatter_(1, self.members, sorted_labels)
 
     def state(self) -> dict[str, Tensor]:

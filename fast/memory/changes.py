@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Int64
 from torch import Tensor
 
+from ..arguments import check_rows
 from ..scalars import check_integer
 from .ordinary import on_ordinary_tensors
 
@@ -118,6 +119,11 @@ class AllOrNothing(Withheld):
         return False
 
     @property
+    def n_rows(self) -> int:
+        """Size of the first leading axis; 0 at first."""
+        raise NotImplementedError
+
+    @property
     def n_croppable(self) -> int:
         """The most tokens that `crop` can remove now."""
         raise NotImplementedError
@@ -136,12 +142,13 @@ class AllOrNothing(Withheld):
         TypeError : not an integer.
         ValueError : less than 0 or more than `n_croppable`. The cache is then as it was.
         """
-        self._check_crop(n_tokens)
-        change(self, "_crop", n_tokens)
+        change(self, "_crop", self._check_crop(n_tokens))
 
     @on_ordinary_tensors
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Keep the rows `indices` of the first axis, in their order; a row may be taken more than once (beams)."""
+        if self.n_rows:
+            check_rows(indices, self.n_rows)
         attempt(self, "_select", indices)
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -154,8 +161,9 @@ class AllOrNothing(Withheld):
     def _check_due(self) -> None:
         """Refuse to cluster what cannot be."""
 
-    def _check_crop(self, n_tokens: int) -> None:
-        """Refuse a number of tokens that cannot be removed."""
-        check_integer("n_tokens", n_tokens, least=0)
+    def _check_crop(self, n_tokens: int) -> int:
+        """`n_tokens`; refuse a number of tokens that cannot be removed."""
+        n_tokens = check_integer("n_tokens", n_tokens, least=0)
         if n_tokens > self.n_croppable:
             raise ValueError(f"n_tokens must be at most {self.n_croppable}, {self._kept_for_good}, got {n_tokens}")
+        return n_tokens

@@ -11,6 +11,7 @@ from ..exact.tiers import Exact
 from .body_clusters import BodyClusters, longer
 from .ordinary import on_ordinary_tensors
 from .packed_tokens import PackedTokens
+from .room import with_room
 
 __all__ = ["FastTier", "TierStatistics"]
 
@@ -54,11 +55,11 @@ class FastTier:
     last_step : (problems, clusters), int64: when it was selected last.
     """
 
-    def __init__(self, slow: tuple[Tensor, ...], device: torch.device, n_exact: int, backend: str) -> None:
+    def __init__(self, slow: tuple[Tensor, ...], device: torch.device, most_exact: int, backend: str) -> None:
         problems = slow[0].shape[:-2].numel()
         self.held = tuple(torch.zeros(problems, 0, x.shape[-1], dtype=x.dtype, device=device) for x in slow)
         self.nbytes_of_token = sum(x.shape[-1] * x.itemsize for x in slow)
-        self.room_for_exact = n_exact
+        self.room_for_exact, self.most_exact = 0, most_exact
         self.n_exact, self.n_clustered = 0, 0  # when exact rows were copied last
         self.step = 0
         self.first_row = self.last_step = torch.zeros(problems, 0, dtype=torch.int64, device=device)
@@ -119,7 +120,9 @@ class FastTier:
             return
         sizes_here = torch.where(self.first_row >= 0, self.counts, 0)
         needed = 0 if not len(end) else int((sizes_here.sum(dim=1) + sizes.sum(dim=1)).max())
-        room_for_exact, old = max(n_exact, self.room_for_exact), self.held
+        room_for_exact, old = self.room_for_exact, self.held
+        if n_exact > room_for_exact:
+            room_for_exact = max(n_exact, min(self.most_exact, with_room(n_exact, least=self.most_exact)))
         if room_for_exact > self.room_for_exact or room_for_exact + needed > rows:
             shape = (len(end), room_for_exact + 2 * needed)  # twice that, so that rows are rarely moved
             self.held = tuple(zeros((*shape, array.shape[-1]), array) for array in old)

@@ -7,14 +7,16 @@ from torch import Tensor
 
 from .ordinary import on_ordinary_tensors
 
-__all__ = ["move_to_room", "with_room"]
+__all__ = ["LEAST_ROOM", "move_to_room", "with_room"]
 
+LEAST_ROOM = 64  # rows to grow by, where nothing else is said
+MOST_ASKED = 512  # of the rows to grow by, those that a setting may ask for: memory follows the tokens
 Allocate = Callable[[tuple[int, ...], Tensor], Tensor]
 
 
 def with_room(rows: int, least: int, share: int = 32) -> int:
-    """Rows to hold memory for when there are `rows`: 1 / `share` more, at least `least`."""
-    return rows + max(least, rows // share)
+    """Rows to hold memory for when there are `rows`: 1 / `share` more, at least `least` or 512."""
+    return rows + max(min(least, MOST_ASKED), rows // share)
 
 
 def empty_like(shape: tuple[int, ...], example: Tensor) -> Tensor:

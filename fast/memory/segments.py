@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..arguments import check_integer, check_seed, check_share
-from ..exact.quantization import check_bits_of_entries
+from ..exact.quantization import check_bits_of_entries, plain_bits
+from ..scalars import check_integer, check_seed, check_share
 
 __all__ = ["RecallSettings"]
 
@@ -51,26 +51,31 @@ class RecallSettings:
         )
 
     def __post_init__(self) -> None:
-        check_integer("budget", self.budget, least=1)
-        check_integer("n_sink", self.n_sink, least=0)
-        check_integer("n_recent", self.n_recent, least=0)
-        check_integer("tokens_per_cluster", self.tokens_per_cluster, least=1)
+        self._keep_integer("budget", least=1)
+        self._keep_integer("n_sink", least=0)
+        self._keep_integer("n_recent", least=0)
+        self._keep_integer("tokens_per_cluster", least=1)
         if self.prompt_segment_size is not None:
-            check_integer("prompt_segment_size", self.prompt_segment_size, least=0)
+            self._keep_integer("prompt_segment_size", least=0)
         if self.segment_size is None:
             half = (self.budget - self.n_sink - self.n_recent) // 2
             object.__setattr__(self, "segment_size", max(1, min(320, half)) if self.is_exact_counted else 320)
-        check_integer("segment_size", self.segment_size, least=1)
+        self._keep_integer("segment_size", least=1)
         if self.is_exact_counted and self.budget < self.n_sink + self.n_recent + self.segment_size:
             raise ValueError(
                 "budget must be at least n_sink + n_recent + segment_size, which may all be attended to at once, "
                 f"got {self.budget} < {self.n_sink} + {self.n_recent} + {self.segment_size}"
             )
-        check_integer("max_iter", self.max_iter, least=1)
-        check_share("spread", self.spread, may_be_zero=True)
+        self._keep_integer("max_iter", least=1)
+        object.__setattr__(self, "spread", check_share("spread", self.spread))
         if self.init_seed is not None:
-            check_seed("init_seed", self.init_seed)
+            object.__setattr__(self, "init_seed", check_seed("init_seed", self.init_seed))
         check_bits_of_entries(self.bits, chunk_size=1)
+        object.__setattr__(self, "bits", plain_bits(self.bits))
+
+    def _keep_integer(self, name: str, least: int) -> None:
+        """Put Python's own int in the place of what was given."""
+        object.__setattr__(self, name, check_integer(name, getattr(self, name), least=least))
 
     def sizes(self, leaving: int, *, is_first: bool) -> list[int]:
         """Sizes of the segments, in order, of `leaving` tokens that are older than the recent ones."""

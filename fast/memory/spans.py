@@ -11,8 +11,8 @@ import operator
 import sys
 from dataclasses import dataclass
 
-from ..arguments import check_integer, check_recent_share
 from ..exact.quantization import GROUP
+from ..scalars import check_integer, check_recent_share
 
 __all__ = ["SpanPlan", "SpanRules"]
 
@@ -63,12 +63,12 @@ class SpanRules:
     n_exact: int | None = None  # last tokens that are not quantized; None: recent tokens are not
 
     def __post_init__(self) -> None:
-        check_integer("n_sink", self.n_sink, least=0)
-        check_integer("n_recent", self.n_recent, least=0)
-        check_recent_share(self.recent_share)
+        object.__setattr__(self, "n_sink", check_integer("n_sink", self.n_sink, least=0))
+        object.__setattr__(self, "n_recent", check_integer("n_recent", self.n_recent, least=0))
+        object.__setattr__(self, "recent_share", check_recent_share(self.recent_share))
         if self.budget is None:
             return
-        check_integer("budget", self.budget, least=1)
+        object.__setattr__(self, "budget", check_integer("budget", self.budget, least=1))
         least = self.n_sink + self.n_recent + self.chunk_size - 1 + self.entries
         if self.budget < least:
             raise ValueError(
@@ -93,7 +93,7 @@ class SpanRules:
 
         The window never grows by two tokens for one, so these never become fewer.
         """
-        n_recent = max(self.n_recent, math.floor(float(self.recent_share) * n_seen))
+        n_recent = max(self.n_recent, math.floor(self.recent_share * n_seen))
         return max(0, n_seen - self.n_sink - n_recent) // self.chunk_size
 
     def n_groups(self, n_seen: int) -> int:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from ..arguments import check_integer, check_keep_ratio, entries_of_chunk
 from ..methods import Method
+from ..scalars import check_integer, check_keep_ratio, entries_of_chunk
 from ..soft_matching import SoftMatching
 
 __all__ = ["PageRule"]
@@ -53,9 +53,9 @@ class PageRule:
     method: Method = SoftMatching()
 
     def __post_init__(self) -> None:
-        check_keep_ratio(self.keep_ratio)
+        object.__setattr__(self, "keep_ratio", check_keep_ratio(self.keep_ratio))
         for name, least in (("page", 1), ("chunk_size", 1), ("n_sink", 0), ("n_recent", 0)):
-            check_integer(name, getattr(self, name), least=least)
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least=least))
         for name, number in (
             ("chunk_size", self.chunk_size),
             ("n_sink", self.n_sink),

@@ -5,10 +5,10 @@ import platform
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..arguments import check_integer, check_keep_ratio, entries_of_chunk
 from ..methods import Method, method_of
 from ..outside import check_plain, json_of, shown
 from ..recent_queries import needs_queries
+from ..scalars import check_integer, check_keep_ratio, entries_of_chunk
 from .rule import PageRule
 
 __all__ = ["Settings", "check_engine", "check_layer", "settings_of"]
@@ -41,14 +41,12 @@ class Settings:
     n_shared: int | None = None
 
     def __post_init__(self) -> None:
-        check_keep_ratio(self.keep_ratio)
+        object.__setattr__(self, "keep_ratio", check_keep_ratio(self.keep_ratio))
         for name, least in (("chunk_size", 1), ("n_sink", 0), ("n_recent", 0)):
             number = getattr(self, name)
             if number is None and name != "n_recent":
                 continue
-            check_integer(name, number, least=least)
-            if number > MOST_TOKENS:
-                raise ValueError(f"{name} must be at most {MOST_TOKENS}, got {number}")
+            object.__setattr__(self, name, check_integer(name, number, least=least, most=MOST_TOKENS))
         self.value()
 
     def value(self) -> Method:

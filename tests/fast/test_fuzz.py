@@ -1,4 +1,4 @@
-"""A million rows and more: reference, torch and Triton must give the same labels, counts and centroids.
+"""A million rows and more: reference, torch, C++ and Triton must give the same labels, counts and centroids.
 
 A row is a source that looks for its destination. The wrong twin, a plain float32 argmax, gets the same rows.
 """
@@ -28,13 +28,13 @@ SLABS = [
 
 
 def compare(keys: np.ndarray, chunk_size: int, keep_ratio: float) -> int:
-    """Rows in keys (tokens, dim), whole chunks, after all three agreed to the last bit."""
+    """Rows in keys (tokens, dim), whole chunks, after all four agreed to the last bit."""
     expected = reference.chunked_soft_matching(keys, keep_ratio=keep_ratio, chunk_size=chunk_size)
     centroids = reference.merge(keys, expected)
     chunks = len(keys) // chunk_size
     target = len(expected.counts) // chunks
     labels = expected.labels.reshape(chunks, chunk_size) - target * np.arange(chunks)[:, None]
-    for backend, device in (("torch", "cpu"), ("triton", DEVICE)):
+    for backend, device in (("torch", "cpu"), ("cpp", "cpu"), ("triton", DEVICE)):
         sizes = {"chunk_size": chunk_size, "target": target}
         made = SoftMatching().compress(to_torch(keys).to(device), None, **sizes, backend=backend)
         assert_same_bits(made.labels.cpu(), labels)

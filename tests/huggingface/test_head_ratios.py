@@ -25,8 +25,8 @@ def read(model, cache, n_tokens=150):
             ValueError,
             "keep_ratio must be one for each of the 2 KV heads, got 1 in la",
         ),
-        ({"keep_ratio": [[0.5, 2.0], 0.5, 0.5]}, ValueError, r"keep_ratios must be in \(0, 1\], got 2.0"),
-        ({"keep_ratio": [["a", "b"], 0.5, 0.5]}, TypeError, "keep_ratios must be a number, got 'a'"),
+        ({"keep_ratio": [[0.5, 2.0], 0.5, 0.5]}, ValueError, r"keep_ratio must be in \(0, 1\], got 2.0"),
+        ({"keep_ratio": [["a", "b"], 0.5, 0.5]}, TypeError, "keep_ratio must be a number, got 'a'"),
         (
             {"keep_ratio": [[0.5, 0.2], 0.5, 0.5], "whole_heads": [(0, 1)]},
             ValueError,

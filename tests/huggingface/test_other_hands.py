@@ -1,5 +1,6 @@
 """Models in other people's hands: wrapped, patched, differentiated, adapted, shared by threads."""
 
+import contextlib
 import functools
 import threading
 
@@ -9,7 +10,7 @@ from models import greedy, random_tokens, tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from kvcluster.fast.huggingface import ClusteredCache, RecallCache
+from kvcluster.fast.huggingface import ClusteredCache, RecallCache, hooks
 from kvcluster.fast.huggingface.hooks import ModelHooks, decoder_of
 
 SIZES = {"chunk_size": 16, "n_sink": 3, "n_recent": 40}
@@ -170,3 +171,24 @@ def test_threads_may_make_and_drop_caches_of_one_model():
     assert {type(module).__name__ for module in model.modules() if module._forward_hooks} == set()
     attention = [module for module in model.modules() if isinstance(module, LlamaAttention)]
     assert {module.config._attn_implementation for module in attention} == {"sdpa"}
+
+
+@pytest.mark.parametrize(("lock", "n_made"), [(threading.RLock(), 1), (contextlib.nullcontext(), 2)])
+def test_the_lock_lets_two_threads_make_the_hooks_of_a_model_once(lock, n_made, monkeypatch):
+    """The wrong twin has no lock: both threads are seen within the making of hooks, and each has its own."""
+    model, made, both = tiny_llama(), [], threading.Barrier(2)
+    right = ModelHooks.__init__
+
+    def init(made_hooks, base):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=5 if n_made == 2 else 0.5)
+        right(made_hooks, base)
+
+    monkeypatch.setattr(hooks, "LOCK", lock)
+    monkeypatch.setattr(ModelHooks, "__init__", init)
+    threads = [threading.Thread(target=lambda: made.append(ModelHooks.of(model))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(each) for each in made}) == n_made

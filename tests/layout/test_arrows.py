@@ -31,15 +31,24 @@ ROOMS = {
 # The same inside of fast: the names that users import, what chooses for them, three that compute, what these share.
 STOREYS = {
     "kvcluster.fast.arguments": set(),
-    "kvcluster.fast.exact": {"arguments"},
-    "kvcluster.fast.plain": {"arguments", "exact"},
-    "kvcluster.fast.kernels": {"arguments", "exact"},
-    "kvcluster.fast.cpu": {"arguments", "exact"},
-    "kvcluster.fast.backends": {"arguments", "exact", "plain", "kernels", "cpu"},
-    "kvcluster.fast.memory": {"arguments", "exact", "backends"},
-    "kvcluster.fast": {"arguments", "exact", "backends", "memory"},
-    "kvcluster.fast.huggingface": {"", "arguments", "exact", "backends", "memory"},
-    "kvcluster.fast.vllm": {"", "arguments", "exact", "backends", "memory", "cpu"},  # CPUs alone, and its own pages
+    "kvcluster.fast.scalars": set(),
+    "kvcluster.fast.exact": {"arguments", "scalars"},
+    "kvcluster.fast.plain": {"arguments", "scalars", "exact"},
+    "kvcluster.fast.kernels": {"arguments", "scalars", "exact"},
+    "kvcluster.fast.cpu": {"arguments", "scalars", "exact"},
+    "kvcluster.fast.backends": {"arguments", "scalars", "exact", "plain", "kernels", "cpu"},
+    "kvcluster.fast.memory": {"arguments", "scalars", "exact", "backends"},
+    "kvcluster.fast": {"arguments", "scalars", "exact", "backends", "memory"},
+    "kvcluster.fast.huggingface": {"", "arguments", "scalars", "exact", "backends", "memory"},
+    "kvcluster.fast.vllm": {
+        "",
+        "arguments",
+        "scalars",
+        "exact",
+        "backends",
+        "memory",
+        "cpu",
+    },  # CPUs alone, and its own pages
 }
 STOREYS = {storey: {f"kvcluster.fast.{each}".rstrip(".") for each in below} for storey, below in STOREYS.items()}
 # Beyond Python's own modules; rooms that are not named here may import anything that is no part of this repository.

@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .arguments import check_array, check_integer, check_keep_ratio, entries_of_chunk
+from .arguments import check_array
 from .backends import AnyBackend, choose
 from .exact.chunks import CompressedChunks, clustering_of_chunks, count_members
 from .exact.mean import ordered_mean
 from .merging import Clustering
+from .scalars import check_integer, check_keep_ratio, entries_of_chunk
 
 __all__ = ["Neighbours", "neighbour_merging"]
 
@@ -36,8 +37,8 @@ def neighbour_merging(
 ) -> Clustering:
     """Each chunk in runs of neighbours; defined, with its errors, by `kvcluster.reference.neighbour_merging`."""
     check_array("keys", keys)
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
     choose("merge", backend, keys)
     *lead, tokens, _ = keys.shape
     body = tokens // chunk_size * chunk_size

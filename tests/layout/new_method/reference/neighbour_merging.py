@@ -31,8 +31,8 @@ def neighbour_merging(
     Clustering(labels=array([0, 0, 1, 1, 2]), counts=array([2, 2, 1]))
     """
     check_array("keys", keys)
-    check_keep_ratio(keep_ratio)
-    check_integer("chunk_size", chunk_size, least=1)
+    keep_ratio = check_keep_ratio(keep_ratio)
+    chunk_size = check_integer("chunk_size", chunk_size, least=1)
     return cluster_chunks(runs, keys, alone=keys.shape[:-2], keep_ratio=keep_ratio, chunk_size=chunk_size)
 
 
