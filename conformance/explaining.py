@@ -21,7 +21,7 @@ from .mistake import Mistake
 from .operations import OPERATIONS
 from .port import THE_REFERENCE, Outcome
 
-__all__ = ["Failure", "Finding", "decisions", "explain", "nearly", "outcome_with", "reproduces"]
+__all__ = ["Failure", "Finding", "decisions", "explain", "nearly", "outcome_with", "reproduces", "without_sizes"]
 
 LEAST_SHARED_BITS = 18
 SIZES = ("nbytes", "bytes_of_count")  # which follow from how something is stored, whatever it is
@@ -117,7 +117,7 @@ def nearly(case: Case, name: str, actual: np.ndarray, theirs: np.ndarray) -> boo
 def reproduces(mistake: Mistake, failure: Failure, is_alike: Alike = same) -> bool:
     """Whether the reference with the mistake gives this outcome, in all that can be compared, and the right one not.
 
-    Sizes in bytes only count where they are wrong: the mistake may have been made in memory of the right size.
+    Sizes in bytes do not count: the mistake may have been made in memory of another size.
     """
     case, outcome, _ = failure
     if outcome.error is not None:
@@ -125,16 +125,17 @@ def reproduces(mistake: Mistake, failure: Failure, is_alike: Alike = same) -> bo
     mistaken = outcome_with(mistake, case)
     if mistaken.error is not None or mistaken.ended is not None:
         return False
-    right = expected(case)
-    shared = {name: array for name, array in mistaken.arrays.items() if name in outcome.arrays}
-    for name in set(SIZES) & set(shared) & set(right):
-        if np.array_equal(outcome.arrays[name], right[name]):
-            del shared[name]
+    shared = {name: array for name, array in without_sizes(mistaken).arrays.items() if name in outcome.arrays}
     if not all(is_alike(case, name, outcome.arrays[name], array) for name, array in shared.items()):
         return False
     if is_alike is same:
         return compare(case, Outcome(shared)) is not None
+    right = expected(case)
     return not all(is_alike(case, name, outcome.arrays[name], right[name]) for name in shared if name in right)
+
+
+def without_sizes(outcome: Outcome) -> Outcome:
+    return Outcome({name: array for name, array in outcome.arrays.items() if name not in SIZES})
 
 
 def is_of_numbers(failure: Failure) -> bool:
