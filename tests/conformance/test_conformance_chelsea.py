@@ -94,7 +94,8 @@ def test_entries_after_the_compression_are_not_what_append_returns():
 @pytest.mark.slow
 def test_a_counterexample_is_small_and_says_what_is_compressed():
     found = found_in(HalfAsOften).counterexample
-    assert (found.cause, found.rule) == (None, "17")
+    assert found.cause.startswith("another algorithm or rule: ")
+    assert found.rule == "17"
     assert found.case.arrays["keys"].size <= 30
     told = decisions(found.case)
     assert any(line.startswith("the budget is ") for line in told)
