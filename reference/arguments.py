@@ -107,8 +107,8 @@ def check_array(name: str, array: np.ndarray) -> None:
     """Refuse what is not a finite float16, bfloat16 or float32 array `(..., tokens, dim)`, dim >= 1."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    if array.dtype.name not in DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {array.dtype.name}")
+    if array.dtype.name not in DTYPES or not array.dtype.isnative:
+        raise ValueError(f"{name} must be float16, bfloat16 or float32, got {array.dtype}")
     if array.ndim < 2:
         raise ValueError(f"{name} must have shape (..., tokens, dim), got {array.shape}")
     if array.shape[-1] < 1:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .hooks import attention_modules, decoder_of
 
-__all__ = ["check_fingerprint", "digest", "fingerprint", "plain", "weights_digest"]
+__all__ = ["check_fingerprint", "device_of", "digest", "fingerprint", "plain", "weights_digest"]
 
 CONFIG_FIELDS = (
     "num_hidden_layers",
@@ -42,7 +43,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     fields = {"model_type": config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
     fields |= {name: getattr(config, name, None) for name in CONFIG_FIELDS}
     decoder = decoder_of(model)
-    fields |= {"weights": weights_digest(model), "layers": sampled_digest(decoder.named_parameters(), SAMPLED_OF_ALL)}
+    fields |= {"weights": weights_digest(model), "layers": sampled_digest(weights_of(decoder), SAMPLED_OF_ALL)}
     return json.loads(json.dumps(fields | {"adapters": adapters_of(decoder)}, default=plain))
 
 
@@ -64,9 +65,36 @@ def weights_digest(model: Any, dtype: torch.dtype | None = None) -> str:
     embedding. Models that differ only elsewhere are not told apart.
     """
     attention = attention_modules(model)
-    sampled = [(f"{end}.{name}", x) for end in (0, -1) for name, x in sorted(attention[end].named_parameters())]
-    sampled.append(("embedding", model.get_input_embeddings().weight))
+    sampled = [(f"{end}.{name}", x) for end in (0, -1) for name, x in sorted(weights_of(attention[end]))]
+    sampled += [("embedding", x) for _, x in weights_of(model.get_input_embeddings())]
     return sampled_digest(sampled, SAMPLED, dtype)
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by name, fetched from where accelerate keeps them, and what quantized layers have in their place."""
+    for prefix, part in module.named_modules():
+        with fetched(part):
+            yield from part.named_parameters(prefix, recurse=False)
+            if callable(weight := getattr(part, "weight", None)):  # as of torch.ao's quantized layers
+                yield f"{prefix}.weight", weight()
+
+
+def fetched(module: nn.Module) -> AbstractContextManager[object]:
+    """While open, the parameters of `module` lie where it computes, not where accelerate keeps them meanwhile."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes; `meta` is where accelerate leaves what it fetches."""
+    for part in module.modules():
+        with fetched(part):
+            for weight in part.parameters(recurse=False):
+                return weight.device
+    return torch.device("cpu")  # where layers without parameters, which torch.ao has quantized, compute
 
 
 def sampled_digest(weights: Iterable[tuple[str, Tensor]], n: int, dtype: torch.dtype | None = None) -> str:
@@ -74,7 +102,8 @@ def sampled_digest(weights: Iterable[tuple[str, Tensor]], n: int, dtype: torch.d
     total = hashlib.sha256()
     for name, weight in weights:
         own = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model, this rank's part
-        if own.is_meta:  # as accelerate leaves what it fetches
+        own = own.dequantize() if own.is_quantized or type(own.data) is not Tensor else own
+        if own.is_meta:
             total.update(f"{name} {own.dtype} {tuple(own.shape)}\n".encode())
             continue
         numbers = own.detach().flatten()

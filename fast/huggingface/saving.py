@@ -19,7 +19,7 @@ from torch import Tensor
 from ..distinctive_matching import Distinctive
 from ..methods import method_of, spelled
 from ..soft_matching import SoftMatching
-from .fingerprints import check_fingerprint, digest, fingerprint, plain
+from .fingerprints import check_fingerprint, device_of, digest, fingerprint, plain
 from .head_pairs import is_sharded
 from .hooks import attention_modules, check_model, head_dim
 from .stored import Sizes, check_window
@@ -109,7 +109,7 @@ def load_cache(kind: Any, path: str | Path, model: Any, options: dict[str, Any])
             cache = kind.for_model(model, **parameters_of(description, path), **options)
             check_prefixes(description, len(cache.layers))
             sizes = sizes_of(model)
-            devices = [next(module.parameters()).device for module in attention_modules(model)]
+            devices = [device_of(module) for module in attention_modules(model)]
             for index, layer in enumerate(cache.layers):
                 prefix = f"layers.{index}."
                 tensors = {}

@@ -166,3 +166,17 @@ def test_fractions_are_numbers(package):
     settings = package.RecallCache(**RECALL, spread=Fraction(1, 2))
     assert type(settings.spread if package is reference else settings.settings.spread) is float
     assert package.ClusteredCache(keep_ratio=Fraction(1, 4)).keep_ratio == 0.25
+
+
+def test_arrays_of_another_byte_order_are_refused_by_the_reference():
+    keys = KEYS.numpy()
+    turned = keys.astype(keys.dtype.newbyteorder())
+    rule = f"keys must be float16, bfloat16 or float32, got {turned.dtype.str}"
+    for call in (
+        lambda: reference.chunked_soft_matching(turned, keep_ratio=0.5),
+        lambda: reference.attention(keys[:, :1], turned, keys),
+        lambda: reference.ClusteredCache(keep_ratio=0.5).append(turned, keys),
+        lambda: reference.kmeans(turned, n_clusters=3),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            call()
