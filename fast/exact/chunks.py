@@ -73,7 +73,7 @@ def clustering_of_chunks(
 
 def numbered_through(
     labels: Int64[Tensor, "chunks chunk"],
-    counts: Int64[Tensor, "chunks entries"],
+    counts: Int64[Tensor, "chunks target"],
     lead: list[int],
     body: int,
     n_trailing: int,
