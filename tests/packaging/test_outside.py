@@ -103,7 +103,12 @@ def interrupted(process):
 
 
 def started(*arguments):
-    return subprocess.Popen(words_of(arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def listen():
+        """To Ctrl-C, which whoever runs the tests in the background ignores, and what they start with them."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    words = words_of(arguments)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def test_a_check_is_interrupted(tmp_path):
