@@ -52,9 +52,11 @@ def explain(failures: list[Failure]) -> Mistake | None:
     """The mistake that gives most of these outcomes, all of one operation; None if none gives more than half.
 
     Of mistakes that give equally many, the first that also gives the first of them. If none does, a mistake counts that
-    gives nearly the same numbers, where those are not nearly right.
+    gives nearly the same numbers, where those are not nearly right. Sizes in bytes count where some mistake gives them.
     """
-    return best_of(failures, same) or best_of([each for each in failures if is_of_numbers(each)], nearly)
+    in_any_memory = [each._replace(outcome=without_sizes(each.outcome)) for each in failures]
+    of_numbers = [each for each in in_any_memory if is_of_numbers(each)]
+    return best_of(failures, same) or best_of(in_any_memory, same) or best_of(of_numbers, nearly)
 
 
 Alike = Callable[[Case, str, np.ndarray, np.ndarray], bool]
@@ -115,17 +117,14 @@ def nearly(case: Case, name: str, actual: np.ndarray, theirs: np.ndarray) -> boo
 
 
 def reproduces(mistake: Mistake, failure: Failure, is_alike: Alike = same) -> bool:
-    """Whether the reference with the mistake gives this outcome, in all that can be compared, and the right one not.
-
-    Sizes in bytes do not count: the mistake may have been made in memory of another size.
-    """
+    """Whether the reference with the mistake gives this outcome, in all that can be compared, and the right one not."""
     case, outcome, _ = failure
     if outcome.error is not None:
         return False
     mistaken = outcome_with(mistake, case)
     if mistaken.error is not None or mistaken.ended is not None:
         return False
-    shared = {name: array for name, array in without_sizes(mistaken).arrays.items() if name in outcome.arrays}
+    shared = {name: array for name, array in mistaken.arrays.items() if name in outcome.arrays}
     if not all(is_alike(case, name, outcome.arrays[name], array) for name, array in shared.items()):
         return False
     if is_alike is same:
@@ -135,7 +134,8 @@ def reproduces(mistake: Mistake, failure: Failure, is_alike: Alike = same) -> bo
 
 
 def without_sizes(outcome: Outcome) -> Outcome:
-    return Outcome({name: array for name, array in outcome.arrays.items() if name not in SIZES})
+    """An outcome without sizes in bytes, which the same mistake may leave right in memory of another kind."""
+    return outcome._replace(arrays={name: array for name, array in outcome.arrays.items() if name not in SIZES})
 
 
 def is_of_numbers(failure: Failure) -> bool:
