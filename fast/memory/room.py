@@ -15,7 +15,7 @@ Allocate = Callable[[tuple[int, ...], Tensor], Tensor]
 
 
 def with_room(rows: int, least: int, share: int = 32) -> int:
-    """Rows to hold memory for when there are `rows`: 1 / `share` more, at least `least` or 512."""
+    """Rows to hold memory for when there are `rows`: 1 / `share` more, at least the smaller of `least` and 512."""
     return rows + max(min(least, MOST_ASKED), rows // share)
 
 

@@ -1,7 +1,6 @@
 """The page to play with: what it shows is what the reference says, by mouse, finger and keyboard, on any screen."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from selenium.webdriver.support.ui import Select
 from kvcluster.reference import chunked_soft_matching, merge
 from kvcluster.reference.agreement import attention_agreement
 
-SOURCE = Path(__file__).resolve().parents[2] / "docs" / "play" / "index.html"
 PHONE = 390
 EXAMPLES = ["Three directions", "Ties", "Not alike at all", "Two chunks and a rest", "32 keys"]
 WIDER = """
@@ -40,21 +38,6 @@ return {
 
 
 pytestmark = [pytest.mark.slow, needs_browser, pytest.mark.xdist_group("play")]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = open_browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.quit()
-
-
-@pytest.fixture
-def page(browser):
-    """The page as it lies in docs/play, without vectors in it."""
-    browser.get(SOURCE.as_uri())
-    yield browser
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def press(browser, button):

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from browsers import needs_browser, open_browser
+from browsers import needs_browser
 from scripts import script
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -22,21 +22,6 @@ PATIENCE = 120  # seconds, for a machine that others use too
 
 source_pages = script("site/source_pages")
 in_a_browser = [pytest.mark.slow, needs_browser, pytest.mark.xdist_group("play")]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = open_browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.quit()
-
-
-@pytest.fixture
-def page(browser):
-    """The page as it lies in docs/play, without vectors in it."""
-    browser.get(SOURCE.as_uri())
-    yield browser
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def verdict(browser):
